@@ -1,0 +1,136 @@
+"""Whole merges as processes: time and peak memory, ours beside mergekit on the same files in one run.
+
+    python -m benchmarks.merges [--geometry 1.8b] [--work DIR] [--mergekit PATH/TO/mergekit-yaml]
+
+Needs about 5 times the checkpoint's bytes of disk (1.8b: 19 GB). Inputs are read once beforehand, so
+the page cache is warm where it is large enough. Rounds alternate between the tools; the table shows
+each one's minimum and its ratio to mergekit's task_arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.checkpoints import GEOMETRIES, make
+
+MEMORY = "256MiB"
+SPECS = {
+    "linear": {"weight": 0.5},
+    "task_arithmetic": {"weight": 0.5},
+    "widen": {},
+}
+
+
+@dataclass
+class Measurement:
+    """One command: seconds of wall time (minimum over rounds) and peak resident bytes (maximum)."""
+
+    name: str
+    seconds: float
+    peak_rss: int
+
+
+def run(command: list[str]) -> tuple[float, int]:
+    """Runs a command to its end; seconds and peak resident bytes of that process."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {errors.decode()[-2000:]}")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024
+
+
+def warm(folders: list[Path]) -> None:
+    """Reads every input byte once."""
+    buffer = bytearray(16 << 20)
+    for folder in folders:
+        for path in folder.glob("*.safetensors"):
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
+def write_specs(work: Path, folders: list[Path]) -> dict[str, Path]:
+    """One spec per method over the same three checkpoints (for linear: the two models)."""
+    paths = {}
+    base, *models = map(str, folders)
+    for method, parameters in SPECS.items():
+        spec: dict[str, object] = {
+            "merge_method": method,
+            "models": [{"model": model, "parameters": parameters} for model in models],
+            "dtype": "bfloat16",
+        }
+        if method != "linear":
+            spec["base_model"] = base
+        paths[method] = work / f"{method}.yaml"
+        paths[method].write_text(json.dumps(spec))
+    return paths
+
+
+def measure(work: Path, geometry: str, rounds: int, mergekit: str | None) -> list[Measurement]:
+    """All merges, alternating between the tools round by round."""
+    folders = make(work / geometry, GEOMETRIES[geometry])
+    specs = write_specs(work, folders)
+    commands = {
+        f"mergecore {method}": [sys.executable, "-m", "mergecore.cli", "merge", str(spec), "OUT", "--memory", MEMORY]
+        for method, spec in specs.items()
+    }
+    if mergekit is not None:
+        commands |= {f"mergekit {method}": [mergekit, str(specs[method]), "OUT"] for method in SPECS if method != "widen"}
+    results: dict[str, Measurement] = {}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            out = work / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            warm(folders)
+            seconds, peak = run([str(out) if part == "OUT" else part for part in command])
+            before = results.get(name, Measurement(name, seconds, peak))
+            results[name] = Measurement(name, min(seconds, before.seconds), max(peak, before.peak_rss))
+            shutil.rmtree(out, ignore_errors=True)
+    return list(results.values())
+
+
+def main() -> int:
+    """Prints the table, or JSON with --json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="1.8b")
+    parser.add_argument("--work", type=Path, help="folder for the checkpoints; kept (default: a temporary one)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="the peer's command, if installed")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    temporary = None if options.work else tempfile.TemporaryDirectory(prefix="mergecore-bench-")
+    work = options.work or Path(temporary.name)  # type: ignore[union-attr]
+    work.mkdir(parents=True, exist_ok=True)
+    results = measure(work, options.geometry, options.rounds, options.mergekit)
+    if temporary is not None:
+        temporary.cleanup()
+    if options.json:
+        print(json.dumps([asdict(result) for result in results], indent=2))
+        return 0
+    peer = next((result.seconds for result in results if result.name == "mergekit task_arithmetic"), None)
+    table = Table("whole process", "seconds", "peak memory", "time / mergekit task_arithmetic")
+    for result in results:
+        ratio = f"{result.seconds / peer:.2f}" if peer else "mergekit is not installed"
+        table.add_row(result.name, f"{result.seconds:.1f}", f"{result.peak_rss / 2**20:.0f} MiB", ratio)
+    Console(width=None if sys.stdout.isatty() else 120).print(f"three {options.geometry} bf16 checkpoints, --memory {MEMORY}", table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

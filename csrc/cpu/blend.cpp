@@ -1,0 +1,130 @@
+// out = cast( base_coefficient * base + sum_n c_n * d_n ), one pass, float64, one rounding.
+#include <algorithm>
+
+#include "chunk.h"
+
+namespace mergecore::cpu {
+
+// sum[i] += c * (model[i] - base[i]), c per entry or the same for all.
+MERGECORE_CLONES
+void add_delta_chunk(const void* model, Dtype dtype, const double* base, const double* coefficient,
+                     bool per_entry, int n, double* sum) {
+  with_dtype(dtype, [&](auto type) __attribute__((always_inline)) {
+    using T = decltype(type);
+    const auto* bits = static_cast<const typename T::Bits*>(model);
+    if (per_entry) {
+      for (int i = 0; i < n; ++i) sum[i] = fma(coefficient[i], T::load(bits[i]) - base[i], sum[i]);
+    } else {
+      const double c = *coefficient;
+      for (int i = 0; i < n; ++i) sum[i] = fma(c, T::load(bits[i]) - base[i], sum[i]);
+    }
+  });
+}
+
+MERGECORE_CLONES
+void add_scaled_chunk(const double* delta, const double* coefficient, bool per_entry, int n,
+                      double* sum) {
+  if (per_entry) {
+    for (int i = 0; i < n; ++i) sum[i] = fma(coefficient[i], delta[i], sum[i]);
+  } else {
+    const double c = *coefficient;
+    for (int i = 0; i < n; ++i) sum[i] = fma(c, delta[i], sum[i]);
+  }
+}
+
+// base_coefficient * base + sum; a zero sum leaves the base bit for bit, the sign of its zeros included.
+inline __attribute__((always_inline)) double add_base(double product, double sum) {
+  return sum == 0.0 ? product : product + sum;
+}
+
+// sum[i] becomes the blend's value, out[i] that value rounded. False if a value is not finite or
+// beyond the largest number of `dtype`: then out is not to be used.
+MERGECORE_CLONES
+bool store_finite_chunk(const double* base, double base_coefficient, double* sum, int n, Dtype dtype,
+                        void* out) {
+  bool finite = true;
+  with_dtype(dtype, [&](auto type) __attribute__((always_inline)) {
+    using T = decltype(type);
+    float rounded[kChunk];
+    uint64_t largest = 0;
+    if (base != nullptr) {
+      for (int i = 0; i < n; ++i) sum[i] = add_base(base_coefficient * base[i], sum[i]);
+    }
+    for (int i = 0; i < n; ++i) {
+      double result = round_finite<T>(sum[i]);
+      uint64_t magnitude = bit_cast<uint64_t>(result) & 0x7fffffffffffffffull;
+      largest = magnitude > largest ? magnitude : largest;
+      rounded[i] = static_cast<float>(result);
+    }
+    auto* bits = static_cast<typename T::Bits*>(out);
+    for (int i = 0; i < n; ++i) bits[i] = T::store_finite(rounded[i]);
+    finite = largest <= bit_cast<uint64_t>(T::largest);
+  });
+  return finite;
+}
+
+// The rare chunk with values that are not finite or overflow: stored one by one and counted.
+void store_any_chunk(const double* values, int n, Dtype dtype, void* out, int64_t& nonfinite,
+                     int64_t& overflow) {
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    auto* bits = static_cast<typename T::Bits*>(out);
+    for (int i = 0; i < n; ++i) {
+      double result = round_to<T>(values[i]);
+      bits[i] = T::store(static_cast<float>(result));
+      if (!(fabs(values[i]) < HUGE_VAL)) {
+        ++nonfinite;
+      } else if (fabs(result) > T::largest) {
+        ++overflow;
+      }
+    }
+  });
+}
+
+constexpr int64_t kAhead = 2 * kChunk;  // entries between use and prefetch
+
+void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow) {
+  const Inputs& in = b.inputs;
+  const Window& w = in.window;
+  const bool has_base = in.base.data != nullptr;
+  const int out_size = dtype_size(b.out_dtype);
+  alignas(64) double base[kChunk] = {};
+  alignas(64) double sum[kChunk];
+  alignas(64) double keep[kChunk];
+  alignas(64) double delta[kChunk];
+  for (int64_t entry = begin; entry < end;) {
+    const int64_t row = entry / w.columns, column = entry % w.columns;
+    int64_t run = std::min<int64_t>(end - entry, kChunk);
+    if (b.axis != Axis::tensor) run = std::min(run, w.columns - column);
+    const int n = static_cast<int>(run);
+    if (has_base) prefetch(at(in.base, entry + kAhead), n * dtype_size(in.base.dtype));
+    for (int m = 0; m < in.count; ++m) {
+      prefetch(at(in.models[m], entry + kAhead), n * dtype_size(in.models[m].dtype));
+    }
+    if (has_base) load_chunk(at(in.base, entry), in.base.dtype, n, base);
+    std::fill_n(sum, n, -0.0);  // the neutral element: adding -0.0 keeps +0.0 and -0.0
+    for (int m = 0; m < in.count; ++m) {
+      const double* c = b.coefficients + m * b.stride;
+      if (b.axis == Axis::columns) c += column;
+      if (b.axis == Axis::rows) c += w.first_row + row;
+      const bool per_entry = b.axis == Axis::columns;
+      const void* model = at(in.models[m], entry);
+      const Dtype dtype = in.models[m].dtype;
+      if (in.drops != nullptr && in.drops[m].threshold > 0) {
+        const int64_t index = w.first_entry + w.first_row * w.columns + entry;
+        keep_chunk(in.drops[m], static_cast<uint64_t>(index), n, keep);
+        dropped_delta_chunk(model, dtype, base, keep, n, delta);
+        add_scaled_chunk(delta, c, per_entry, n, sum);
+      } else {
+        add_delta_chunk(model, dtype, base, c, per_entry, n, sum);
+      }
+    }
+    void* out = static_cast<char*>(b.out) + entry * out_size;
+    if (!store_finite_chunk(has_base ? base : nullptr, b.base_coefficient, sum, n, b.out_dtype, out)) {
+      store_any_chunk(sum, n, b.out_dtype, out, nonfinite, overflow);
+    }
+    entry += n;
+  }
+}
+
+}  // namespace mergecore::cpu

@@ -1,0 +1,48 @@
+// Short runs of entries held in L1 as float64: the pieces that every CPU kernel is made of.
+//
+// Each function is one plain loop that the compiler vectorises; MERGECORE_CLONES builds it for
+// AVX-512, AVX2 and the baseline and picks one at load time. All of them do the same arithmetic.
+#pragma once
+
+#include "../kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MERGECORE_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MERGECORE_CLONES
+#endif
+
+namespace mergecore::cpu {
+
+constexpr int kChunk = 512;  // entries; a few float64 chunks fit a 32 KiB L1 cache
+
+inline const void* at(const Matrix& matrix, int64_t entry) {
+  return static_cast<const char*>(matrix.data) + entry * dtype_size(matrix.dtype);
+}
+
+// Asks for `bytes` from `from` on: the hardware prefetcher alone does not keep up with runs this short.
+inline void prefetch(const void* from, int64_t bytes) {
+  const char* line = static_cast<const char*>(from);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+}
+
+// Calls f with the storage type of `dtype`.
+template <class F>
+inline __attribute__((always_inline)) void with_dtype(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f32: return f(F32{});
+    case Dtype::f16: return f(F16{});
+    case Dtype::bf16: return f(BF16{});
+  }
+}
+
+// out[i] = source[i], exactly.
+void load_chunk(const void* source, Dtype dtype, int n, double* out);
+// keep[i] = scale or 0 for entries first, first + 1, ... of a tensor.
+void keep_chunk(const Drop& drop, uint64_t first, int n, double* keep);
+// delta[i] = keep[i] * (model[i] - base[i]).
+void dropped_delta_chunk(const void* model, Dtype dtype, const double* base, const double* keep, int n,
+                         double* delta);
+
+}  // namespace mergecore::cpu

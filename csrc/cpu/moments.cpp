@@ -1,0 +1,175 @@
+// Per-column moments of base and deltas in one read: WIDEN's disentanglement (section 3.3, eq. 1-2).
+//
+// Sums over rows and sums along a row are the same loop: pieces of up to kBlock entries are added
+// lane by lane, in order. For columns across rows a piece is one row's share of a column block;
+// for columns along rows the pieces are consecutive parts of one row, and the lanes are added last.
+#include <algorithm>
+#include <utility>
+
+#include "chunk.h"
+
+namespace mergecore::cpu {
+
+constexpr int kBlock = 256;        // entries of a piece at most
+constexpr int kPieces = 8;         // pieces added per visit of the accumulators
+constexpr int64_t kStrip = 2048;   // columns whose accumulators stay in the L2 cache; a page of bf16
+
+struct Moments {
+  double* dd;
+  double* dg;  // d.(x + a)
+  double* xx;
+};
+
+template <class T, int... P>
+inline __attribute__((always_inline)) void add_pieces(const void* model, int64_t stride,
+                                                      const double* base, int n,
+                                                      const Moments& sums,
+                                                      std::integer_sequence<int, P...>) {
+  const auto* bits = static_cast<const typename T::Bits*>(model);
+  const typename T::Bits* piece[] = {bits + P * stride...};
+  double* dd = sums.dd;
+  double* dg = sums.dg;
+  double* xx = sums.xx;
+#pragma GCC ivdep
+  for (int i = 0; i < n; ++i) {
+    double sum_dd = dd[i], sum_dg = dg[i], sum_xx = xx[i];
+    auto add = [&](double x, double a) __attribute__((always_inline)) {
+      double d = x - a;
+      sum_dd = fma(d, d, sum_dd);
+      sum_dg = fma(d, x + a, sum_dg);
+      sum_xx = fma(x, x, sum_xx);
+    };
+    (add(T::load(piece[P][i]), base[P * kBlock + i]), ...);
+    dd[i] = sum_dd;
+    dg[i] = sum_dg;
+    xx[i] = sum_xx;
+  }
+}
+
+MERGECORE_CLONES
+void add_model_pieces(const void* model, Dtype dtype, int64_t stride, int pieces, const double* base,
+                      int n, Moments sums) {
+  with_dtype(dtype, [&](auto type) __attribute__((always_inline)) {
+    using T = decltype(type);
+    if (pieces == kPieces) {
+      return add_pieces<T>(model, stride, base, n, sums,
+                           std::make_integer_sequence<int, kPieces>());
+    }
+    for (int p = 0; p < pieces; ++p) {
+      const auto* bits = static_cast<const typename T::Bits*>(model) + p * stride;
+      add_pieces<T>(bits, stride, base + p * kBlock, n, sums, std::make_integer_sequence<int, 1>());
+    }
+  });
+}
+
+// One piece whose deltas were already dropped and rescaled.
+MERGECORE_CLONES
+void add_delta_piece(const double* delta, const double* base, int n, Moments sums) {
+  for (int i = 0; i < n; ++i) {
+    double d = delta[i], x = base[i] + d;
+    sums.dd[i] = fma(d, d, sums.dd[i]);
+    sums.dg[i] = fma(d, x + base[i], sums.dg[i]);
+    sums.xx[i] = fma(x, x, sums.xx[i]);
+  }
+}
+
+MERGECORE_CLONES
+void add_squares(const double* base, int pieces, int n, double* aa) {
+  for (int p = 0; p < pieces; ++p) {
+    for (int i = 0; i < n; ++i) aa[i] = fma(base[p * kBlock + i], base[p * kBlock + i], aa[i]);
+  }
+}
+
+// Adds `pieces` (at most kPieces) pieces of n (at most kBlock) entries, `stride` entries apart.
+void add_window_pieces(const Inputs& in, int64_t entry, int64_t stride, int pieces, int n,
+                       double* sums, int64_t sum_stride) {
+  alignas(64) double base[kPieces * kBlock] = {};
+  alignas(64) double keep[kBlock];
+  alignas(64) double delta[kBlock];
+  const Window& w = in.window;
+  for (int p = 0; p < pieces; ++p) {
+    const int64_t ahead = entry + (p + kPieces) * stride;
+    if (in.base.data != nullptr) prefetch(at(in.base, ahead), n * dtype_size(in.base.dtype));
+    for (int m = 0; m < in.count; ++m) {
+      prefetch(at(in.models[m], ahead), n * dtype_size(in.models[m].dtype));
+    }
+  }
+  if (in.base.data != nullptr) {
+    for (int p = 0; p < pieces; ++p) {
+      load_chunk(at(in.base, entry + p * stride), in.base.dtype, n, base + p * kBlock);
+    }
+  }
+  add_squares(base, pieces, n, sums);
+  for (int m = 0; m < in.count; ++m) {
+    double* first = sums + (1 + 3 * m) * sum_stride;
+    const Moments model{first, first + sum_stride, first + 2 * sum_stride};
+    const Matrix& matrix = in.models[m];
+    if (in.drops == nullptr || in.drops[m].threshold == 0) {
+      add_model_pieces(at(matrix, entry), matrix.dtype, stride, pieces, base, n, model);
+      continue;
+    }
+    for (int p = 0; p < pieces; ++p) {
+      const int64_t here = entry + p * stride;
+      const int64_t index = w.first_entry + w.first_row * w.columns + here;
+      keep_chunk(in.drops[m], static_cast<uint64_t>(index), n, keep);
+      dropped_delta_chunk(at(matrix, here), matrix.dtype, base + p * kBlock, keep, n, delta);
+      add_delta_piece(delta, base + p * kBlock, n, model);
+    }
+  }
+}
+
+void column_moments(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end) {
+  const Window& w = in.window;
+  const int64_t count = moment_count(in.count);
+  for (int64_t strip = begin; strip < end; strip += kStrip) {
+    const int64_t strip_end = std::min(end, strip + kStrip);
+    for (int64_t row = 0; row < w.rows;) {
+      const int64_t in_tile = (w.first_row + row) % kTileRows;
+      const int64_t left = std::min(w.rows - row, kTileRows - in_tile);
+      const int pieces = static_cast<int>(std::min<int64_t>(kPieces, left));
+      for (int64_t column = strip; column < strip_end; column += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, strip_end - column));
+        const int64_t entry = row * w.columns + column;
+        add_window_pieces(in, entry, w.columns, pieces, n, pending + column, w.columns);
+      }
+      row += pieces;
+      if ((w.first_row + row) % kTileRows != 0) continue;
+      for (int64_t k = 0; k < count; ++k) {  // a tile is complete
+        for (int64_t i = k * w.columns + strip; i < k * w.columns + strip_end; ++i) {
+          sums[i] += pending[i];
+          pending[i] = 0.0;
+        }
+      }
+    }
+  }
+}
+
+void row_moments(const Inputs& in, double* sums, int64_t total_rows, int64_t begin, int64_t end) {
+  const Window& w = in.window;
+  const int64_t count = moment_count(in.count);
+  alignas(64) double lanes[(1 + 3 * kMaxModels) * kLanes];
+  for (int64_t row = begin; row < end; ++row) {
+    std::fill_n(lanes, count * kLanes, 0.0);
+    const int64_t first = row * w.columns;
+    int64_t column = 0;
+    while (w.columns - column >= kLanes) {
+      const int64_t whole = (w.columns - column) / kLanes;
+      const int pieces = static_cast<int>(std::min<int64_t>(kPieces, whole));
+      add_window_pieces(in, first + column, kLanes, pieces, kLanes, lanes, kLanes);
+      column += pieces * kLanes;
+    }
+    if (column < w.columns) {
+      const int n = static_cast<int>(w.columns - column);
+      add_window_pieces(in, first + column, kLanes, 1, n, lanes, kLanes);
+    }
+    for (int64_t k = 0; k < count; ++k) {
+      double* lane = lanes + k * kLanes;
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+      }
+      sums[k * total_rows + w.first_row + row] = lane[0];
+    }
+  }
+}
+
+}  // namespace mergecore::cpu

@@ -1,0 +1,211 @@
+// out = cast( base_coefficient * base + sum_n c_n * d_n ), one pass, float64, one rounding.
+#include "window.cuh"
+
+namespace mergecore::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kRows =
+    8;  // rows of a thread at most: its columns' coefficients stay in the L1 cache
+
+struct DeviceBlend {
+  DeviceInputs in;
+  Axis axis;
+  const double* coefficients;
+  int64_t stride;
+  double base_coefficient;
+  void* out;
+  // The entries as the grid walks them: rows of the window, or all of it as one row (Axis::tensor).
+  int64_t rows;
+  int64_t columns;
+  unsigned strips;  // blocks beside each other
+  unsigned across;  // threads of a block beside each other; the others take further rows
+};
+
+// sum[j] += c * delta of model m's entries, whose first lies at `column` of `row`.
+template <class T, bool kVector>
+__device__ __forceinline__ void add_model(const DeviceBlend& b, int m, const Entries<T>& model,
+                                          const double (&base)[kEntries], int64_t row,
+                                          int64_t column, int n, double (&sum)[kEntries]) {
+  const Window& w = b.in.window;
+  const Drop& drop = b.in.drops[m];
+  const Dtype dtype = b.in.models[m].dtype;
+  const bool dropping = drop.threshold > 0;
+  uint32_t numbers[kEntries] = {};
+  if (dropping) {
+    const int64_t index = w.first_entry + w.first_row * w.columns + row * b.columns + column;
+    random_numbers(drop, static_cast<uint64_t>(index), numbers);
+  }
+  auto delta = [&](int j) {
+    const double d = value(model, dtype, j) - base[j];
+    return dropping ? keep(drop, numbers[j]) * d : d;
+  };
+  const double* coefficients = b.coefficients + m * b.stride;
+  if (b.axis != Axis::columns) {
+    const double c = coefficients[b.axis == Axis::rows ? w.first_row + row : 0];
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) sum[j] = fma(c, delta(j), sum[j]);
+    return;
+  }
+  coefficients += column;
+#pragma unroll
+  for (int j = 0; j < kEntries; j += 2) {
+    double2 c = make_double2(0.0, 0.0);
+    if (kVector) {
+      c = reinterpret_cast<const double2*>(coefficients)[j / 2];
+    } else {
+      if (j < n) c.x = coefficients[j];
+      if (j + 1 < n) c.y = coefficients[j + 1];
+    }
+    sum[j] = fma(c.x, delta(j), sum[j]);
+    sum[j + 1] = fma(c.y, delta(j + 1), sum[j + 1]);
+  }
+}
+
+template <class T, bool kVector>
+__device__ __forceinline__ void load_models(const DeviceInputs& in, int first, int64_t entry, int n,
+                                            Entries<T> (&models)[kInFlight<T>]) {
+#pragma unroll
+  for (int i = 0; i < kInFlight<T>; ++i) {
+    if (first + i < in.count) models[i] = load<T, kVector>(in.models[first + i], entry, n);
+  }
+}
+
+// Rounds the first n values to Out and stores them.
+template <class Out, bool kVector>
+__device__ __forceinline__ void store(const double (&values)[kEntries], int n, void* out,
+                                      int64_t entry, unsigned& nonfinite, unsigned& overflow) {
+  using Bits = typename Out::Bits;
+  constexpr int kSize = sizeof(Bits);
+  Bits* to = static_cast<Bits*>(out) + entry;
+  uint32_t words[kEntries * kSize / 4] = {};
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) {
+    if (j >= n) continue;
+    const double result = round_to<Out>(values[j]);
+    const Bits bits = Out::store(static_cast<float>(result));
+    if (!(fabs(values[j]) < HUGE_VAL)) {
+      ++nonfinite;
+    } else if (fabs(result) > Out::largest) {
+      ++overflow;
+    }
+    if (kVector && n == kEntries) {
+      words[j * kSize / 4] |= kSize == 4 ? bits : static_cast<uint32_t>(bits) << (16 * (j % 2));
+    } else {
+      to[j] = bits;
+    }
+  }
+  if (kVector && n == kEntries) {
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) {
+      reinterpret_cast<uint4*>(to)[i] =
+          make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+    }
+  }
+}
+
+template <class T, class Out, bool kVector>
+__device__ __forceinline__ void blend_entries(const DeviceBlend& b, int64_t row, int64_t column,
+                                              int n, unsigned& nonfinite, unsigned& overflow) {
+  const DeviceInputs& in = b.in;
+  const int64_t entry = row * b.columns + column;
+  const Entries<T> base_bits = load<T, kVector>(in.base, entry, n);
+  Entries<T> models[kInFlight<T>];
+  load_models<T, kVector>(in, 0, entry, n, models);
+  double base[kEntries], sum[kEntries];
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) {
+    base[j] = value(base_bits, in.base.dtype, j);
+    sum[j] = -0.0;  // the neutral element: adding -0.0 keeps +0.0 and -0.0
+  }
+  for (int first = 0;;) {
+#pragma unroll
+    for (int i = 0; i < kInFlight<T>; ++i) {
+      if (first + i >= in.count) continue;
+      add_model<T, kVector>(b, first + i, models[i], base, row, column, n, sum);
+    }
+    first += kInFlight<T>;
+    if (first >= in.count) break;
+    load_models<T, kVector>(in, first, entry, n, models);
+  }
+  if (in.base.data != nullptr) {
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      // A zero sum leaves the base bit for bit, the sign of its zeros included.
+      const double product = b.base_coefficient * base[j];
+      sum[j] = sum[j] == 0.0 ? product : product + sum[j];
+    }
+  }
+  store<Out, kVector>(sum, n, b.out, entry, nonfinite, overflow);
+}
+
+__device__ __forceinline__ void add_count(unsigned count, int64_t* total) {
+  count = __reduce_add_sync(kAllLanes, count);
+  if (count != 0 && threadIdx.x % 32 == 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
+  }
+}
+
+template <class T, class Out, bool kVector>
+__global__ void __launch_bounds__(kThreads)
+    blend_window(const __grid_constant__ DeviceBlend b, int64_t* counts) {
+  const int64_t strip = blockIdx.x % b.strips;
+  const int64_t column = (strip * b.across + threadIdx.x % b.across) * kEntries;
+  const unsigned down = kThreads / b.across;
+  const int64_t left = b.columns - column;
+  const int n = static_cast<int>(left < kEntries ? left : kEntries);
+  int64_t row =
+      static_cast<int64_t>(blockIdx.x / b.strips) * (kRows * down) + threadIdx.x / b.across;
+  unsigned nonfinite = 0, overflow = 0;
+  for (int i = 0; i < kRows; ++i, row += down) {
+    if (n <= 0 || row >= b.rows) break;
+    blend_entries<T, Out, kVector>(b, row, column, n, nonfinite, overflow);
+  }
+  add_count(nonfinite, counts);
+  add_count(overflow, counts + 1);
+}
+
+template <class T, class Out>
+int launch_blend(const DeviceBlend& b, bool vectors, int64_t blocks, int64_t* counts,
+                 Stream stream) {
+  auto* kernel = vectors ? &blend_window<T, Out, true> : &blend_window<T, Out, false>;
+  return launch(kernel, blocks, kThreads, stream, b, counts);
+}
+
+}  // namespace
+
+int blend(const Blend& blend, int64_t* counts, Stream stream) {
+  const Window& w = blend.inputs.window;
+  if (w.rows == 0 || w.columns == 0) return cudaSuccess;
+  DeviceBlend b = {};
+  b.in = by_value(blend.inputs);
+  b.axis = blend.axis;
+  b.coefficients = blend.coefficients;
+  b.stride = blend.stride;
+  b.base_coefficient = blend.base_coefficient;
+  b.out = blend.out;
+  const bool flat = b.axis == Axis::tensor;
+  b.rows = flat ? 1 : w.rows;
+  b.columns = flat ? w.rows * w.columns : w.columns;
+  const int64_t threads = divide_up(b.columns, kEntries);
+  for (b.across = 1; b.across < kThreads && b.across < threads;) b.across *= 2;
+  b.strips = static_cast<unsigned>(divide_up(threads, b.across));
+  const int64_t blocks = b.strips * divide_up(b.rows, kRows * (kThreads / b.across));
+  const bool vectors = b.in.aligned && aligned(b.out) && (flat || w.columns % kEntries == 0) &&
+                       (b.axis != Axis::columns || (aligned(b.coefficients) && b.stride % 2 == 0));
+  return with_storage(blend.inputs, [&](auto type) {
+    using T = decltype(type);
+    switch (blend.out_dtype) {
+      case Dtype::f32:
+        return launch_blend<T, F32>(b, vectors, blocks, counts, stream);
+      case Dtype::f16:
+        return launch_blend<T, F16>(b, vectors, blocks, counts, stream);
+      case Dtype::bf16:
+        return launch_blend<T, BF16>(b, vectors, blocks, counts, stream);
+    }
+    return static_cast<int>(cudaErrorInvalidValue);
+  });
+}
+
+}  // namespace mergecore::cuda

@@ -1,0 +1,255 @@
+// Per-column and per-row moments of base and deltas in one read. A block serves one model and adds
+// the base's own moment when that model is the first; blocks of a window's models are neighbours in
+// the grid, so that the base comes from the L2 cache for all but one of them.
+#include "window.cuh"
+
+namespace mergecore::cuda {
+
+namespace {
+
+constexpr int kColumnThreads = 64;  // 512 columns, one tile
+constexpr int kRowThreads = 128;    // 16 rows
+constexpr int kThreadsPerRow = kLanes / kEntries;
+
+// A thread's share of the sums: one lane or column per entry.
+struct Lanes {
+  double aa[kEntries] = {};
+  double dd[kEntries] = {};
+  double dg[kEntries] = {};  // d.(x + a)
+  double xx[kEntries] = {};
+};
+
+// Adds the first n entries of one row; `index` is the tensor's index of the first.
+template <class T>
+__device__ __forceinline__ void add(const Entries<T>& model, const Entries<T>& base,
+                                    const DeviceInputs& in, int m, uint64_t index, int n,
+                                    Lanes& sums) {
+  const Drop& drop = in.drops[m];
+  const Dtype dtype = in.models[m].dtype;
+  auto add_entry = [&](int j, double a, double d, double x) {
+    if (m == 0) sums.aa[j] = fma(a, a, sums.aa[j]);
+    sums.dd[j] = fma(d, d, sums.dd[j]);
+    sums.dg[j] = fma(d, x + a, sums.dg[j]);
+    sums.xx[j] = fma(x, x, sums.xx[j]);
+  };
+  if (drop.threshold > 0) {
+    uint32_t numbers[kEntries];
+    random_numbers(drop, index, numbers);
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      if (j >= n) continue;
+      const double a = value(base, in.base.dtype, j);
+      const double d = keep(drop, numbers[j]) * (value(model, dtype, j) - a);
+      add_entry(j, a, d, a + d);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      if (j >= n) continue;
+      const double a = value(base, in.base.dtype, j), x = value(model, dtype, j);
+      add_entry(j, a, x - a, x);
+    }
+  }
+}
+
+// Adds kSteps runs of n entries, `stride` entries apart; all are loaded before the first is used.
+// is used.
+template <class T, bool kVector, int kSteps>
+__device__ __forceinline__ void add_steps(const DeviceInputs& in, int m, int64_t entry,
+                                          int64_t stride, int n, Lanes& sums) {
+  const Window& w = in.window;
+  const int64_t index = w.first_entry + w.first_row * w.columns + entry;
+  Entries<T> model[kSteps], base[kSteps];
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    model[i] = load<T, kVector>(in.models[m], entry + i * stride, n);
+    base[i] = load<T, kVector>(in.base, entry + i * stride, n);
+  }
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    add(model[i], base[i], in, m, static_cast<uint64_t>(index + i * stride), kVector ? kEntries : n,
+        sums);
+  }
+}
+
+template <bool kVector>
+__device__ __forceinline__ void store(double* to, const double (&from)[kEntries], int n) {
+  if (kVector) {
+#pragma unroll
+    for (int j = 0; j < kEntries; j += 2) {
+      reinterpret_cast<double2*>(to)[j / 2] = make_double2(from[j], from[j + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      if (j < n) to[j] = from[j];
+    }
+  }
+}
+
+__device__ __forceinline__ void load(const double* from, int n, double (&to)[kEntries]) {
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) {
+    if (j < n) to[j] = from[j];
+  }
+}
+
+// Tiles are counted from the one that the window's first row lies in.
+struct Tiles {
+  int64_t count, complete;  // of them; all but perhaps the last are complete
+  explicit Tiles(const Window& w) {
+    const int64_t before = w.first_row / kTileRows;
+    count = divide_up(w.first_row + w.rows, kTileRows) - before;
+    complete = (w.first_row + w.rows) / kTileRows - before;
+  }
+};
+
+// partial[tile][moment][column]; the first tile goes on from `pending`.
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kColumnThreads)
+    sum_tiles(const __grid_constant__ DeviceInputs in, unsigned groups, int64_t moments,
+              const double* pending, double* partial) {
+  const Window& w = in.window;
+  const unsigned models = static_cast<unsigned>(in.count);
+  const int m = static_cast<int>(blockIdx.x % models);
+  const unsigned group = blockIdx.x / models % groups;
+  const int64_t tile = blockIdx.x / models / groups;
+  const int64_t column = (static_cast<int64_t>(group) * kColumnThreads + threadIdx.x) * kEntries;
+  if (column >= w.columns) return;
+  const int n = static_cast<int>(w.columns - column < kEntries ? w.columns - column : kEntries);
+  const int64_t phase = w.first_row % kTileRows;
+  int64_t row = tile * kTileRows - phase;
+  int64_t end = row + kTileRows;
+  row = row > 0 ? row : 0;
+  end = end < w.rows ? end : w.rows;
+
+  Lanes sums;
+  const int64_t first = 1 + 3 * static_cast<int64_t>(m);
+  if (tile == 0) {
+    if (m == 0) load(pending + column, n, sums.aa);
+    load(pending + first * w.columns + column, n, sums.dd);
+    load(pending + (first + 1) * w.columns + column, n, sums.dg);
+    load(pending + (first + 2) * w.columns + column, n, sums.xx);
+  }
+  constexpr int kSteps = kInFlight<T>;
+  for (; row + kSteps <= end; row += kSteps) {
+    add_steps<T, kVector, kSteps>(in, m, row * w.columns + column, w.columns, n, sums);
+  }
+  for (; row < end; ++row) {
+    add_steps<T, kVector, 1>(in, m, row * w.columns + column, w.columns, n, sums);
+  }
+  double* to = partial + tile * moments * w.columns + column;
+  if (m == 0) store<kVector>(to, sums.aa, n);
+  store<kVector>(to + first * w.columns, sums.dd, n);
+  store<kVector>(to + (first + 1) * w.columns, sums.dg, n);
+  store<kVector>(to + (first + 2) * w.columns, sums.xx, n);
+}
+
+// Adds the complete tiles to `sums` in order and leaves the rest of the window in `pending`: a
+// launch of its own, because sum_tiles still reads `pending` while its last tile is done.
+__global__ void __launch_bounds__(kRowThreads)
+    add_tiles(const double* partial, int64_t size, int64_t complete, bool open, double* sums,
+              double* pending) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (i >= size) return;
+  double sum = sums[i];
+#pragma unroll 8
+  for (int64_t tile = 0; tile < complete; ++tile) sum += partial[tile * size + i];
+  sums[i] = sum;
+  pending[i] = open ? partial[complete * size + i] : 0.0;
+}
+
+// lane[i] += lane[i + half] for half = 32, 16, 8 (threads 4, 2, 1 apart) and 4, 2, 1 (in the
+// thread).
+__device__ __forceinline__ double halve(double (&lane)[kEntries]) {
+#pragma unroll
+  for (int apart = kThreadsPerRow / 2; apart > 0; apart /= 2) {
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      lane[j] += __shfl_down_sync(kAllLanes, lane[j], apart, kThreadsPerRow);
+    }
+  }
+#pragma unroll
+  for (int half = kEntries / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+  }
+  return lane[0];
+}
+
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kRowThreads)
+    sum_rows(const __grid_constant__ DeviceInputs in, int64_t total_rows, double* out) {
+  const Window& w = in.window;
+  const unsigned models = static_cast<unsigned>(in.count);
+  const int m = static_cast<int>(blockIdx.x % models);
+  const int64_t row = static_cast<int64_t>(blockIdx.x / models) * (kRowThreads / kThreadsPerRow) +
+                      threadIdx.x / kThreadsPerRow;
+  const unsigned thread = threadIdx.x % kThreadsPerRow;
+  Lanes sums;
+  if (row < w.rows) {
+    constexpr int kSteps = kInFlight<T>;
+    const int64_t entry = row * w.columns;
+    int64_t column = thread * kEntries;
+    for (; column + (kSteps - 1) * kLanes + kEntries <= w.columns; column += kSteps * kLanes) {
+      add_steps<T, kVector, kSteps>(in, m, entry + column, kLanes, kEntries, sums);
+    }
+    for (; column < w.columns; column += kLanes) {
+      const int64_t left = w.columns - column;
+      const int n = static_cast<int>(left < kEntries ? left : kEntries);
+      add_steps<T, kVector, 1>(in, m, entry + column, kLanes, n, sums);
+    }
+  }
+  // Threads without a row take part, so that the whole warp meets in every shuffle.
+  const double aa = halve(sums.aa), dd = halve(sums.dd), dg = halve(sums.dg), xx = halve(sums.xx);
+  if (row >= w.rows || thread != 0) return;
+  double* to = out + w.first_row + row;
+  const int64_t first = 1 + 3 * static_cast<int64_t>(m);
+  if (m == 0) to[0] = aa;
+  to[first * total_rows] = dd;
+  to[(first + 1) * total_rows] = dg;
+  to[(first + 2) * total_rows] = xx;
+}
+
+bool vectors(const DeviceInputs& in) { return in.aligned && in.window.columns % kEntries == 0; }
+
+}  // namespace
+
+int64_t column_moments_scratch(const Inputs& in) {
+  if (in.window.rows == 0) return 0;
+  const int64_t size = moment_count(in.count) * in.window.columns;
+  return Tiles(in.window).count * size * static_cast<int64_t>(sizeof(double));
+}
+
+int column_moments(const Inputs& in, double* sums, double* pending, void* scratch, Stream stream) {
+  const Window& w = in.window;
+  if (w.rows == 0 || w.columns == 0) return cudaSuccess;
+  const DeviceInputs inputs = by_value(in);
+  const Tiles tiles(w);
+  const int64_t moments = moment_count(in.count), size = moments * w.columns;
+  const int64_t groups = divide_up(w.columns, kColumnThreads * kEntries);
+  double* partial = static_cast<double*>(scratch);
+  int error = with_storage(in, [&](auto type) {
+    using T = decltype(type);
+    auto* kernel = vectors(inputs) && aligned(scratch) ? &sum_tiles<T, true> : &sum_tiles<T, false>;
+    return launch(kernel, tiles.count * groups * in.count, kColumnThreads, stream, inputs,
+                  static_cast<unsigned>(groups), moments, pending, partial);
+  });
+  if (error != cudaSuccess) return error;
+  return launch(&add_tiles, divide_up(size, kRowThreads), kRowThreads, stream, partial, size,
+                tiles.complete, tiles.complete < tiles.count, sums, pending);
+}
+
+int row_moments(const Inputs& in, double* sums, int64_t total_rows, Stream stream) {
+  const Window& w = in.window;
+  if (w.rows == 0) return cudaSuccess;
+  const DeviceInputs inputs = by_value(in);
+  const int64_t blocks = divide_up(w.rows, kRowThreads / kThreadsPerRow) * in.count;
+  return with_storage(in, [&](auto type) {
+    using T = decltype(type);
+    auto* kernel = vectors(inputs) ? &sum_rows<T, true> : &sum_rows<T, false>;
+    return launch(kernel, blocks, kRowThreads, stream, inputs, total_rows, sums);
+  });
+}
+
+}  // namespace mergecore::cuda

@@ -1,0 +1,191 @@
+// What the kernels over windows share: launches, the inputs as a kernel parameter, and a thread's
+// eight adjacent entries, which travel 16 bytes at a time where the window's layout allows it.
+//
+// Values, and the order in which they are combined, are those of csrc/cpu: see there for the
+// reasons.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <climits>
+
+#include "../kernels.h"
+
+namespace mergecore::cuda {
+
+constexpr int kEntries = 8;  // adjacent entries of a thread
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Launches without a check of earlier errors; returns the launch's own.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Stream stream,
+           const Arguments&... arguments) {
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Inputs as they travel in a kernel's parameters.
+struct DeviceInputs {
+  Window window;
+  Matrix base;
+  int count;
+  bool aligned;  // every window starts on 16 bytes
+  Matrix models[kMaxModels];
+  Drop drops[kMaxModels];  // threshold 0 where nothing is dropped
+};
+
+inline DeviceInputs by_value(const Inputs& in) {
+  DeviceInputs out = {};
+  out.window = in.window;
+  out.base = in.base;
+  out.count = in.count;
+  out.aligned = aligned(in.base.data);
+  for (int m = 0; m < in.count; ++m) {
+    out.models[m] = in.models[m];
+    if (in.drops != nullptr) out.drops[m] = in.drops[m];
+    out.aligned = out.aligned && aligned(in.models[m].data);
+  }
+  return out;
+}
+
+// The storage type of a kernel whose matrices differ in dtype: looked up at each use.
+struct Mixed {};
+
+// Calls f with the storage type of base and models.
+template <class F>
+int with_storage(const Inputs& in, const F& f) {
+  const Dtype dtype = in.models[0].dtype;
+  bool same = in.base.data == nullptr || in.base.dtype == dtype;
+  for (int m = 1; m < in.count; ++m) same = same && in.models[m].dtype == dtype;
+  if (!same) return f(Mixed{});
+  switch (dtype) {
+    case Dtype::f32:
+      return f(F32{});
+    case Dtype::f16:
+      return f(F16{});
+    case Dtype::bf16:
+      return f(BF16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// The bits of a thread's entries as they were loaded.
+template <class T>
+struct Entries {
+  static constexpr int size = sizeof(typename T::Bits);
+  uint32_t words[kEntries * size / 4];
+};
+
+template <>
+struct Entries<Mixed> {
+  static constexpr int size = 4;
+  uint32_t words[kEntries];
+};
+
+// Rows or models whose loads are in flight together: 64 bytes of each matrix.
+template <class T>
+constexpr int kInFlight = Entries<T>::size == 2 ? 4 : 2;
+
+template <class Bits, bool kVector>
+__device__ __forceinline__ void load_bits(const void* data, int64_t entry, int n, uint32_t* words) {
+  const Bits* from = static_cast<const Bits*>(data) + entry;
+  constexpr int kSize = sizeof(Bits);
+  if (kVector && n == kEntries) {
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) {
+      const uint4 four = reinterpret_cast<const uint4*>(from)[i];
+      words[4 * i] = four.x;
+      words[4 * i + 1] = four.y;
+      words[4 * i + 2] = four.z;
+      words[4 * i + 3] = four.w;
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kEntries * kSize / 4; ++i) words[i] = 0;
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) {
+    if (j >= n) continue;
+    const uint32_t bits = from[j];
+    words[j * kSize / 4] |= kSize == 4 ? bits : bits << (16 * (j % 2));
+  }
+}
+
+// The first n entries from `entry` on; the others, and those of an absent matrix, are zeros.
+template <class T, bool kVector>
+__device__ __forceinline__ Entries<T> load(const Matrix& matrix, int64_t entry, int n) {
+  Entries<T> out;
+  if (matrix.data == nullptr) n = 0;
+  if constexpr (Entries<T>::size == 2) {
+    load_bits<uint16_t, kVector>(matrix.data, entry, n, out.words);
+  } else {
+    if (std::is_same_v<T, F32> || matrix.dtype == Dtype::f32) {
+      load_bits<uint32_t, kVector>(matrix.data, entry, n, out.words);
+    } else {
+      load_bits<uint16_t, kVector>(matrix.data, entry, n, out.words);
+    }
+  }
+  return out;
+}
+
+// Entry j, exactly.
+template <class T>
+__device__ __forceinline__ double value(const Entries<T>& entries, Dtype dtype, int j) {
+  const uint32_t half = (entries.words[j / 2] >> (16 * (j % 2))) & 0xffffu;
+  if constexpr (std::is_same_v<T, Mixed>) {
+    switch (dtype) {
+      case Dtype::f32:
+        return F32::load(entries.words[j]);
+      case Dtype::f16:
+        return F16::load(static_cast<uint16_t>(half));
+      default:
+        return BF16::load(static_cast<uint16_t>(half));
+    }
+  } else if constexpr (std::is_same_v<T, F32>) {
+    return F32::load(entries.words[j]);
+  } else {
+    return T::load(static_cast<uint16_t>(half));
+  }
+}
+
+// The random numbers of a tensor's entries first ... first + 7. Adjacent entries share a Philox
+// block.
+__device__ __forceinline__ void random_numbers(const Drop& drop, uint64_t first,
+                                               uint32_t (&numbers)[kEntries]) {
+  const unsigned lead = static_cast<unsigned>(first & 3);
+  uint32_t row[12] = {};
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    uint32_t block[4];
+    if (i == 2 && lead == 0) continue;
+    philox(drop.key, (first >> 2) + static_cast<uint64_t>(i), block);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) row[4 * i + j] = block[j];
+  }
+  // Shifted down by `lead` in two steps, so that every index is a constant and stays in registers.
+  if ((lead & 1) != 0) {
+#pragma unroll
+    for (int i = 0; i < 11; ++i) row[i] = row[i + 1];
+  }
+  if ((lead & 2) != 0) {
+#pragma unroll
+    for (int i = 0; i < 10; ++i) row[i] = row[i + 2];
+  }
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) numbers[j] = row[j];
+}
+
+__device__ __forceinline__ double keep(const Drop& drop, uint32_t number) {
+  return number >= drop.threshold ? drop.scale : 0.0;
+}
+
+}  // namespace mergecore::cuda

@@ -1,0 +1,112 @@
+"""What tensor names and config.json tell about a model: layers, embeddings, tied weights, fused experts.
+
+No list of architectures: names follow the conventions of the field, and what no rule knows still merges
+by name. A spec's `orientation` overrides what is said here about scoring.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Orientation = Literal["rows", "columns"]
+
+HEAD = "lm_head.weight"
+_LAYER = re.compile(r"^(?P<stack>.*?(?:^|\.)(?:layers?|h|blocks?))\.(?P<index>\d+)\.")
+_EMBEDDINGS = {
+    "embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings", "embed_positions",
+    "embed_in", "tok_embeddings", "embeddings", "embedding", "shared",
+}  # fmt: skip
+# transformers.pytorch_utils.Conv1D stores (in, out): an input feature is a stored row.
+_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+_CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+_BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|(^|\.)h\.\d+\.(attn|attention)\.bias)$")
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a constant that old checkpoints stored (masks, frequencies), not a parameter."""
+    return bool(_BUFFER.search(name)) and not (name.endswith(".bias") and len(shape) < 2)
+
+
+def is_bias(name: str) -> bool:
+    """Whether a tensor that is absent may be read as zeros."""
+    return name.endswith(".bias")
+
+
+def is_embedding(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a lookup table whose rows are tokens or positions."""
+    parts = name.split(".")
+    return len(shape) == 2 and parts[-1] == "weight" and len(parts) > 1 and parts[-2] in _EMBEDDINGS
+
+
+def embedding_of(names: Iterable[str]) -> str | None:
+    """The name of the token embedding, which a tied head shares."""
+    endings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight", "word_embeddings.weight")
+    return next((name for name in names if name.endswith(endings)), None)
+
+
+def is_tied(config: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether a model's output head is its token embedding."""
+    text = config.get("text_config")
+    flags = [source.get("tie_word_embeddings") for source in (config, text if isinstance(text, Mapping) else {})]
+    return HEAD not in names or True in flags
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The structure of the output model, from the reference's names and config."""
+
+    model_type: str
+    experts: frozenset[int]
+    layers: Mapping[str, int]
+    """How many layers each stack (the name's part before the layer number) has."""
+    orientations: Mapping[str, Orientation]
+    """The spec's override: glob of a tensor's name -> orientation; the first match decides."""
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], names: Iterable[str], orientations: Mapping[str, Orientation]
+    ) -> Architecture:
+        layers: dict[str, int] = {}
+        for match in filter(None, map(_LAYER.match, names)):
+            layers[match["stack"]] = max(layers.get(match["stack"], 0), int(match["index"]) + 1)
+        counts = [config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
+        experts = frozenset(count for count in counts if isinstance(count, int))
+        return cls(str(config.get("model_type", "")), experts, layers, orientations)
+
+    def place(self, name: str) -> float:
+        """Where in its stack a tensor's layer stands, 0 (first) to 1 (last); 0 outside the layers.
+
+        A stack of one layer stands at 1, as in mergekit.
+        """
+        match = _LAYER.match(name)
+        if match is None:
+            return 0.0
+        count = self.layers[match["stack"]]
+        return int(match["index"]) / (count - 1) if count > 1 else 1.0
+
+    def orientation(self, name: str, shape: tuple[int, ...]) -> Orientation:
+        """Whether WIDEN's columns lie across the stored rows ("columns") or along them ("rows").
+
+        A linear layer is stored (out, in): a column is an input feature. Embeddings are scored per token.
+        """
+        for pattern, orientation in self.orientations.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return orientation
+        transposed = self.model_type in _CONV1D_MODELS and _CONV1D.search(name)
+        return "rows" if transposed or is_embedding(name, shape) else "columns"
+
+    def matrices(self, name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """A tensor as (matrices, rows, columns): vectors are one row, convolutions out x rest, and fused
+        experts (experts, out, in) one matrix each."""
+        if len(shape) <= 1:
+            return 1, 1, shape[0] if shape else 1
+        if len(shape) == 3 and ("expert" in name or shape[0] in self.experts):
+            return shape[0], shape[1], shape[2]
+        rest = 1
+        for size in shape[1:]:
+            rest *= size
+        return 1, shape[0], rest

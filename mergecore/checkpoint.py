@@ -1,0 +1,319 @@
+"""A model directory -> names, dtypes, shapes and places on disk of its tensors.
+
+Reads headers, the index and config.json; never tensor data, and never torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError, InputFault
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: `nbytes` bytes at `offset` (from the start) of `file`; dtype as safetensors names it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A weight file as it was when its header was read."""
+
+    path: Path
+    bytes: int
+    mtime_ns: int
+    header_xxh3_128: str
+    tensors: tuple[TensorInfo, ...]
+
+    def changed(self) -> bool:
+        """Whether the path now names a file of another size or age, or none."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return True
+        return (status.st_size, status.st_mtime_ns) != (self.bytes, self.mtime_ns)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk. `tensors` is in the order of file and offset; `config` is {} without a config.json."""
+
+    path: Path
+    config: dict[str, Any]
+    weights: tuple[WeightFile, ...]
+    config_xxh3_128: str | None = None
+    tensors: dict[str, TensorInfo] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Collects `tensors`; CheckpointError when two files hold a tensor of the same name."""
+        tensors: dict[str, TensorInfo] = {}
+        for weight in self.weights:
+            for info in weight.tensors:
+                if info.name in tensors:
+                    raise CheckpointError(
+                        f"{self.path}: tensor {info.name} is in both {tensors[info.name].file.name} and "
+                        f"{info.file.name}; keep the files of one model in the folder"
+                    )
+                tensors[info.name] = info
+        object.__setattr__(self, "tensors", tensors)
+
+    @property
+    def folder(self) -> Path:
+        """Where config.json and the tokenizer lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files."""
+        return [weight.path for weight in self.weights]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies this input, as it was at opening; JSON-serialisable."""
+        return {
+            "files": [
+                {
+                    "name": weight.path.name,
+                    "bytes": weight.bytes,
+                    "mtime_ns": weight.mtime_ns,
+                    "header_xxh3_128": weight.header_xxh3_128,
+                }
+                for weight in self.weights
+            ],
+            "config_xxh3_128": self.config_xxh3_128,
+        }
+
+    def check_unchanged(self) -> None:
+        """InputFault when a weight file was replaced or modified since it was opened."""
+        for weight in self.weights:
+            if weight.changed():
+                raise InputFault(f"{weight.path} was replaced or modified while in use; merge again when it is settled")
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The model in a local folder, or in one .safetensors file.
+
+    A folder holds model.safetensors.index.json with its shards, or model.safetensors, or any *.safetensors.
+    CheckpointError says what is missing, malformed or contradictory.
+    """
+    path = Path(path)
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(_not_found(path)) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be opened: {_reason(error)}") from None
+    if not is_folder:
+        if path.suffix != ".safetensors":
+            raise CheckpointError(f"{path} is neither a model folder nor a .safetensors file")
+        weights = [_read_weights(path)]
+    else:
+        try:
+            names = sorted(os.listdir(path))
+        except OSError as error:
+            raise CheckpointError(f"{path}: the folder cannot be listed: {_reason(error)}") from None
+        weights = _folder_weights(path, names)
+    config, config_hash = _read_config((path if is_folder else path.parent) / "config.json")
+    return Checkpoint(path, config, tuple(weights), config_hash)
+
+
+def read_header(path: str | Path) -> dict[str, TensorInfo]:
+    """The tensors of one .safetensors file in the order of their offsets; accepts and rejects what safetensors does.
+
+    CheckpointError names the file, what is wrong and what to do.
+    """
+    return {info.name: info for info in _read_weights(Path(path)).tensors}
+
+
+# ---- one file
+
+
+def _read_weights(path: Path) -> WeightFile:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not make us wait
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened: {_reason(error)}") from None
+    try:
+        before = os.fstat(fd)
+        if not stat.S_ISREG(before.st_mode):
+            raise CheckpointError(f"{path} is not a regular file")
+        layout = _library_layout(path, fd)
+        header = os.pread(fd, 8, 0)
+        header += os.pread(fd, int.from_bytes(header, "little"), 8)
+        after = os.fstat(fd)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from None
+    finally:
+        os.close(fd)
+
+    # safetensors allows no holes and no overlaps: in the order of offsets, each tensor starts where the one before
+    # ends. So names, dtypes, shapes and order are the library's own, and there is no second reading of the JSON that
+    # could disagree with it.
+    tensors = []
+    offset = len(header)
+    for name, dtype, shape in layout:
+        if dtype not in _BITS:
+            raise CheckpointError(f"{path}: tensor {name} has dtype {dtype}, which this version does not know")
+        nbytes = prod(shape) * _BITS[dtype] // 8
+        tensors.append(TensorInfo(name, dtype, shape, path, offset, nbytes))
+        offset += nbytes
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or offset != after.st_size:
+        raise CheckpointError(f"{path} changed while its header was read; try again when it is complete")
+    return WeightFile(path, after.st_size, after.st_mtime_ns, xxhash.xxh3_128_hexdigest(header), tuple(tensors))
+
+
+def _library_layout(path: Path, fd: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of every tensor in the order of offsets, as safetensors reads them."""
+    try:
+        # Through the descriptor, so that it is the same file even if the path is replaced now; with pread, so that a
+        # file that shrinks now is an error and not a SIGBUS.
+        with safe_open(f"/proc/self/fd/{fd}", framework="np", backend="pread") as opened:
+            slices = ((name, opened.get_slice(name)) for name in opened.offset_keys())
+            return [(name, view.get_dtype(), tuple(view.get_shape())) for name, view in slices]
+    except SafetensorError as error:
+        if os.pread(fd, 40, 0).startswith(b"version https://git-lfs"):
+            raise CheckpointError(
+                f"{path} is a Git LFS pointer and not the weights; run `git lfs pull` in its folder"
+            ) from None
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise CheckpointError(
+            f"{path} is not a valid safetensors file: {reason}. It may be incomplete: copy or download it again"
+        ) from None
+
+
+# ---- a folder
+
+
+def _folder_weights(folder: Path, names: list[str]) -> list[WeightFile]:
+    weights = [name for name in names if name.endswith(".safetensors") and not name.startswith((".", "adapter_"))]
+    if INDEX in names:
+        return _indexed_weights(folder, weights)
+    if SINGLE in weights:
+        weights = [SINGLE]
+    if not weights:
+        raise CheckpointError(_no_weights(folder, names))
+    return [_read_weights(folder / name) for name in weights]
+
+
+def _indexed_weights(folder: Path, present: list[str]) -> list[WeightFile]:
+    """The shards that the index names; the index and the shards' headers must tell the same."""
+    index = folder / INDEX
+    weight_map = _parse_json(index, _read_bytes(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is missing or empty; it must map tensor names to file names")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index}: weight_map puts {name} into {shard!r}, which is not a file name")
+    shards = sorted(set(weight_map.values()))
+    if SINGLE in present and SINGLE not in shards:
+        raise CheckpointError(
+            f"{folder} holds {SINGLE} and also {INDEX}, which does not name it: two models, or a leftover; remove one"
+        )
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {_some(missing)} missing, of {len(shards)} files that {INDEX} names; copy or download again"
+        )
+    weights = [_read_weights(folder / shard) for shard in shards]
+    for weight in weights:
+        stored = {info.name for info in weight.tensors}
+        named = {name for name, shard in weight_map.items() if shard == weight.path.name}
+        if named - stored:
+            raise CheckpointError(f"{weight.path} lacks {_some(named - stored)}, which {INDEX} puts into it")
+        if stored - named:
+            raise CheckpointError(f"{weight.path} holds {_some(stored - named)}, which {INDEX} does not put into it")
+    return weights
+
+
+def _no_weights(folder: Path, names: list[str]) -> str:
+    if any(name.startswith("adapter_") for name in names):
+        return (
+            f"{folder} holds an adapter (LoRA) and no model; merge the adapter into its base model first "
+            "(peft: merge_and_unload) and save that"
+        )
+    old = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf")) and name != "training_args.bin"]
+    if old:
+        return (
+            f"{folder} holds {_some(old)} and no safetensors file; convert it first (load it with transformers and "
+            "save_pretrained, which writes safetensors)"
+        )
+    return f"{folder} holds no weights: expected {INDEX} with its shards, {SINGLE}, or other .safetensors files"
+
+
+def _not_found(path: Path) -> str:
+    text = str(path)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) and not path.parent.exists():
+        return (
+            f"{text} does not exist. It looks like the name of a model on a hub; models are read from local folders: "
+            "download it and give the folder"
+        )
+    return f"{text} does not exist" + ("" if path.is_absolute() else f" (looked for {path.absolute()})")
+
+
+# ---- JSON beside the weights
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
+    if not path.exists():
+        return {}, None
+    content = _read_bytes(path)
+    return _parse_json(path, content), xxhash.xxh3_128_hexdigest(content)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from None
+
+
+def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8, nesting without end
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must be a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first three names, and how many more."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more

@@ -1,0 +1,356 @@
+"""The command line. Imports what a command needs when it runs: `--help` and the daemon load no torch.
+
+Exit codes: 0 done, 1 the merge failed, 2 the spec or the arguments are wrong, 3 interrupted (resumable).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergecore import __version__
+from mergecore.errors import MergecoreError, SpecError
+
+if TYPE_CHECKING:
+    from mergecore.engine import Progress
+    from mergecore.planning import MergePlan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        code: int = options.run(options)
+        return code
+    except MergecoreError as error:
+        print(f"mergecore: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mergecore", description="Merges language models by streaming their weights.")
+    parser.add_argument("--version", action="version", version=f"mergecore {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("merge", _merge, "merge the models of SPEC into the new model directory OUT")
+    sub.add_argument("spec", type=Path, metavar="SPEC")
+    sub.add_argument("out", type=Path, metavar="OUT")
+    _add_run_options(sub)
+    sub.add_argument("--resume", action="store_true", help="continue an interrupted merge of the same spec and inputs")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    sub = command("plan", _plan, "show what SPEC would read, write and hold in memory; no tensor is read")
+    sub.add_argument("spec", type=Path, metavar="SPEC")
+    _add_run_options(sub)
+    sub.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    sub = command("verify", _verify, "recompute the checksums of the output directory OUT")
+    sub.add_argument("out", type=Path, metavar="OUT")
+
+    sub = command("inspect", _inspect, "list the tensors of MODEL")
+    sub.add_argument("model", type=Path, metavar="MODEL")
+    sub.add_argument("--json", action="store_true", help="print the list as JSON")
+
+    command("methods", _methods, "list the merge methods and their parameters")
+    command("schema", _schema, "print the JSON Schema of specs, for editors")
+
+    sub = command("serve", _serve, "watch a spool folder and run the specs dropped into it")
+    sub.add_argument("--config", type=Path, metavar="FILE", help="TOML file with the options below")
+    sub.add_argument("--spool", type=Path, metavar="DIR")
+    sub.add_argument("--outputs", type=Path, metavar="DIR", help="where merged models go")
+    sub.add_argument("--models", type=Path, metavar="DIR", action="append", help="where models lie; may be repeated")
+    sub.add_argument("--host", help="address of the metrics endpoint (127.0.0.1)")
+    sub.add_argument("--port", type=int, help="port of the metrics endpoint (9417; 0 picks one)")
+    sub.add_argument("--jobs", type=int, help="jobs that run at once (1)")
+
+    sub = command("submit", _submit, "put SPEC into the spool")
+    sub.add_argument("spec", type=Path, metavar="SPEC")
+    _add_spool_options(sub)
+    sub = command("status", _status, "show the jobs of the spool, or one JOB")
+    sub.add_argument("job", nargs="?", metavar="JOB")
+    _add_spool_options(sub)
+    sub.add_argument("--json", action="store_true", help="print the status as JSON")
+    return parser
+
+
+def _add_run_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", help="cpu, cuda, cuda:N or auto")
+    sub.add_argument("--memory", type=_size, metavar="SIZE", help="memory for windows and statistics, such as 256MiB")
+    sub.add_argument("--threads", type=int, metavar="N", help="threads that compute (0: all cores)")
+
+
+def _add_spool_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--spool", type=Path, metavar="DIR")
+    sub.add_argument("--config", type=Path, metavar="FILE", help="the daemon's TOML file, which names the spool")
+
+
+def _size(text: str) -> int:
+    from mergecore.spec import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB, 1GiB or 5GB") from None
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from mergecore.engine import merge
+    from mergecore.spec import load_spec
+
+    spec = load_spec(options.spec)
+    with _stop_on_signals() as stopped, _progress() as progress:
+        result = merge(
+            spec,
+            options.out,
+            device=options.device,
+            memory=options.memory,
+            threads=options.threads,
+            resume=options.resume,
+            progress=progress,
+            should_stop=stopped.is_set,
+        )
+    if options.json:
+        print(json.dumps(result.as_dict(), indent=2))
+    else:
+        print(
+            f"{result.output}: {result.tensors} tensors by {result.method}, read {_gb(result.bytes_read)}, "
+            f"wrote {_gb(result.bytes_written)} in {result.seconds:.1f} s, peak memory {result.peak_rss / 2**20:.0f} MiB"
+        )
+    return 0
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """Sets the event at SIGINT or SIGTERM; a second one ends the process as usual."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, a log line now and then elsewhere (both on stderr)."""
+    if not sys.stderr.isatty():
+        yield _log_progress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.fields[tensors]} tensors"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None, tensors="0")
+
+        def show(progress: Progress) -> None:
+            bar.update(
+                task,
+                total=progress.bytes_read_total,
+                completed=progress.bytes_read,
+                tensors=f"{progress.tensors_done}/{progress.tensors_total}",
+            )
+
+        yield show
+
+
+def _log_progress(interval: float = 10.0) -> Callable[[Progress], None]:
+    last = time.monotonic()
+
+    def log(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last < interval:
+            return
+        last = time.monotonic()
+        logging.info(
+            "%d/%d tensors, %s of %s read, %s written",
+            progress.tensors_done,
+            progress.tensors_total,
+            _gb(progress.bytes_read),
+            _gb(progress.bytes_read_total),
+            _gb(progress.bytes_written),
+        )
+
+    return log
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**7 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from mergecore import estimate
+    from mergecore.planning import plan
+    from mergecore.spec import load_spec
+
+    spec = load_spec(options.spec)
+    given = {name: getattr(options, name) for name in ("device", "memory", "threads")}
+    run = spec.run.model_copy(update={name: value for name, value in given.items() if value is not None})
+    planned = plan(spec.model_copy(update={"run": run}))
+    facts: dict[str, Any] = {
+        "method": planned.method.name,
+        "models": [str(model.path) for model in planned.models],
+        "base": str(planned.base.path) if planned.base is not None else None,
+        "tensors": len(planned.jobs),
+        "passes": planned.passes,
+        "bytes_read": planned.bytes_to_read,
+        "bytes_written": planned.bytes_to_write,
+        "memory_held": planned.held_bytes,
+        "shards": [shard.filename for shard in planned.layout.shards],
+        "compute_seconds": round(estimate.seconds(planned), 3),
+        "warnings": list(planned.warnings),
+    }
+    if options.json:
+        print(json.dumps({**facts, "jobs": _jobs(planned)}, indent=2))
+        return 0
+    print(f"method    {facts['method']}, {len(facts['models'])} models" + (f", base {facts['base']}" if facts["base"] else ""))
+    print(f"read      {_gb(facts['bytes_read'])} in {facts['passes']} pass(es) over {facts['tensors']} tensors")
+    print(f"write     {_gb(facts['bytes_written'])} in {len(facts['shards'])} file(s)")
+    print(f"hold      {facts['memory_held'] / 2**20:.0f} MiB beside the process itself")
+    print(f"compute   {facts['compute_seconds']:.1f} s at the speed of this machine's memory; slow disks come on top")
+    for warning in planned.warnings:
+        print(f"warning   {warning}")
+    return 0
+
+
+def _jobs(planned: MergePlan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": job.name,
+            "shape": list(job.shape),
+            "dtype": job.dtype,
+            "action": "merge" if job.parameters is not None else "copy",
+            "orientation": job.orientation,
+            "matrices": job.matrices,
+            "window_rows": job.window_rows,
+            "parameters": dict(job.parameters) if job.parameters is not None else None,
+        }
+        for job in planned.jobs
+    ]
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from mergecore.verify import verify_output
+
+    problems = verify_output(options.out)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(f"{options.out}: all tensors are as the manifest says")
+    return 1 if problems else 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from mergecore.checkpoint import open_checkpoint
+
+    model = open_checkpoint(options.model)
+    if options.json:
+        tensors = {
+            name: {"dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes, "file": info.file.name}
+            for name, info in model.tensors.items()
+        }
+        print(json.dumps({"path": str(model.path), "tensors": tensors, **model.fingerprint()}, indent=2))
+        return 0
+    table = Table("tensor", "dtype", "shape", "bytes", "file")
+    for info in model.tensors.values():
+        table.add_row(info.name, info.dtype, "x".join(map(str, info.shape)), f"{info.nbytes:,}", info.file.name)
+    _print_table(table)
+    total = sum(info.nbytes for info in model.tensors.values())
+    print(f"{len(model.tensors)} tensors, {_gb(total)}, {len(model.files)} file(s)")
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from mergecore.methods import METHODS
+
+    for method in METHODS.values():
+        print(f"{method.name}: {method.summary}\n  {method.reference}")
+        table = Table("parameter", "default", "where", "meaning", box=None, pad_edge=True)
+        for parameter in method.parameters:
+            table.add_row(parameter.name, json.dumps(parameter.default), "per model" if parameter.per_model else "merge", parameter.meaning)
+        _print_table(table)
+        print()
+    return 0
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    # Piped output is for programs and grep: lines are not folded to a terminal's width.
+    Console(width=None if sys.stdout.isatty() else 240, highlight=False).print(table)
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from mergecore.spec import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from service.daemon import serve_command
+
+    names = ("spool", "outputs", "models", "host", "port", "jobs")
+    return serve_command(options.config, {name: value for name in names if (value := getattr(options, name)) is not None})
+
+
+def _spool(options: argparse.Namespace) -> Path:
+    if options.spool is not None:
+        return Path(options.spool)
+    if options.config is None:
+        raise SpecError("name the spool: --spool DIR, or --config FILE of the daemon")
+    from service.daemon import load_config
+
+    return Path(load_config(options.config).spool)
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from service.daemon import submit_command
+
+    print(submit_command(options.spec, _spool(options)))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from service.daemon import status_command
+
+    return status_command(_spool(options), options.job, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,362 @@
+"""The one loop: windows -> statistics -> coefficients -> blend -> writer, tensor after tensor.
+
+Knows nothing of what a method computes, and holds no tensor: windows come from a stream in the order
+that the plan fixes, results go to planned offsets.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergecore import manifest, ops
+from mergecore._stream import ReadFault, WindowStream
+from mergecore.checkpoint import TensorInfo
+from mergecore.device import Device, HostWindow, open_device
+from mergecore.errors import InputFault, Interrupted, NonFiniteError
+from mergecore.methods.base import Coefficients, Moments, Statistics
+from mergecore.planning import FLOATS, MergePlan, TensorJob, plan
+from mergecore.spec import MergeSpec, load_spec
+from mergecore.writer import OutputWriter
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+READ_AHEAD = 1  # windows
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a merge is; bytes are those of windows read (every pass counts) and of output written."""
+
+    tensors_done: int
+    tensors_total: int
+    bytes_read: int
+    bytes_read_total: int
+    bytes_written: int
+    bytes_written_total: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge: where it lies and what it cost (bytes, seconds, peak resident bytes of the process)."""
+
+    output: Path
+    method: str
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_rss: int
+    resumed: bool
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "output": str(self.output), "warnings": list(self.warnings)}
+
+
+def merge(
+    spec: MergeSpec | str | Path,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    memory: int | None = None,
+    threads: int | None = None,
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    resolve: Callable[[str], Path] | None = None,
+) -> MergeResult:
+    """Merges `spec` into the model directory `out`, which must not exist yet (an empty folder may).
+
+    `device` (cpu, cuda, cuda:N, auto), `memory` (bytes) and `threads` override the spec's `run`;
+    `progress` is called after every window; when `should_stop` returns True the merge ends with
+    Interrupted, its finished tensors are kept, and `resume=True` continues. `resolve` maps model names
+    of the spec to paths. On any other error nothing is left at or beside `out`. Errors: mergecore.errors.
+    """
+    spec = spec if isinstance(spec, MergeSpec) else load_spec(spec)
+    given = {"device": device, "memory": memory, "threads": threads}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    spec = spec.model_copy(update={"run": spec.run.model_copy(update=overrides)})
+    planned = plan(spec, resolve=resolve)
+    for warning in planned.warnings:
+        log.warning(warning)
+    before = torch.get_num_threads()
+    if spec.run.threads:
+        torch.set_num_threads(spec.run.threads)
+    try:
+        with OutputWriter(Path(out), planned.layout, planned.identity(), resume=resume) as writer:
+            return _Merge(planned, Path(out), writer, open_device(spec.run.device), progress, should_stop).run()
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One step of the loop: rows of one matrix of a job, in the statistics pass or the blend pass."""
+
+    job: TensorJob
+    matrix: int
+    first_row: int
+    rows: int
+    blends: bool
+
+
+class _Merge:
+    """The state of one running merge."""
+
+    def __init__(
+        self,
+        planned: MergePlan,
+        out: Path,
+        writer: OutputWriter,
+        device: Device,
+        progress: Callable[[Progress], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> None:
+        self.plan, self.out, self.writer, self.device = planned, out, writer, device
+        self.report, self.should_stop = progress, should_stop
+        self.warnings = list(planned.warnings)
+        self.jobs = [job for job in planned.jobs if job.name not in writer.finished]
+        skipped = [job for job in planned.jobs if job.name in writer.finished]
+        self.done = len(skipped)
+        self.read = 0
+        self.read_before = sum(self._bytes_to_read(job) for job in skipped)
+        self.written = sum(planned.layout.slots[job.name].nbytes for job in skipped)
+        self.file_numbers = {path: number for number, path in enumerate(planned.files)}
+        self.started = time.monotonic()
+
+    def run(self) -> MergeResult:
+        if self.writer.resumed:
+            log.info("resuming: %d of %d tensors are done", self.done, len(self.plan.jobs))
+        mode = self.plan.spec.run.read
+        try:
+            with WindowStream([str(path) for path in self.file_numbers], mode, READ_AHEAD) as stream:
+                windows = self._windows(stream)
+                for job in self.jobs:
+                    self._run_job(job, windows, stream)
+        except ReadFault as fault:
+            raise InputFault(str(fault)) from fault
+        for checkpoint in self.plan.inputs:
+            checkpoint.check_unchanged()
+        self.writer.sync()
+        seconds = time.monotonic() - self.started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result = MergeResult(
+            output=self.out,
+            method=self.plan.method.name,
+            tensors=len(self.plan.jobs),
+            bytes_read=self.read,
+            bytes_written=self.plan.layout.nbytes,
+            seconds=seconds,
+            peak_rss=peak,
+            resumed=self.writer.resumed,
+            warnings=tuple(self.warnings),
+        )
+        manifest.add_files(self.writer, self.plan, result)
+        self.writer.publish()
+        return result
+
+    def _run_job(self, job: TensorJob, windows: Iterator[tuple[_Window, list[memoryview]]], stream: WindowStream) -> None:
+        if job.parameters is None:
+            self._copy(job, windows)
+        else:
+            counts = torch.zeros(2, dtype=torch.int64, device=self.device.torch_device)
+            for matrix in range(job.matrices):
+                self._blend(job, matrix, self._coefficients(job, matrix, windows), counts, windows)
+            self.device.flush()
+            stream.check()
+            self._check_finite(job, *counts.tolist())
+        stream.check()
+        self.writer.finish(job.name)
+        self.done += 1
+        self._progress()
+
+    def _copy(self, job: TensorJob, windows: Iterator[tuple[_Window, list[memoryview]]]) -> None:
+        for first_row, rows in job.windows():
+            _, (data,) = next(windows)
+            buffer = self.writer.acquire(rows)
+            buffer[:] = data
+            self.writer.write(job.name, first_row, buffer)
+            self._count(rows, rows)
+
+    def _coefficients(
+        self, job: TensorJob, matrix: int, windows: Iterator[tuple[_Window, list[memoryview]]]
+    ) -> Coefficients:
+        method, on = self.plan.method, self.device.torch_device
+        moments = None
+        if method.statistics is Statistics.COLUMNS:
+            by_rows = job.orientation == "rows"
+            shape = (ops.moment_count(len(job.models)), job.rows if by_rows else job.columns)
+            sums = torch.zeros(shape, dtype=torch.float64, device=on)
+            pending = sums if by_rows else torch.zeros_like(sums)
+            drops, entry = self._drops(job), matrix * job.rows * job.columns
+            for first_row, _ in job.windows():
+                window, views = next(windows)
+                base, models = self._upload(window, views)
+                place = {"first_row": first_row, "first_entry": entry, "drops": drops}
+                if by_rows:
+                    ops.row_moments(base, models, sums, **place)
+                else:
+                    ops.column_moments(base, models, sums, pending, **place)
+                self._count(sum(map(len, views)), 0)
+            sums = sums if by_rows else sums + pending
+            if not bool(torch.isfinite(sums).all()):
+                self._check_finite(job, 1, 0)
+            moments = Moments.of(sums)
+        return method.coefficients(job.view(moments))
+
+    def _blend(
+        self,
+        job: TensorJob,
+        matrix: int,
+        coefficients: Coefficients,
+        counts: Tensor,
+        windows: Iterator[tuple[_Window, list[memoryview]]],
+    ) -> None:
+        values = coefficients.values.to(self.device.torch_device).contiguous()
+        axis = ops.Axis.TENSOR
+        if values.shape[1] > 1:
+            axis = ops.Axis.ROWS if job.orientation == "rows" else ops.Axis.COLUMNS
+        drops, entry = self._drops(job), matrix * job.rows * job.columns
+        dtype = DTYPES[job.dtype]
+        for first_row, rows in job.windows():
+            window, views = next(windows)
+            base, models = self._upload(window, views)
+            nbytes = rows * job.columns * dtype.itemsize
+            buffer = self.writer.acquire(nbytes)
+            target = HostWindow(buffer, dtype, rows, job.columns)
+            result = self.device.output(target)
+            ops.blend(
+                result,
+                base,
+                models,
+                values,
+                counts,
+                base_coefficient=coefficients.base,
+                axis=axis,
+                first_row=first_row,
+                first_entry=entry,
+                drops=drops,
+            )
+            offset = (entry + first_row * job.columns) * dtype.itemsize
+            self.device.deliver(result, target, lambda o=offset, b=buffer: self.writer.write(job.name, o, b))
+            self._count(sum(map(len, views)), nbytes)
+
+    def _drops(self, job: TensorJob) -> list[ops.Drop]:
+        sparsify, seed = self.plan.spec.sparsify, self.plan.spec.seed
+        if sparsify is None or sparsify.drop_rate == 0:
+            return []
+        return [
+            ops.Drop.of(sparsify.drop_rate, sparsify.rescale, seed=seed, tensor=job.name, model=n)
+            for n in range(len(job.models))
+        ]
+
+    def _upload(self, window: _Window, views: list[memoryview]) -> tuple[Tensor | None, list[Tensor]]:
+        job, stored = window.job, iter(views)
+        hosts = [
+            HostWindow(None, torch.bfloat16, window.rows, job.columns)
+            if info is None
+            else HostWindow(next(stored), DTYPES[info.dtype], window.rows, job.columns)
+            for info in job.inputs
+        ]
+        tensors = self.device.upload(hosts)
+        return (tensors[0], tensors[1:]) if job.has_base else (None, tensors)
+
+    def _windows(self, stream: WindowStream) -> Iterator[tuple[_Window, list[memoryview]]]:
+        """Every window of every job with its bytes, in the order of the loop; submitted just far enough ahead."""
+        order = self._order()
+        ahead: list[_Window] = []
+        while True:
+            while len(ahead) <= READ_AHEAD + 1:
+                window = next(order, None)
+                if window is None:
+                    break
+                stream.submit(self._pieces(window), keep=window.job.keep and not window.blends)
+                ahead.append(window)
+            if not ahead:
+                return
+            if self.should_stop is not None and self.should_stop():
+                raise Interrupted("stopped on request; the finished tensors are kept, --resume continues")
+            yield ahead.pop(0), stream.next()
+
+    def _order(self) -> Iterator[_Window]:
+        two_passes = self.plan.method.statistics is not Statistics.NONE
+        for job in self.jobs:
+            for matrix in range(job.matrices):
+                for blends in (False, True) if two_passes and job.parameters is not None else (True,):
+                    for first_row, rows in job.windows():
+                        yield _Window(job, matrix, first_row, rows, blends)
+
+    def _pieces(self, window: _Window) -> list[tuple[int, int, int]]:
+        job = window.job
+        first = (window.matrix * job.rows + window.first_row) * job.columns
+        count = window.rows * job.columns
+        return [
+            (self.file_numbers[info.file], info.offset + first * size, count * size)
+            for info in job.inputs
+            if info is not None
+            for size in (FLOATS[info.dtype] if job.parameters is not None else 1,)
+        ]
+
+    def _bytes_to_read(self, job: TensorJob) -> int:
+        return job.input_bytes * (self.plan.passes if job.parameters is not None else 1)
+
+    def _count(self, read: int, written: int) -> None:
+        self.read += read
+        self.written += written
+        self._progress()
+
+    def _progress(self) -> None:
+        if self.report is None:
+            return
+        self.report(
+            Progress(
+                tensors_done=self.done,
+                tensors_total=len(self.plan.jobs),
+                bytes_read=self.read_before + self.read,
+                bytes_read_total=self.plan.bytes_to_read,
+                bytes_written=self.written,
+                bytes_written_total=sum(slot.nbytes for slot in self.plan.layout.slots.values()),
+                seconds=time.monotonic() - self.started,
+            )
+        )
+
+    def _check_finite(self, job: TensorJob, nonfinite: int, overflow: int) -> None:
+        """Names what is not finite: the inputs at fault, or the dtype that is too narrow."""
+        if not nonfinite and not overflow:
+            return
+        if nonfinite:
+            found = [f"{info.file} ({_count_nonfinite(info)} entries)" for info in job.inputs if info is not None]
+            found = [text for text in found if "(0 entries)" not in text]
+            message = f"{job.name} holds NaN or Inf in " + ", ".join(found or ["the coefficients"])
+            advice = "mend the model, or set on_nonfinite: warn to let it through"
+        else:
+            message = f"{job.name}: {overflow} results overflow {DTYPES[job.dtype]}"
+            advice = "set out_dtype to bfloat16 or float32, or on_nonfinite: warn to write infinities"
+        if self.plan.spec.on_nonfinite == "error":
+            raise NonFiniteError(f"{message}; {advice}")
+        if message not in self.warnings:
+            self.warnings.append(message)
+            log.warning(message)
+
+
+def _count_nonfinite(info: TensorInfo) -> int:
+    """NaN and Inf entries of a stored tensor: a second look at inputs, only when something is wrong."""
+    count, step = 0, 16 << 20
+    with open(info.file, "rb") as file:
+        file.seek(info.offset)
+        for begin in range(0, info.nbytes, step):
+            data = bytearray(file.read(min(step, info.nbytes - begin)))
+            count += int((~torch.isfinite(torch.frombuffer(data, dtype=DTYPES[info.dtype]))).sum())
+    return count

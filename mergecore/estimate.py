@@ -1,0 +1,40 @@
+"""How long a planned merge takes at least on this machine: its own kernels, timed on a window in memory.
+
+A lower bound: inputs that are not in the page cache and slow disks come on top. Reads no tensor.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from mergecore import ops
+from mergecore.methods.base import Statistics
+from mergecore.planning import MergePlan
+
+ROWS, COLUMNS = 512, 2048
+MEASURE_SECONDS = 0.1
+
+
+def seconds(plan: MergePlan) -> float:
+    """Seconds of computing that `plan` needs with the threads and kernels of this process."""
+    models = [torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16) for _ in plan.models]
+    base = torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16) if plan.base is not None else None
+    out = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16)
+    coefficients = torch.ones(len(models), 1, dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.int64)
+    sums = torch.zeros(ops.moment_count(len(models)), COLUMNS, dtype=torch.float64)
+    pending = torch.zeros_like(sums)
+    runs = -1
+    started = time.perf_counter()
+    while runs < 1 or time.perf_counter() - started < MEASURE_SECONDS:
+        if runs == 0:  # the first run only warmed up
+            started = time.perf_counter()
+        if plan.method.statistics is Statistics.COLUMNS:
+            ops.column_moments(base, models, sums, pending)
+        ops.blend(out, base, models, coefficients, counts)
+        runs += 1
+    per_entry = (time.perf_counter() - started) / runs / (ROWS * COLUMNS)
+    entries = sum(job.matrices * job.rows * job.columns for job in plan.jobs if job.parameters is not None)
+    return per_entry * entries

@@ -1,0 +1,108 @@
+"""What lies beside the weights in an output directory: manifest, model card, config, tokenizer.
+
+The manifest (mergecore_manifest.json) says from what, how and at what cost the model was made, with a
+checksum of every tensor; `mergecore verify` holds the files against it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mergecore import __version__
+from mergecore.planning import MergePlan
+
+if TYPE_CHECKING:
+    from mergecore.engine import MergeResult
+    from mergecore.writer import OutputWriter
+
+MANIFEST = "mergecore_manifest.json"
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
+    "spiece.model", "sentencepiece*.model", "chat_template*", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
+
+def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> None:
+    """Adds everything but the weights to an output whose tensors are complete."""
+    reference = plan.reference
+    if reference.config:
+        writer.add_file("config.json", _json(_config(plan)))
+    generation = reference.folder / "generation_config.json"
+    if generation.is_file():
+        writer.add_file(generation.name, generation.read_bytes())
+    for path in _tokenizer_files(plan):
+        writer.add_file(path.name, path.read_bytes())
+    writer.add_file("README.md", _model_card(plan).encode())
+    writer.add_file(MANIFEST, _json(_manifest(writer, plan, result)))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _config(plan: MergePlan) -> dict[str, Any]:
+    config = dict(plan.reference.config)
+    wanted = plan.spec.out_dtype or plan.spec.dtype
+    if wanted is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = wanted
+    if plan.untied_head:
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def _tokenizer_files(plan: MergePlan) -> list[Path]:
+    folder = plan.tokenizer.folder
+    files = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
+    if "auto_map" in plan.reference.config:
+        # Code of the model's own: carried along as it is, never run here.
+        files |= {path for path in plan.reference.folder.glob("*.py") if path.is_file()}
+    return sorted(files)
+
+
+def _model_card(plan: MergePlan) -> str:
+    models = "\n".join(f"- {model.path.name}" for model in plan.models)
+    base = f"Base: {plan.reference.path.name}\n\n" if plan.spec.base_model is not None else ""
+    return (
+        "---\nlibrary_name: transformers\ntags:\n- merge\n- mergecore\n---\n"
+        f"# Merge by {plan.method.name}\n\n"
+        f"Made with mergecore {__version__}: {plan.method.summary} ({plan.method.reference}).\n\n"
+        f"{base}Models:\n\n{models}\n\n"
+        f"```yaml\n{plan.spec.text.strip()}\n```\n"
+    )
+
+
+def _manifest(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> dict[str, Any]:
+    stored = {job.name: job for job in plan.jobs}
+    tensors = {
+        name: {
+            "file": plan.layout.shards[slot.shard].filename,
+            "offset": slot.offset,
+            "bytes": slot.nbytes,
+            "dtype": stored[name].dtype,
+            "shape": list(stored[name].shape),
+            "xxh3_128": writer.checksums[name],
+            "merged": stored[name].parameters is not None,
+        }
+        for name, slot in plan.layout.slots.items()
+    }
+    return {
+        "mergecore": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "method": plan.method.name,
+        "spec": plan.spec.as_dict(),
+        "spec_text": plan.spec.text,
+        "inputs": [{"path": str(model.path), **model.fingerprint()} for model in plan.inputs],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "result": {key: value for key, value in result.as_dict().items() if key != "output"},
+        "tensors_in": {str(model.path): len(model.tensors) for model in plan.inputs},
+        "tensors_out": len(tensors),
+        "tensors": tensors,
+    }
+
+

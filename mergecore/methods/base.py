@@ -1,0 +1,148 @@
+"""What a merge method is: a small frozen value, and the statistics that it may ask for.
+
+A method holds its mathematics and nothing else: no I/O, no devices, no loops over tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as users write it under `parameters`.
+
+    `per_model` ones may also stand under a model; a `default` of None means that it must be given.
+    """
+
+    name: str
+    default: Scalar | None
+    meaning: str
+    per_model: bool = False
+    choices: tuple[str, ...] = ()
+
+    @property
+    def type(self) -> type:
+        return float if self.default is None else type(self.default)
+
+    def accepts(self, value: Any) -> bool:
+        """Whether one scalar of a setting is of the right type, finite, and among the choices."""
+        if self.type is bool:
+            return isinstance(value, bool)
+        if self.type is str:
+            return isinstance(value, str) and (not self.choices or value in self.choices)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return math.isfinite(value) and (self.type is float or float(value).is_integer())
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        if self.choices:
+            return " or ".join(self.choices)
+        return {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}[self.type]
+
+
+class Statistics(Enum):
+    """What a method wants to know of a tensor before it can say its coefficients."""
+
+    NONE = "none"
+    COLUMNS = "columns"
+
+
+# A numerator of 1 - cos below this share of d.d is rounding noise of a delta parallel to the base.
+PARALLEL = 2.0**-40
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Per-column moments of base a and models x = a + d, float64: aa (columns), the others (models, columns)."""
+
+    aa: Tensor
+    dd: Tensor
+    dg: Tensor
+    xx: Tensor
+
+    @classmethod
+    def of(cls, sums: Tensor) -> Moments:
+        """From the kernels' (1 + 3 * models, columns)."""
+        models = sums[1:].unflatten(0, (-1, 3))
+        return cls(sums[0], models[:, 0].contiguous(), models[:, 1].contiguous(), models[:, 2].contiguous())
+
+    def magnitude_divergence(self) -> Tensor:
+        """| |x| - |a| | per column, (models, columns) (WIDEN eq. 2, first line)."""
+        return self._magnitude_change().abs()
+
+    def direction_divergence(self) -> Tensor:
+        """1 - cos(x, a) per column, (models, columns) (WIDEN eq. 2, second line), without cancellation.
+
+        Columns that are zero in both count 0, in one of them 1.
+        """
+        change = self._magnitude_change()
+        numerator = self.dd - change * change
+        numerator = torch.where(numerator <= PARALLEL * self.dd, torch.zeros_like(numerator), numerator)
+        product = self.xx.sqrt() * self.aa.sqrt()
+        # Columns with opposite directions reach 2; rounding may pass it by an ulp or two.
+        divergence = (numerator / (2.0 * product)).clamp(max=2.0)
+        one_is_zero = ((self.xx == 0) != (self.aa == 0)).to(divergence.dtype)
+        return torch.where(product > 0, divergence, one_is_zero)
+
+    def _magnitude_change(self) -> Tensor:
+        # |x| - |a| = d.(x + a) / (|x| + |a|)
+        total = self.xx.sqrt() + self.aa.sqrt()
+        return torch.where(total > 0, self.dg / total, torch.zeros_like(total))
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """What a method sees of one tensor (or of one expert of a fused one)."""
+
+    models: int
+    is_vector: bool
+    parameters: Mapping[str, Any]
+    """Each parameter's value here: a scalar, or a tuple with one scalar per model."""
+    moments: Moments | None = None
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """out = base * a + sum_n values[n] * d_n; `values` is float64 (models, 1) or (models, columns)."""
+
+    values: Tensor
+    base: float = 1.0
+
+
+def per_model(values: Sequence[float]) -> Tensor:
+    """Scalars per model as a (models, 1) tensor of coefficients."""
+    return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: its name, parameters, the statistics it needs, and its coefficients.
+
+    `deltas` methods move away from a base, which the spec must name; others average the models
+    themselves, and a base that carries a weight takes part like a model.
+    """
+
+    name: str
+    summary: str
+    reference: str
+    coefficients: Callable[[TensorView], Coefficients]
+    parameters: tuple[Parameter, ...] = ()
+    statistics: Statistics = Statistics.NONE
+    deltas: bool = True
+    ignored: tuple[str, ...] = field(default=())
+    """Names that mergekit configs carry for this method and that change nothing here."""
+
+    def parameter(self, name: str) -> Parameter | None:
+        return next((parameter for parameter in self.parameters if parameter.name == name), None)

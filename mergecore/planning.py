@@ -1,0 +1,444 @@
+"""MergeSpec + checkpoints -> MergePlan: what is done to each tensor, where its bytes go, what is held in memory.
+
+Everything that can be wrong with a merge is found here, before the first tensor is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mergecore import __version__
+from mergecore.architecture import (
+    HEAD,
+    Architecture,
+    Orientation,
+    embedding_of,
+    is_bias,
+    is_buffer,
+    is_embedding,
+    is_tied,
+)
+from mergecore.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from mergecore.errors import CheckpointError, SpecError
+from mergecore.layout import OutputLayout, plan_layout
+from mergecore.methods import METHODS
+from mergecore.methods.base import Method, Moments, Parameter, Statistics, TensorView
+from mergecore.spec import MergeSpec
+
+FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+WINDOW_BYTES = 64 << 20  # inputs and output of one window; larger ones only cost memory
+MAX_LISTED = 8
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """One output tensor: the inputs, how it is seen as matrices, its parameters and its windows.
+
+    `base` and entries of `models` are None for a bias that this input lacks: zeros. A job without
+    `parameters` copies the reference's bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    base: TensorInfo | None
+    models: tuple[TensorInfo | None, ...]
+    has_base: bool
+    matrices: int
+    rows: int
+    columns: int
+    orientation: Orientation
+    parameters: Mapping[str, Any] | None
+    window_rows: int
+    keep: bool
+    """Whether the inputs stay mapped between the statistics pass and the blend pass."""
+
+    @property
+    def inputs(self) -> tuple[TensorInfo | None, ...]:
+        """The tensors that are read: the base first, if the method uses one."""
+        return (self.base, *self.models) if self.has_base else self.models
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(info.nbytes for info in self.inputs if info is not None)
+
+    def view(self, moments: Moments | None = None) -> TensorView:
+        """This tensor as its method sees it."""
+        assert self.parameters is not None
+        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments)
+
+    def windows(self) -> Iterator[tuple[int, int]]:
+        """(first row, rows) of each window of one matrix, in order."""
+        for first in range(0, self.rows, self.window_rows):
+            yield first, min(self.window_rows, self.rows - first)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge, decided to the last byte: jobs in the order they are read, and the output's layout."""
+
+    spec: MergeSpec
+    method: Method
+    reference: Checkpoint
+    """The base, or the first model where there is none: names, config and tokenizer come from it."""
+    tokenizer: Checkpoint
+    models: tuple[Checkpoint, ...]
+    base: Checkpoint | None
+    jobs: tuple[TensorJob, ...]
+    layout: OutputLayout
+    warnings: tuple[str, ...]
+    untied_head: bool
+    """The output has a head of its own although the reference's config ties it."""
+
+    @property
+    def passes(self) -> int:
+        return 1 if self.method.statistics is Statistics.NONE else 2
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of windows read, both passes counted (the second usually comes from memory)."""
+        return sum(job.input_bytes * (self.passes if job.parameters is not None else 1) for job in self.jobs)
+
+    @property
+    def bytes_to_write(self) -> int:
+        return self.layout.nbytes
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files that are read."""
+        return list(dict.fromkeys(info.file for job in self.jobs for info in job.inputs if info is not None))
+
+    @property
+    def inputs(self) -> list[Checkpoint]:
+        return list({checkpoint.path: checkpoint for checkpoint in (self.reference, *self.models)}.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory held at most, beside the process itself: windows, output buffers, statistics."""
+        return max((_held(job, len(self.models), self.method) for job in self.jobs), default=0)
+
+    def identity(self) -> str:
+        """Equal exactly when the output's tensors are equal: spec, inputs and version (hex, 128 bits)."""
+        what = [self.spec.identity(), [model.fingerprint() for model in self.inputs], __version__]
+        return xxhash.xxh3_128_hexdigest(json.dumps(what, sort_keys=True).encode())
+
+
+def plan(spec: MergeSpec, *, resolve: Callable[[str], Path] | None = None) -> MergePlan:
+    """Plans a merge. `resolve` turns a model's name in the spec into its path (default: spec.resolve).
+
+    Raises SpecError (method, parameters) and CheckpointError (inputs that are missing or do not fit).
+    """
+    resolve = resolve or spec.resolve
+    method = _method(spec)
+    opened: dict[Path, Checkpoint] = {}
+
+    def open_once(name: str, *keys: str | int) -> Checkpoint:
+        path = resolve(name)
+        try:
+            return opened.setdefault(path, opened.get(path) or open_checkpoint(path))
+        except CheckpointError as error:
+            raise CheckpointError(str(spec.error(str(error), *keys))) from error
+
+    base = open_once(spec.base_model, "base_model") if spec.base_model is not None else None
+    listed = [open_once(entry.model, "models", i, "model") for i, entry in enumerate(spec.models)]
+    # mergekit's rules: the base has no delta; and where models are averaged, a base that is not listed
+    # takes part exactly if a weight is set for all.
+    members: list[tuple[Checkpoint, int | None]] = [
+        (model, i) for i, model in enumerate(listed) if not (method.deltas and base is model)
+    ]
+    if not method.deltas and base is not None and base not in listed and "weight" in spec.parameters:
+        members.append((base, None))
+    if not members:
+        raise spec.error("every model listed is the base itself: there is nothing to merge", "models")
+    reference = base or listed[0]
+    source = spec.tokenizer_source
+    tokenizer = reference if source in (None, "base") else open_once(str(source), "tokenizer_source")
+
+    models = tuple(model for model, _ in members)
+    reads_base = base if method.deltas or spec.sparsify is not None else None
+    matching = _Matching(reference, models)
+    architecture = Architecture.of(reference.config, matching.names, spec.orientation)
+    parameters = _Parameters(spec, method, architecture, tuple(index for _, index in members))
+    jobs = [_job(name, matching, parameters, architecture, spec, method, reads_base) for name in matching.names]
+    for job in jobs:
+        _check_coefficients(job, method, spec)
+    layout = plan_layout([(job.name, job.dtype, job.shape) for job in jobs], spec.run.shard_size)
+    return MergePlan(
+        spec=spec,
+        method=method,
+        reference=reference,
+        tokenizer=tokenizer,
+        models=models,
+        base=reads_base,
+        jobs=tuple(jobs),
+        layout=layout,
+        warnings=tuple(matching.warnings),
+        untied_head=HEAD in matching.names and is_tied(reference.config, reference.tensors),
+    )
+
+
+def _check_coefficients(job: TensorJob, method: Method, spec: MergeSpec) -> None:
+    """Coefficients that need no statistics are computed once now, so that what is wrong shows before reading."""
+    if method.statistics is Statistics.NONE and job.parameters is not None:
+        try:
+            method.coefficients(job.view())
+        except ValueError as error:
+            raise spec.error(f"{job.name}: {error}", "parameters") from None
+
+
+def _method(spec: MergeSpec) -> Method:
+    method = METHODS.get(spec.merge_method)
+    if method is None:
+        raise spec.error(
+            f"unknown method {spec.merge_method!r}{_near(spec.merge_method, METHODS)}; `mergecore methods` lists them",
+            "merge_method",
+        )
+    if method.deltas and spec.base_model is None:
+        raise spec.error(f"{method.name} moves away from a base: base_model is missing", "merge_method")
+    if spec.sparsify is not None and spec.base_model is None:
+        raise spec.error("dropping deltas needs a base: base_model is missing", "sparsify")
+    return method
+
+
+def _near(word: str, words: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class _Parameters:
+    """The method's parameters for each tensor, checked: mergekit's precedence, then the defaults."""
+
+    def __init__(
+        self, spec: MergeSpec, method: Method, architecture: Architecture, indices: tuple[int | None, ...]
+    ) -> None:
+        self.spec, self.method, self.architecture, self.indices = spec, method, architecture, indices
+        known = {parameter.name: parameter for parameter in method.parameters}
+        for keys, settings in [
+            (("parameters",), spec.parameters),
+            *((("models", i, "parameters"), entry.parameters) for i, entry in enumerate(spec.models)),
+        ]:
+            for name in settings:
+                if name in method.ignored:
+                    continue
+                if name not in known:
+                    raise spec.error(f"{method.name} has no such parameter{_near(name, known)}", *keys, name)
+                if keys[0] == "models" and not known[name].per_model:
+                    raise spec.error("this parameter belongs to the whole merge: write it under 'parameters'", *keys, name)
+
+    def of(self, name: str) -> dict[str, Any]:
+        place = self.architecture.place(name)
+        return {
+            parameter.name: tuple(self._value(parameter, name, place, index) for index in self.indices)
+            if parameter.per_model
+            else self._value(parameter, name, place, None)
+            for parameter in self.method.parameters
+        }
+
+    def _value(self, parameter: Parameter, name: str, place: float, index: int | None) -> Any:
+        keys: tuple[str | int, ...] = ("parameters", parameter.name)
+        if index is not None and parameter.name in self.spec.models[index].parameters:
+            keys = ("models", index, *keys)
+
+        def validate(value: Any) -> Any:
+            value = value if parameter.type is str else _number(value)
+            if not parameter.accepts(value):
+                raise self.spec.error(f"found {value!r}, expected {parameter.expected}", *keys)
+            return parameter.type(value)
+
+        value = self.spec.parameter(parameter.name, name, place, index, validate=validate)
+        if value is None and parameter.default is None:
+            raise self.spec.error(f"{self.method.name} needs {parameter.name} for {name}", *keys)
+        return parameter.default if value is None else value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+class _Matching:
+    """Which tensor of each model belongs to which output tensor; raises CheckpointError where they do not fit."""
+
+    def __init__(self, reference: Checkpoint, models: tuple[Checkpoint, ...]) -> None:
+        self.reference, self.models = reference, models
+        self.warnings: list[str] = []
+        everyone = (reference, *models)
+        self.tied = all(is_tied(model.config, model.tensors) for model in everyone)
+        names = list(reference.tensors)
+        for model in models:
+            known = set(names)
+            extra = [name for name in model.tensors if name not in known]
+            for name in [name for name in extra if is_buffer(name, model.tensors[name].shape)]:
+                extra.remove(name)
+                self.warnings.append(f"{model.path}: {name} is a constant that {reference.path} does not store; left out")
+            if HEAD in extra and self.tied:
+                extra.remove(HEAD)
+            unknown = [name for name in extra if name != HEAD and not is_bias(name)]
+            if unknown:
+                raise CheckpointError(
+                    f"{model.path} has {len(unknown)} tensors that {reference.path} does not have: {_listed(unknown)}; "
+                    "the models must be of one architecture"
+                )
+            names += extra
+        if self.tied and HEAD in names:
+            names.remove(HEAD)
+            self.warnings.append(f"{HEAD} is tied to the embedding; the output stores it once")
+        self.names = names
+        self._check_shapes()
+
+    def tensor(self, model: Checkpoint, name: str) -> TensorInfo | None:
+        """The tensor of `model` for output tensor `name`; a tied head is the embedding; None stands for zeros."""
+        info = model.tensors.get(name)
+        if info is None and name == HEAD:
+            embedding = embedding_of(model.tensors)
+            info = model.tensors[embedding] if embedding is not None else None
+        return info
+
+    def any_tensor(self, name: str) -> TensorInfo:
+        found = (self.tensor(model, name) for model in (self.reference, *self.models))
+        return next(info for info in found if info is not None)
+
+    def _check_shapes(self) -> None:
+        for model in (self.reference, *self.models):
+            missing, zeros, differing = [], [], []
+            for name in self.names:
+                info, expected = self.tensor(model, name), self.any_tensor(name)
+                if info is not None and info.shape != expected.shape:
+                    differing.append((name, info.shape, expected.shape))
+                elif info is None and is_bias(name):
+                    zeros.append(name)
+                elif info is None and not is_buffer(name, expected.shape):
+                    missing.append(name)
+            if missing:
+                raise CheckpointError(
+                    f"{model.path} lacks {len(missing)} tensors that the other models have: {_listed(missing)}; "
+                    "the models must be of one architecture"
+                )
+            if differing:
+                raise CheckpointError(self._mismatch(model, differing))
+            if zeros:
+                self.warnings.append(f"{model.path} lacks {len(zeros)} biases, read as zeros: {_listed(zeros)}")
+
+    def _mismatch(self, model: Checkpoint, differing: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
+        first = differing[0]
+        text = ", ".join(f"{name} {list(found)} instead of {list(expected)}" for name, found, expected in differing[:MAX_LISTED])
+        hint = "the models must be of one size"
+        if all(is_embedding(name, found) or name == HEAD for name, found, _ in differing) and first[1][1:] == first[2][1:]:
+            hint = "the vocabularies differ: resize the embeddings to one vocabulary first"
+        return f"{model.path}: {len(differing)} tensors differ in shape from {self.reference.path}'s: {text}; {hint}"
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _job(
+    name: str,
+    matching: _Matching,
+    parameters: _Parameters,
+    architecture: Architecture,
+    spec: MergeSpec,
+    method: Method,
+    base: Checkpoint | None,
+) -> TensorJob:
+    some = matching.any_tensor(name)
+    models = tuple(matching.tensor(model, name) for model in matching.models)
+    reference = matching.tensor(matching.reference, name)
+    dtypes = {info.dtype for info in (reference, *models) if info is not None}
+    if is_buffer(name, some.shape) or not dtypes & FLOATS.keys():
+        source = reference or some
+        if source.dtype.startswith("F8") or source.dtype == "F64":
+            raise CheckpointError(f"{source.file}: {name} is {source.dtype}; inputs can be F32, F16 or BF16")
+        return TensorJob(
+            name=name,
+            shape=source.shape,
+            dtype=source.dtype,
+            base=None,
+            models=(source,),
+            has_base=False,
+            matrices=1,
+            rows=source.nbytes,
+            columns=1,
+            orientation="columns",
+            parameters=None,
+            window_rows=max(1, min(source.nbytes, WINDOW_BYTES // 4)),
+            keep=False,
+        )
+    for info in (reference, *models):
+        if info is not None and info.dtype not in FLOATS:
+            raise CheckpointError(f"{info.file}: {name} is {info.dtype}; inputs can be F32, F16 or BF16")
+    wanted = spec.out_dtype or spec.dtype
+    dtype = STORED[wanted] if wanted is not None else (reference or some).dtype
+    matrices, rows, columns = architecture.matrices(name, some.shape)
+    if method.statistics is Statistics.NONE:
+        # Entries do not know of each other: a window may be cut anywhere.
+        matrices, rows, columns = 1, matrices * rows * columns, 1
+    job = TensorJob(
+        name=name,
+        shape=some.shape,
+        dtype=dtype,
+        base=matching.tensor(base, name) if base is not None else None,
+        models=models,
+        has_base=base is not None,
+        matrices=matrices,
+        rows=rows,
+        columns=columns,
+        orientation=architecture.orientation(name, some.shape),
+        parameters=parameters.of(name),
+        window_rows=max(1, rows),
+        keep=False,
+    )
+    return _windowed(job, spec.run.memory, method)
+
+
+def _row_bytes(job: TensorJob) -> tuple[int, int]:
+    """Bytes of one row of all inputs, and of the output."""
+    inputs = sum(FLOATS[info.dtype] for info in job.inputs if info is not None)
+    return job.columns * inputs, job.columns * FLOATS.get(job.dtype, 1)
+
+
+def _statistics_bytes(job: TensorJob, models: int, method: Method) -> int:
+    if method.statistics is Statistics.NONE or job.parameters is None:
+        return 0
+    length = job.columns if job.orientation == "columns" or len(job.shape) < 2 else job.rows
+    # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
+    return 8 * length * (2 * (1 + 3 * models) + 8 * models)
+
+
+def _held(job: TensorJob, models: int, method: Method) -> int:
+    if job.parameters is None:
+        return 4 * job.window_rows
+    inputs, output = (job.window_rows * size for size in _row_bytes(job))
+    kept = job.input_bytes // job.matrices if job.keep else 0
+    return max(kept, inputs) + inputs + 2 * output + _statistics_bytes(job, models, method)
+
+
+def _windowed(job: TensorJob, memory: int, method: Method) -> TensorJob:
+    """Two windows of inputs (one in use, one read ahead) and two of output fit the memory beside the statistics."""
+    models = len(job.models)
+    inputs, output = _row_bytes(job)
+    room = memory - _statistics_bytes(job, models, method)
+    smallest = 2 * (inputs + output)
+    if room < smallest:
+        needed = memory - room + smallest
+        raise SpecError(
+            f"{job.name} {list(job.shape)} needs {needed / 2**20:.0f} MiB for its statistics and one row of "
+            f"{models} models, more than the memory allowed ({memory / 2**20:.0f} MiB); raise run.memory or --memory"
+        )
+    rows = min(job.rows, max(1, min(room, 2 * WINDOW_BYTES) // smallest))
+    windowed = replace(job, window_rows=max(1, rows))
+    kept = replace(windowed, keep=method.statistics is not Statistics.NONE)
+    return kept if kept.keep and _held(kept, models, method) <= memory else windowed

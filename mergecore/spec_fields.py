@@ -1,0 +1,193 @@
+"""The single values that a spec may hold: sizes, paths, choices, ranges. Each tells what it expects.
+
+Mappings of them are in spec_tables.py and spec.py; method parameters in settings.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from .problems import either, near, show
+
+MIN_MEMORY = 16 << 20
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}b": 1000**n for n, prefix in enumerate("kmgt", 1)}
+_UNITS |= {f"{prefix}ib": 1024**n for n, prefix in enumerate("kmgt", 1)}
+_SIZE_PATTERN = r"^\s*([0-9]{1,19}(?:\.[0-9]{1,19})?)\s*([KkMmGgTt]?[Ii]?[Bb])?\s*$"
+_SIZE_EXAMPLES = "a size such as 512MiB, 1GiB or 5GB"
+
+
+def expected(value: Any, what: str, hint: str = "") -> PydanticCustomError:
+    """The error that `what` was expected and `value` found."""
+    return refused(f"found {show(value)}, expected {what}{hint}")
+
+
+def refused(message: str) -> PydanticCustomError:
+    """An error with a message of its own."""
+    return PydanticCustomError("worded", "{message}", {"message": message})
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes of '512MiB', '1GiB' (powers of 1024), '5GB', '1.5 GB' (powers of 1000) or a plain number of bytes.
+
+    Raises ValueError for anything else, for 0, and from 2**63 on.
+    """
+    found = None
+    if isinstance(size, int) and not isinstance(size, bool):
+        found = size
+    elif isinstance(size, str) and (match := re.match(_SIZE_PATTERN, size)):
+        number, unit = match.groups(default="")
+        if unit.lower() in _UNITS and ("." not in number or unit):
+            found = int(Decimal(number) * _UNITS[unit.lower()])
+    if found is None or not 0 < found < 2**63:
+        raise ValueError(f"found {show(size)}, expected {_SIZE_EXAMPLES}")
+    return found
+
+
+def table(what: str) -> BeforeValidator:
+    """A mapping; `what` describes it."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise expected(value, what)
+        return dict(value)
+
+    return BeforeValidator(check)
+
+
+def _bytes(value: Any) -> int:
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise refused(str(error)) from None
+
+
+def _memory(value: Any) -> int:
+    size = _bytes(value)
+    if size < MIN_MEMORY:
+        raise expected(value, f"at least {MIN_MEMORY >> 20}MiB")
+    return size
+
+
+def _text(value: Any) -> str:
+    return _filled(value, "text")
+
+
+def _filled(value: Any, what: str) -> str:
+    if isinstance(value, str) and value.strip() and "\0" not in value:
+        return str(value)
+    hint = "; put it in quotes" if isinstance(value, bool | int | float) else ""
+    raise expected(value, what + (", neither empty nor with a NUL character" if isinstance(value, str) else ""), hint)
+
+
+def _device(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", value):
+        return value
+    raise expected(value, "auto, cpu, cuda or cuda:N", near(value, ("auto", "cpu", "cuda")))
+
+
+def _choice(*words: str, also: Mapping[str, str] | None = None) -> BeforeValidator:
+    def check(value: Any) -> str:
+        word = (also or {}).get(value, value) if isinstance(value, str) else None
+        if word in words:
+            return word
+        raise expected(value, either(words), near(value, words) if len(words) > 1 else "")
+
+    return BeforeValidator(check)
+
+
+def _integer(low: int, high: int, what: str) -> BeforeValidator:
+    def check(value: Any) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+            return int(value)
+        raise expected(value, what)
+
+    return BeforeValidator(check)
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise expected(value, "true or false")
+
+
+def _drop_rate(value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
+        return float(value)
+    raise expected(value, "a number from 0 up to, but not including, 1")
+
+
+def located(model: str, directory: Path | None) -> Path:
+    """The path of a model as written in a spec: `~` expanded, relative to the spec's directory (or the working one)."""
+    return (directory or Path()).absolute() / os.path.expanduser(model)
+
+
+def _model(value: Any, info: ValidationInfo) -> str:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, dict):
+        hint = "; revisions, LoRA and override_architecture are not supported by this version"
+        raise expected(value, "the path of a model", hint)
+    path = _filled(value, "the path of a model")
+    for sign, what in (("+", "LoRA references (model+lora)"), ("@", "revisions (model@revision)")):
+        if sign in path and not os.path.exists(located(path, (info.context or {}).get("directory"))):
+            raise refused(f"{show(path)} does not exist, and {what} are not supported by this version")
+    return path
+
+
+def _tokenizer_source(value: Any, info: ValidationInfo) -> str:
+    if value == "union":
+        raise refused("'union' is not supported by this version; expected base or the path of a model")
+    return _model(value, info)
+
+
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
+_TORCH_DTYPES = {f"torch.{name}": name for name in ("bfloat16", "float16", "float32")}
+_SIZE_SCHEMA = WithJsonSchema(
+    {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _SIZE_PATTERN}]}
+)
+
+Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"type": "string", "minLength": 1})]
+ModelPath = Annotated[str, BeforeValidator(_model), WithJsonSchema({"type": "string", "minLength": 1})]
+TokenizerSource = Annotated[str, BeforeValidator(_tokenizer_source), WithJsonSchema({"type": "string", "minLength": 1})]
+Size = Annotated[int, BeforeValidator(_bytes), _SIZE_SCHEMA]
+Memory = Annotated[int, BeforeValidator(_memory), _SIZE_SCHEMA]
+Device = Annotated[
+    str, BeforeValidator(_device), WithJsonSchema({"type": "string", "pattern": "^(auto|cpu|cuda(:[0-9]{1,3})?)$"})
+]
+Dtype = Annotated[
+    Literal["bfloat16", "float16", "float32"],
+    _choice("bfloat16", "float16", "float32", also=_SHORT_DTYPES | _TORCH_DTYPES),
+    WithJsonSchema({"enum": ["bfloat16", "float16", "float32", *_SHORT_DTYPES, *_TORCH_DTYPES]}),
+]
+Sparsifier = Annotated[Literal["dare"], _choice("dare")]
+OnNonfinite = Annotated[Literal["error", "warn"], _choice("error", "warn")]
+Read = Annotated[Literal["map", "pread"], _choice("map", "pread")]
+Orientation = Annotated[Literal["rows", "columns"], _choice("rows", "columns")]
+Switch = Annotated[bool, BeforeValidator(_boolean)]
+DropRate = Annotated[
+    float, BeforeValidator(_drop_rate), WithJsonSchema({"type": "number", "minimum": 0, "exclusiveMaximum": 1})
+]
+Seed = Annotated[
+    int,
+    _integer(0, 2**64 - 1, "a whole number from 0 to 2**64 - 1"),
+    WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}),
+]
+Threads = Annotated[
+    int,
+    _integer(0, 4096, "a whole number from 0 (all processors) to 4096"),
+    WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 4096}),
+]
+Priority = Annotated[
+    int,
+    _integer(-1_000_000, 1_000_000, "a whole number from -1000000 to 1000000"),
+    WithJsonSchema({"type": "integer", "minimum": -1_000_000, "maximum": 1_000_000}),
+]

@@ -1,0 +1,118 @@
+"""The mappings inside of a spec: a model entry, `sparsify` and `run`, with the description of each key.
+
+The spec itself, which is made of them, is in spec.py; single values are in spec_fields.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .settings import Setting
+from .spec_fields import (
+    Device,
+    DropRate,
+    Memory,
+    ModelPath,
+    Priority,
+    Read,
+    Size,
+    Sparsifier,
+    Switch,
+    Text,
+    Threads,
+    expected,
+    table,
+)
+
+Parameters = Annotated[dict[str, Setting], table("a mapping of parameters such as {weight: 0.5}")]
+
+
+class Table(BaseModel):
+    """A mapping with known keys. A key without a value (null) counts as not given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    looks_like: ClassVar[str] = "a mapping"
+    ignored_when_empty: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise expected(value, cls.looks_like)
+        empty = cls.ignored_when_empty
+        return {
+            key: given
+            for key, given in value.items()
+            if not ((given is None and key in cls.model_fields) or (not given and key in empty))
+        }
+
+
+class ModelEntry(Table):
+    """One model of the merge."""
+
+    looks_like = "a mapping such as {model: /models/A, parameters: {weight: 0.5}}"
+
+    model: ModelPath = Field(
+        title="Model",
+        description="Path of a Hugging Face model directory; a relative one starts at the spec's directory.",
+        examples=["/models/Qwen1.5-14B-Chat"],
+    )
+    parameters: Parameters = Field(
+        default={},
+        title="Parameters of this model",
+        description="Method parameters for this model; they win over those at the top of the spec.",
+        examples=[{"weight": 0.5}],
+    )
+
+
+class Sparsify(Table):
+    """Random dropping of delta entries in front of the method."""
+
+    looks_like = "a mapping such as {method: dare, drop_rate: 0.1}"
+
+    method: Sparsifier = Field(title="Method", description="How entries are chosen.", examples=["dare"])
+    drop_rate: DropRate = Field(
+        title="Drop rate", description="The probability of a delta entry to become 0; 0 <= p < 1.", examples=[0.1]
+    )
+    rescale: Switch = Field(
+        default=True, title="Rescale", description="Multiply the entries that stay by 1 / (1 - drop_rate)."
+    )
+
+
+class Run(Table):
+    """Where and with what the merge runs. Nothing here changes the values of the result's tensors."""
+
+    looks_like = "a mapping such as {memory: 1GiB, device: auto}"
+
+    output: Text | None = Field(
+        default=None,
+        title="Output",
+        description="Name of the output directory for merges run by the daemon; without it, the spec's own name.",
+        examples=["my-merge"],
+    )
+    device: Device = Field(
+        default="auto", title="Device", description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."
+    )
+    memory: Memory = Field(
+        default=1 << 30,
+        title="Memory",
+        description="Budget of the windows in flight, 16MiB or more: 512MiB (powers of 1024), 1GB (powers of 1000).",
+        examples=["1GiB"],
+    )
+    threads: Threads = Field(default=0, title="Threads", description="Threads that compute; 0 for all processors.")
+    shard_size: Size = Field(
+        default=5 * 10**9, title="Shard size", description="Largest size of an output file.", examples=["5GB"]
+    )
+    priority: Priority = Field(
+        default=0, title="Priority", description="The daemon takes waiting specs with a higher number first."
+    )
+    read: Read = Field(
+        default="map",
+        title="Read",
+        description="map: map the input files into memory. pread: read through buffers, for network mounts.",
+    )

@@ -1,0 +1,454 @@
+"""Writes tensors to their planned places: buffers, one writer thread, checksums, early write-back, checkpoints.
+
+Not for deciding where bytes go (layout.py), for the folder they grow in and its publishing (staging.py), or for what
+lies beside the weights (manifest.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+import xxhash
+
+from mergecore.errors import Interrupted, OutputError, OutputExistsError
+from mergecore.layout import INDEX_NAME, OutputLayout, TensorSlot
+from mergecore.staging import Staging, remove_all, reporting, sync_path
+
+RING = 2  # one buffer is filled while the other is written
+WRITE_STEP = 16 << 20  # bytes written before their write-back starts
+CHECKPOINT_BYTES = 256 << 20  # a crash costs the tensors at work and at most about this much of finished ones,
+CHECKPOINT_SECONDS = 5.0  # or this much time
+
+
+class OutputWriter:
+    """Writes the tensors of `layout` and publishes them as the directory `out`, all or nothing.
+
+    Tensor bytes go through buffers of this writer: `acquire` one, fill it, `write` (part of) it; a thread puts it at
+    its planned offset and reuses it. One thread calls these methods; a tensor's windows come in order, tensors in any.
+    `identity` names the merge (spec, inputs, code): with `resume`, the tensors that an interrupted run with equal
+    identity and layout has finished are kept (`resumed`, `finished`); otherwise everything starts from zero.
+
+    Leaving it as a context manager abandons what was not published. The work is kept for `resume` if the reason was
+    Interrupted, or OutputExistsError at the very end; else nothing stays behind.
+
+    Raises OutputExistsError if `out` exists and is not an empty directory; OutputError if another merge writes to it,
+    if the disk is too full, and, from whichever method is called next, if writing failed in the background.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        layout: OutputLayout,
+        identity: str,
+        *,
+        resume: bool = False,
+        dirty_limit: int = 256 << 20,
+    ) -> None:
+        self.layout = layout
+        self.resumed = False
+        self.checksums: dict[str, str] = {}  # complete and on disk: name -> xxh3_128, 32 hex digits
+        self.written = 0  # tensor bytes written by this process, without what an earlier run had finished
+
+        self._staging = Staging(out)
+        self._shards: list[int] = []  # file descriptors
+        self._write_back = _WriteBack(dirty_limit)
+        self._added: set[str] = set()
+        self._closed = False
+
+        # Of both threads, guarded by _changed.
+        self._changed = threading.Condition()
+        self._tasks: deque[Callable[[], None]] = deque()  # bounded, since every write in it holds a buffer
+        self._submitted = self._done = 0
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._free = [_new_buffer(1) for _ in range(RING)]
+        self._lent: dict[int, mmap.mmap] = {}  # by id: acquired, not yet written
+
+        # Of the calling thread.
+        self._begun: dict[str, int] = {}  # bytes accepted, per tensor that has no end yet
+        self._ended: set[str] = set()
+
+        # Of the writer thread.
+        self._hashes: dict[str, xxhash.xxh3_128] = {}
+        self._unsynced: set[int] = set()  # shard numbers
+        self._complete: dict[str, str] = {}  # written and summed, not yet synced and journaled
+        self._complete_since = 0.0
+        self._since_checkpoint = 0  # bytes
+
+        self._staging.enter()
+        try:
+            self._open(identity, resume)
+        except BaseException:
+            self._close_shards()
+            self._staging.leave(keep=self.resumed)
+            raise
+        self._thread = threading.Thread(target=self._run, name=f"writer of {self._staging.out.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def finished(self) -> frozenset[str]:
+        """Names of the tensors that are complete and on disk, those of an earlier run included."""
+        return frozenset(self.checksums.copy())
+
+    def acquire(self, nbytes: int) -> memoryview:
+        """A writable, page-aligned buffer of `nbytes` bytes with arbitrary content; waits until one is free.
+
+        Raises ValueError if the caller holds all of them already, OutputError if writing has failed.
+        """
+        if nbytes < 0:
+            raise ValueError(f"cannot acquire a buffer of {nbytes} bytes")
+        with self._changed:
+            self._check_usable()
+            if len(self._lent) == RING:
+                raise ValueError(f"all {RING} output buffers are held by the caller; write one of them first")
+            while not self._free:
+                self._changed.wait()
+                self._check_usable()
+            largest = max(self._free, key=len)
+            buffer = largest if len(largest) >= nbytes else _new_buffer(nbytes)
+            self._free.remove(largest)
+            self._lent[id(buffer)] = buffer
+            return memoryview(buffer)[:nbytes]
+
+    def write(self, name: str, offset_in_tensor: int, data: memoryview) -> None:
+        """Queues the next bytes of a tensor; `data` is a slice of an acquired buffer and must not be touched any more.
+
+        Raises ValueError, and the buffer stays the caller's, if `data` is not the next part of the tensor; OutputError
+        if writing has failed.
+        """
+        slot = self._open_slot(name)
+        begun = self._begun.get(name, 0)
+        if offset_in_tensor != begun:
+            raise ValueError(f"tensor {name!r}: bytes from {offset_in_tensor:,} on were given, but {begun:,} come next")
+        if begun + data.nbytes > slot.nbytes:
+            raise ValueError(f"tensor {name!r} has {slot.nbytes:,} bytes; {begun:,} + {data.nbytes:,} do not fit")
+        if not data.c_contiguous:
+            raise ValueError(f"tensor {name!r}: the data is not contiguous")
+        with self._changed:
+            self._check_usable()
+            buffer = self._lent.pop(id(data.obj), None)
+            if buffer is None:
+                raise ValueError(f"tensor {name!r}: the data is not in a buffer from acquire(), or was written already")
+            self._submit(partial(self._store, slot, begun, data.cast("B") if data.nbytes else memoryview(b""), buffer))
+        self._begun[name] = begun + data.nbytes
+
+    def finish(self, name: str) -> None:
+        """Queues the end of a tensor: its checksum goes to the journal as soon as its bytes are on disk.
+
+        Raises ValueError if bytes are missing, OutputError if writing has failed.
+        """
+        slot = self._open_slot(name)
+        begun = self._begun.get(name, 0)
+        if begun != slot.nbytes:
+            raise ValueError(f"tensor {name!r} is not complete: {begun:,} of {slot.nbytes:,} bytes were written")
+        with self._changed:
+            self._check_usable()
+            self._submit(partial(self._end, name))
+        self._begun.pop(name, None)
+        self._ended.add(name)
+
+    def add_file(self, name: str, content: bytes | Path) -> None:
+        """Puts a small file beside the shards: these bytes, or a copy of the file at this path.
+
+        Raises ValueError if `name` is no plain file name or is taken, OutputError if it cannot be written.
+        """
+        with self._changed:
+            self._check_usable()
+        if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+            raise ValueError(f"{name!r} is not a plain file name")
+        if name in self._added or name == INDEX_NAME or any(name == shard.filename for shard in self.layout.shards):
+            raise ValueError(f"the output has a file {name!r} already")
+        self._put_file(name, content)
+
+    def sync(self) -> None:
+        """Returns when all that was written is on disk and every finished tensor is in the journal."""
+        with self._changed:
+            self._check_usable()
+            self._submit(self._checkpoint)
+            ticket = self._submitted
+            while self._done < ticket:
+                self._changed.wait()
+                self._check_usable()
+
+    def publish(self) -> None:
+        """Makes everything durable and gives it its final name. Raises ValueError if a tensor is not finished."""
+        self.sync()
+        missing = [name for name in self.layout.slots if name not in self.checksums]
+        if missing:
+            count = len(self.layout.slots)
+            raise ValueError(f"{len(missing)} of {count} tensors are not finished, first {missing[0]!r}")
+        if self.layout.index is not None and INDEX_NAME not in self._added:
+            self._put_file(INDEX_NAME, self.layout.index)
+        for name in sorted(self._added):
+            with reporting("sync", self._staging.output / name):
+                sync_path(self._staging.output / name)
+        self._staging.publish()
+        self.abandon(keep=False)  # of the staging folder only the journal and the lock are left
+
+    def abandon(self, keep: bool) -> None:
+        """Stops writing. `keep`: finished tensors stay, synced and journaled, for `resume`; else nothing stays.
+
+        Does nothing after `publish` or a first `abandon`. Raises nothing: what a failing disk did not take is not in
+        the journal, so that it is written again on resume.
+        """
+        if self._closed:
+            return
+        with self._changed:
+            if keep:
+                self._submit(self._checkpoint)
+            else:
+                self._tasks.clear()
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._close_shards()
+        self._staging.leave(keep)
+
+    def __enter__(self) -> OutputWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A name that was taken while the merge ran must not cost the work of the merge.
+        self.abandon(keep=isinstance(error, (Interrupted, OutputExistsError)))
+
+    # Opening and closing.
+
+    def _open(self, identity: str, resume: bool) -> None:
+        """Opens the journal and all shards, preallocated and with their headers."""
+        staging = self._staging
+        paths = [staging.output / shard.filename for shard in self.layout.shards]
+        head = {"identity": identity, "layout": self.layout.digest()}
+        records = staging.journal.read() if resume else []
+        self.resumed = records[:1] == [head] and self._have_planned_sizes(paths)
+        with reporting("prepare", staging.folder):
+            if self.resumed:
+                self.checksums = {record["name"]: record["xxh3_128"] for record in records[1:]}
+                remove_all(set(staging.output.iterdir()) - set(paths))  # what the earlier run had put beside the shards
+            else:
+                remove_all([staging.journal.path, staging.output])
+                staging.output.mkdir()
+            free = shutil.disk_usage(staging.output).free
+        if not self.resumed and free < self.layout.nbytes:
+            raise self._disk_full(free)
+        for path in paths:
+            with reporting("open", path):
+                self._shards.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        for path, shard, descriptor in zip(paths, self.layout.shards, self._shards, strict=True):
+            try:
+                os.posix_fallocate(descriptor, 0, shard.size)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise self._disk_full(free) from error
+                raise OutputError(f"cannot preallocate {shard.size:,} bytes for {path}: {error.strerror}") from error
+        for number, shard in enumerate(self.layout.shards):
+            self._write_all(number, 0, memoryview(shard.header))
+        with reporting("sync", staging.folder):
+            if self.resumed:
+                staging.journal.go_on()
+            else:
+                staging.journal.start(head)
+            for folder in (staging.output, staging.folder, staging.folder.parent):
+                sync_path(folder)
+
+    def _have_planned_sizes(self, paths: list[Path]) -> bool:
+        with suppress(OSError):
+            return [path.stat().st_size for path in paths] == [shard.size for shard in self.layout.shards]
+        return False
+
+    def _disk_full(self, free: int) -> OutputError:
+        out = self._staging.out
+        return OutputError(
+            f"not enough disk space for {out}: {self.layout.nbytes:,} bytes are needed, {free:,} were free on the file "
+            f"system of {out.parent}, less if you have a quota; free some or choose an output elsewhere"
+        )
+
+    def _put_file(self, name: str, content: bytes | Path) -> None:
+        path = self._staging.output / name
+        try:
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                shutil.copyfile(content, path)
+        except OSError as error:
+            remove_all([path])
+            source = "" if isinstance(content, bytes) else f", a copy of {content}"
+            raise OutputError(f"cannot write {path}{source}: {error.strerror or error}") from error
+        self._added.add(name)
+
+    def _close_shards(self) -> None:
+        self._closed = True
+        while self._shards:
+            os.close(self._shards.pop())
+
+    # Between the threads.
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            what = str(self._failure) if isinstance(self._failure, OutputError) else repr(self._failure)
+            raise OutputError(what) from self._failure
+        if self._closed:
+            raise ValueError(f"the writer of {self._staging.out} is closed")
+
+    def _open_slot(self, name: str) -> TensorSlot:
+        slot = self.layout.slots.get(name)
+        if slot is None:
+            raise ValueError(f"the layout of {self._staging.out} has no tensor {name!r}")
+        if name in self._ended or name in self.checksums:
+            raise ValueError(f"tensor {name!r} is finished already")
+        return slot
+
+    def _submit(self, task: Callable[[], None]) -> None:
+        self._tasks.append(task)
+        self._submitted += 1
+        self._changed.notify_all()
+
+    def _next_task(self) -> Callable[[], None] | None:
+        with self._changed:
+            while not self._tasks:
+                if self._stopping:
+                    return None
+                wait = self._checkpoint_wait()
+                if wait == 0:
+                    self._submit(self._checkpoint)
+                else:
+                    self._changed.wait(wait)
+            return self._tasks.popleft()
+
+    # The writer thread.
+
+    def _run(self) -> None:
+        try:
+            while (task := self._next_task()) is not None:
+                task()
+                del task  # or it would hold its buffer until the next one comes
+                if self._checkpoint_wait() == 0:
+                    self._checkpoint()
+                with self._changed:
+                    self._done += 1
+                    self._changed.notify_all()
+        except BaseException as failure:  # whatever it is: the caller must hear of it and not wait for ever
+            with self._changed:
+                self._failure = failure
+                self._changed.notify_all()
+
+    def _store(self, slot: TensorSlot, begin: int, data: memoryview, buffer: mmap.mmap) -> None:
+        state = self._hashes.setdefault(slot.name, xxhash.xxh3_128())
+        self._write_all(slot.shard, slot.offset + begin, data, state)
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+    def _end(self, name: str) -> None:
+        if not self._complete:
+            self._complete_since = time.monotonic()
+        self._complete[name] = self._hashes.pop(name, xxhash.xxh3_128()).hexdigest()
+
+    def _write_all(self, number: int, offset: int, data: memoryview, state: xxhash.xxh3_128 | None = None) -> None:
+        """Writes to a shard at an offset, in steps that end where the file offset is a multiple of WRITE_STEP."""
+        descriptor = self._shards[number]
+        self._unsynced.add(number)
+        while data:
+            step = data[: WRITE_STEP - offset % WRITE_STEP]
+            try:
+                nbytes = os.pwrite(descriptor, step, offset)
+                if nbytes == 0:
+                    raise OSError(errno.EIO, "the file system took no bytes")
+                self._write_back.wrote(descriptor, offset, nbytes)
+            except OSError as error:
+                raise self._failed("write", number, f" at offset {offset:,}", error) from error
+            if state is not None:
+                state.update(step[:nbytes])
+                self.written += nbytes
+                self._since_checkpoint += nbytes
+            offset += nbytes
+            data = data[nbytes:]
+
+    def _checkpoint_wait(self) -> float | None:
+        """Seconds until the next checkpoint is due; None while there is nothing to record."""
+        if not self._complete:
+            return None
+        if self._since_checkpoint >= CHECKPOINT_BYTES:
+            return 0
+        return max(0, self._complete_since + CHECKPOINT_SECONDS - time.monotonic())
+
+    def _checkpoint(self) -> None:
+        """First the data, then the journal lines that vouch for it."""
+        for number in sorted(self._unsynced):
+            try:
+                os.fdatasync(self._shards[number])
+            except OSError as error:
+                raise self._failed("sync", number, "", error) from error
+        self._unsynced.clear()
+        self._write_back.synced()
+        with reporting("write", self._staging.journal.path):
+            self._staging.journal.append({"name": name, "xxh3_128": value} for name, value in self._complete.items())
+        self.checksums.update(self._complete)
+        self._complete.clear()
+        self._since_checkpoint = 0
+
+    def _failed(self, doing: str, number: int, where: str, error: OSError) -> OutputError:
+        path = self._staging.output / self.layout.shards[number].filename
+        return OutputError(f"cannot {doing} {path}{where}: {error.strerror or error}")
+
+
+class _WriteBack:
+    """Starts write-back early and keeps what is not on disk yet below a limit, one contiguous range after another.
+
+    Left to itself the kernel collects gigabytes of dirty pages; then other writers stall and the last sync is long.
+    """
+
+    def __init__(self, limit: int) -> None:
+        from mergecore import _stream  # not above: importing this file needs no compiled code
+
+        self._start_writeback = _stream.start_writeback
+        self._wait_writeback = _stream.wait_writeback
+        self._limit = limit
+        self._descriptor = -1
+        self._begin = self._end = 0  # written, its write-back not started
+        self._started: deque[tuple[int, int, int]] = deque()
+        self._nbytes = 0  # of both
+
+    def wrote(self, descriptor: int, offset: int, nbytes: int) -> None:
+        """Takes note of bytes just written; may wait for earlier ones. Raises OSError if the disk failed on them."""
+        if (descriptor, offset) != (self._descriptor, self._end):
+            self._start()
+            self._descriptor, self._begin = descriptor, offset
+        self._end = offset + nbytes
+        self._nbytes += nbytes
+        if self._end % WRITE_STEP == 0:  # at a page boundary, so that no page is written back twice
+            self._start()
+        while self._nbytes > self._limit and self._started:
+            self._wait_writeback(*self._started[0])
+            self._nbytes -= self._started.popleft()[2]
+
+    def synced(self) -> None:
+        """Everything written so far is on disk."""
+        self._started.clear()
+        self._begin = self._end
+        self._nbytes = 0
+
+    def _start(self) -> None:
+        if self._begin < self._end:
+            job = (self._descriptor, self._begin, self._end - self._begin)
+            self._start_writeback(*job)
+            self._started.append(job)
+            self._begin = self._end
+
+
+def _new_buffer(nbytes: int) -> mmap.mmap:
+    # Private: Python's default is shared memory, which counts as such and changes under a forked child.
+    size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,0 +1,115 @@
+"""The daemon's configuration: one TOML file, overridden by the command line."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from service.spool import ServiceError
+
+WORKER_COMMAND = (sys.executable, "-P", "-m", "service.worker")
+
+_WHAT = {
+    "spool": "a path",
+    "outputs": "a path",
+    "models": "a list of paths",
+    "host": "a host name or address",
+    "port": "a port number from 0 to 65535 (0: any free one)",
+    "jobs": "a whole number, at least 1",
+    "rescan": "a number of seconds above 0",
+    "settle": "a number of seconds, at least 0",
+    "stop_timeout": "a number of seconds, at least 0",
+    "worker_command": "a list of strings: a program and its arguments",
+}
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Everything the daemon is told."""
+
+    spool: Path
+    """Holds incoming/, running/, done/ and failed/; one filesystem."""
+    outputs: Path
+    """Merged models appear below it, and nowhere else."""
+    models: tuple[Path, ...] = ()
+    """If any: models are read from below these folders only, and relative model paths are looked up in them."""
+    host: str = "127.0.0.1"
+    """Where the metrics are served."""
+    port: int = 9417
+    jobs: int = 1
+    """Workers at once."""
+    rescan: float = 5.0
+    """Seconds between looks at the folders that happen without any event."""
+    settle: float = 1.0
+    """Seconds without a change after which a dropped file counts as complete."""
+    stop_timeout: float = 60.0
+    """Seconds that workers get to stop and keep their work when the daemon stops; then they are killed."""
+    worker_command: tuple[str, ...] = WORKER_COMMAND
+    """Gets JOB_DIR --outputs DIR [--models DIR]... appended."""
+
+
+def load_config(file: Path | None, overrides: Mapping[str, Any] | None = None) -> ServeConfig:
+    """The configuration in `file` with `overrides` on top; an override that is None counts as not given.
+
+    Relative paths in the file are relative to its folder. Raises ServiceError naming the key, what was found and what
+    was expected.
+    """
+    settings: dict[str, Any] = {}
+    if file is not None:
+        settings = {key: _checked(key, value, str(file), file.parent) for key, value in _read(file).items()}
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            settings[key] = _checked(key, value, "command line", Path())
+    for one in fields(ServeConfig):
+        if one.default is MISSING and one.name not in settings:
+            where = f' or write {one.name} = "..." into {file}' if file else " or a configuration with --config"
+            raise ServiceError(f"no {one.name} folder: give --{one.name} DIR{where}")
+    return ServeConfig(**settings)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ServiceError(f"configuration {file}: {error.strerror}") from error
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
+        raise ServiceError(f"configuration {file}: not valid TOML: {error}") from error
+
+
+def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
+    """`value` as ServeConfig holds it. Raises ServiceError."""
+    if key not in _WHAT:
+        near = difflib.get_close_matches(key, _WHAT, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_WHAT)}"
+        raise ServiceError(f"{where}: unknown key {key}; {hint}")
+    problem = ServiceError(f"{where}: {key} is {value!r}, but must be {_WHAT[key]}")
+    if key in ("spool", "outputs"):
+        if not isinstance(value, str | Path) or not str(value):
+            raise problem
+        return (folder / value).absolute()
+    if key in ("models", "worker_command"):
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str | Path) and str(item) for item in value):
+            raise problem
+        if key == "models":
+            return tuple((folder / item).absolute() for item in value)
+        if not value:
+            raise problem
+        return tuple(str(item) for item in value)
+    if key == "host":
+        if not isinstance(value, str) or not value:
+            raise problem
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise problem
+    if key in ("port", "jobs"):
+        if not isinstance(value, int) or not (0 <= value <= 65535 if key == "port" else value >= 1):
+            raise problem
+        return value
+    if not 0 <= value < float("inf") or (key == "rescan" and value == 0):
+        raise problem
+    return float(value)

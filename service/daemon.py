@@ -1,0 +1,495 @@
+"""The merge daemon: startup, main loop, shutdown. Claims specs from the spool and runs a worker process for each.
+
+The daemon opens no spec and no model, so nothing that is dropped can bring it down, and it needs no torch. What a job
+is and how it moves: spool.py. Which file is next: incoming.py. What a worker does: worker.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from wsgiref.simple_server import WSGIServer
+
+from watchdog.events import FileClosedEvent, FileModifiedEvent, FileMovedEvent, FileSystemEvent, FileSystemEventHandler
+from watchdog.observers.inotify import InotifyObserver
+
+from mergecore.errors import Interrupted, MergecoreError
+from service import systemd
+from service.commands import status_command, submit_command
+from service.config import ServeConfig, load_config
+from service.incoming import Incoming, is_spec
+from service.metrics import Metrics
+from service.spool import DAEMON_PID, ERROR, LOG, Job, ServiceError, Spool, printable, utc_now, write_atomic
+
+__all__ = ["Daemon", "ServeConfig", "load_config", "serve", "serve_command", "status_command", "submit_command"]
+
+log = logging.getLogger("mergecore.service")
+
+WATCHED_EVENTS: list[type[FileSystemEvent]] = [FileClosedEvent, FileMovedEvent, FileModifiedEvent]
+REFRESH = 1.0
+"""Seconds between two looks at the progress of running workers, and between two scans while no worker is free."""
+SCAN_PAUSE = 0.1
+"""Seconds between two scans however many events come."""
+LONGEST_WAIT = 3600.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+RESUMABLE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""A worker that died of one of these was asked to stop before it could listen: nothing is wrong with the job."""
+
+
+def serve_command(config_file: Path | None, overrides: dict[str, Any]) -> int:
+    """Run the daemon until a signal stops it; the exit code. Errors are printed as one clear line."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=False
+    )
+    try:
+        return serve(load_config(config_file, overrides))
+    except MergecoreError as error:
+        print(f"mergecore serve: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def serve(config: ServeConfig) -> int:
+    """Run the daemon in the main thread until SIGTERM or SIGINT; 0. Raises ServiceError if it cannot start."""
+    return Daemon(config).run()
+
+
+@dataclass
+class Worker:
+    """A running worker process and the job that it runs."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    started: float
+    """On the monotonic clock."""
+    killed: bool = False
+    """By us, because it did not stop in time."""
+
+
+class Daemon:
+    """One daemon on one spool. Several may share a spool, also on several hosts: the job locks keep them apart."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        self.spool = Spool(config.spool)
+        self.incoming = Incoming(self.spool.incoming, config.settle)
+        self.metrics = Metrics()
+        self.workers: dict[str, Worker] = {}
+        self._unfinished: list[tuple[Job, str, dict[str, Any]]] = []
+        """Jobs that ended but could not be moved: a full disk, a vanished mount. Tried again at each rescan."""
+        self._complaints: set[Path] = set()
+        """What was complained about, to say it once: files that cannot be claimed, folders that cannot be read."""
+        self._left_behind = False
+        """Whether the last look into running/ found jobs to take over, but no free worker."""
+        self._events: deque[tuple[str, bool]] = deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stop_signals = 0
+        self._rescan_at = self._scan_at = self._refresh_at = time.monotonic()
+        self._scanned_at = float("-inf")
+        self._said = ""
+        self._watchdog = systemd.watchdog_interval()
+
+    def run(self) -> int:
+        """Start up, loop until told to stop, shut down; 0. Raises ServiceError if it cannot start."""
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(os.close, self._wake)
+            self._startup(cleanup)
+            systemd.notify("READY=1")
+            while not self._stop_signals:
+                self._turn()
+            self._shutdown()
+        return 0
+
+    # --- startup ---
+
+    def _startup(self, cleanup: contextlib.ExitStack) -> None:
+        self.spool.prepare()
+        _prepare_outputs(self.config.outputs)
+        if shutil.which(self.config.worker_command[0]) is None:
+            raise ServiceError(f"worker_command: {self.config.worker_command[0]} is not a program that can be run")
+        for folder in self.config.models:
+            if not folder.is_dir():
+                log.warning("model folder %s does not exist (yet)", folder)
+        server = self.metrics.serve(self.config.host, self.config.port)
+        cleanup.callback(_close_server, server)
+        cleanup.enter_context(self._signal_handlers())
+        cleanup.callback(self._release_all)
+        self._watch(cleanup)
+        self.metrics.succeeded(self.spool.last_success())
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        log.info("spool %s, outputs %s, %d job(s) at a time", self.spool.root, self.config.outputs, self.config.jobs)
+        log.info("metrics on http://%s:%d/metrics", host, server.server_port)
+        with contextlib.suppress(OSError):  # nobody needs to read it
+            print(f"listening on http://{host}:{server.server_port}", flush=True)
+
+    def _watch(self, cleanup: contextlib.ExitStack) -> None:
+        """Have events of the drop folder wake the loop; where there are none, the periodic rescan finds everything."""
+        try:
+            observer = InotifyObserver(generate_full_events=True)
+            observer.schedule(_Listener(self), str(self.spool.incoming), event_filter=WATCHED_EVENTS)
+            observer.start()
+        except OSError as error:
+            log.warning(
+                "no events from %s (%s): dropped files are found by looking every %g s",
+                self.spool.incoming,
+                error.strerror or error,
+                self.config.rescan,
+            )
+            return
+        cleanup.callback(_stop_observer, observer)
+
+    @contextlib.contextmanager
+    def _signal_handlers(self) -> Iterator[None]:
+        handlers: dict[signal.Signals, Any] = dict.fromkeys(STOP_SIGNALS, self._on_stop_signal)
+        handlers[signal.SIGCHLD] = lambda number, frame: self.wake()
+        old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop_signals += 1
+        self.wake()
+
+    def wake(self) -> None:
+        """End the loop's current wait. Safe in any thread and in signal handlers, where a lock would not be."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self._wake, 1)
+
+    def event(self, name: str, complete: bool) -> None:
+        """Something happened to incoming/NAME. Called in the observer's thread."""
+        self._events.append((name, complete))
+        if complete:
+            self.wake()
+
+    # --- main loop ---
+
+    def _turn(self) -> None:
+        """Wait for the next thing to do, and do what is due."""
+        self._wait(self._next_moment())
+        now = time.monotonic()
+        while self._events:
+            name, complete = self._events.popleft()
+            (self.incoming.note_complete if complete else self.incoming.note_written)(name)
+            self._scan_at = min(self._scan_at, now)
+        if self._reap():
+            self._scan_at = self._refresh_at = now
+            if self._left_behind:
+                self._adopt()
+        if now >= self._rescan_at:
+            self._rescan_at = now + self.config.rescan
+            self._retry_unfinished()
+            self._adopt()
+            self._scan_at = now
+        if now >= self._scan_after():
+            self._claim()
+        if now >= self._refresh_at:
+            self._refresh_at = now + REFRESH
+            self._refresh()
+        self._tell()
+
+    def _next_moment(self) -> float:
+        """When the loop must turn though nothing happens, on the monotonic clock."""
+        return min(self._rescan_at, self._scan_after(), self._refresh_at if self.workers else self._rescan_at)
+
+    def _scan_after(self) -> float:
+        """When the drop folder is to be looked at; not too often, be it 10,000 files and an event for each."""
+        return max(self._scan_at, self._scanned_at + (SCAN_PAUSE if self._free() > 0 else REFRESH))
+
+    def _wait(self, until: float) -> None:
+        """Sleep until `wake` is called or the moment has come; tell systemd's watchdog that the loop turns."""
+        if self._watchdog:
+            systemd.notify("WATCHDOG=1")
+            until = min(until, time.monotonic() + self._watchdog)
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        if poll.poll(1000 * min(max(0.0, until - time.monotonic()), LONGEST_WAIT)):
+            os.eventfd_read(self._wake)
+
+    def _free(self) -> int:
+        return self.config.jobs - len(self.workers)
+
+    def _claim(self) -> None:
+        """Look at the drop folder and start as many jobs as workers are free."""
+        self._scanned_at = time.monotonic()
+        self._scan_at = float("inf")
+        try:
+            ready = self.incoming.scan()
+        except OSError as error:
+            self._complain(self.spool.incoming, "cannot list %s: %s", self.spool.incoming, error.strerror)
+            return
+        due = self.incoming.next_due()
+        if due is not None:
+            self._scan_at = self._scanned_at + due
+        self._complaints.intersection_update([*(self.spool.incoming / name for name in ready), self.spool.running])
+        for name in ready:
+            if self._free() <= 0:
+                break
+            try:
+                job = self.spool.claim(name)
+            except OSError as error:
+                path = self.spool.incoming / name
+                self._complain(path, "cannot claim %s: %s; trying again", printable(str(path)), error.strerror)
+                continue
+            self.incoming.forget(name)
+            if job is not None:
+                log.info("job %s: claimed %s", job.name, printable(name))
+                self._start(job)
+        self.metrics.queue(self.incoming.waiting)
+
+    def _adopt(self) -> None:
+        """Go on with jobs that a dead daemon, or an interrupted worker of ours, left in running/."""
+        own = {*self.workers, *(job.name for job, _, _ in self._unfinished)}
+        self._left_behind = False
+        try:
+            for job in self.spool.adopt(own):
+                outcome = job.outcome()
+                if outcome is not None:
+                    status = job.status()
+                    log.info("job %s: taken over; its worker had ended: %s", job.name, outcome)
+                    self.metrics.ended(job.name, outcome, status.method, status.seconds)
+                    self._finish(job, outcome)
+                elif self._free() > 0:
+                    log.info("job %s: taken over; resuming", job.name)
+                    self._start(job)
+                else:
+                    self._left_behind = True
+                    job.release()
+            self._complaints.discard(self.spool.running)
+        except OSError as error:
+            self._complain(self.spool.running, "cannot look into %s: %s", self.spool.running, error.strerror)
+
+    def _start(self, job: Job) -> None:
+        """Start a worker on a job that we own. If no process can be had, the job waits for the next rescan."""
+        try:
+            status = job.status()
+            job.update(
+                state="running",
+                host=socket.gethostname(),
+                started=status.started or utc_now(),
+                attempts=status.attempts + 1,
+                heartbeat=utc_now(),
+                progress={},
+                error="",
+            )
+            with open(job.folder / LOG, "ab") as output:
+                process = subprocess.Popen(
+                    self._worker_command(job),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=_worker_environment(),
+                    pass_fds=(job.lock,),  # the job stays owned while the worker lives, also without us
+                    start_new_session=True,
+                )
+        except OSError as error:
+            log.error("job %s: cannot start a worker: %s; trying again later", job.name, error)
+            job.release()
+            return
+        self.workers[job.name] = Worker(job, process, time.monotonic())
+        self.metrics.started(job.name)
+        log.info("job %s: worker %d started", job.name, process.pid)
+
+    def _worker_command(self, job: Job) -> list[str]:
+        command = [*self.config.worker_command, str(job.folder), "--outputs", str(self.config.outputs)]
+        for folder in self.config.models:
+            command += ["--models", str(folder)]
+        return command
+
+    def _reap(self) -> bool:
+        """Deal with the workers that have ended; whether there was one."""
+        ended = [worker for worker in self.workers.values() if worker.process.poll() is not None]
+        for worker in ended:
+            del self.workers[worker.job.name]
+            self._ended(worker)
+        return bool(ended)
+
+    def _ended(self, worker: Worker) -> None:
+        job, code = worker.job, worker.process.returncode
+        status = job.status()
+        self.metrics.progressed(job.name, status)
+        status.seconds += time.monotonic() - worker.started
+        changes: dict[str, Any] = {"seconds": round(status.seconds, 3), "pid": 0, "resident_bytes": 0}
+        stopped = code == Interrupted.exit_code or worker.killed or -code in RESUMABLE_SIGNALS
+        if code == 0 or status.result:
+            if code != 0:
+                log.warning("job %s: worker ended with %d after the merge was complete", job.name, code)
+            self.metrics.succeeded(time.time())
+            state = "done"
+            changes["progress"] = {**status.progress, "ratio": 1.0}
+        elif stopped:
+            state = "interrupted"
+        else:
+            state = "failed"
+            changes["error"] = status.error or _why_ended(code)
+        self.metrics.ended(job.name, state, status.method, status.seconds)
+        log.log(
+            logging.ERROR if state == "failed" else logging.INFO,
+            "job %s: %s after %.1f s%s",
+            job.name,
+            state,
+            status.seconds,
+            f": {changes['error']}" if state == "failed" else "",
+        )
+        if state == "interrupted":
+            with contextlib.suppress(OSError):  # the lock tells the same
+                job.update(state=state, **changes)
+            job.release()
+        else:
+            self._finish(job, state, **changes)
+
+    def _finish(self, job: Job, state: str, **changes: Any) -> None:
+        """Move an ended job to done/ or failed/; if that cannot be done now, keep it and try again."""
+        try:
+            if state == "failed" and not (job.folder / ERROR).exists():
+                paragraph = changes.get("error") or job.status().error or "the worker left no report"
+                text = f"{paragraph}\n\nThe end of the worker's log:\n{_log_tail(job.folder / LOG)}"
+                write_atomic(job.folder / ERROR, text)
+            job.finish(state, **changes)
+        except OSError as error:
+            log.error("job %s: cannot move it to %s/: %s; trying again", job.name, state, error)
+            self._unfinished.append((job, state, changes))
+
+    def _retry_unfinished(self) -> None:
+        unfinished, self._unfinished = self._unfinished, []
+        for job, state, changes in unfinished:
+            self._finish(job, state, **changes)
+
+    def _refresh(self) -> None:
+        """Look how the running workers fare."""
+        for worker in self.workers.values():
+            self.metrics.progressed(worker.job.name, worker.job.status())
+        self.metrics.resident(sum(_resident_bytes(worker.process.pid) for worker in self.workers.values()))
+
+    def _tell(self) -> None:
+        """Tell systemd what is going on, when it has changed."""
+        saying = f"STATUS={len(self.workers)} running, {self.incoming.waiting} waiting"
+        if saying != self._said:
+            self._said = saying
+            systemd.notify(saying)
+
+    def _complain(self, about: Path, message: str, *details: object) -> None:
+        """Log a lasting problem once."""
+        if about not in self._complaints:
+            self._complaints.add(about)
+            log.error(message, *details)
+
+    # --- shutdown ---
+
+    def _shutdown(self) -> None:
+        """Have the workers stop and keep their work; kill what does not stop in time or at a second signal."""
+        systemd.notify("STOPPING=1", f"STATUS=stopping, {len(self.workers)} running")
+        if self.workers:
+            log.info("stopping: waiting up to %g s for %d worker(s)", self.config.stop_timeout, len(self.workers))
+        for worker in self.workers.values():
+            worker.process.terminate()
+        deadline = time.monotonic() + self.config.stop_timeout
+        while self.workers:
+            self._wait(deadline)
+            if self._stop_signals > 1 or time.monotonic() >= deadline:
+                deadline = float("inf")
+                for worker in self.workers.values():
+                    log.warning("job %s: worker did not stop, killing it", worker.job.name)
+                    worker.killed = True
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(worker.process.pid, signal.SIGKILL)
+            self._reap()
+        log.info("stopped")
+
+    def _release_all(self) -> None:
+        """Whatever ended the loop: no worker stays behind unseen, no lock is held on."""
+        for worker in self.workers.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.process.pid, signal.SIGKILL)
+            worker.process.wait()
+            worker.job.release()
+        self.workers.clear()
+        self._retry_unfinished()
+        for job, _, _ in self._unfinished:
+            job.release()
+
+
+class _Listener(FileSystemEventHandler):
+    """Passes events on specs in the drop folder to the daemon."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        moved = isinstance(event, FileMovedEvent)
+        name = os.path.basename(os.fsdecode(event.dest_path if moved else event.src_path))
+        if is_spec(name):
+            self.daemon.event(name, complete=not isinstance(event, FileModifiedEvent))
+
+
+def _prepare_outputs(outputs: Path) -> None:
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=outputs):
+            pass
+    except OSError as error:
+        raise ServiceError(f"outputs {outputs}: cannot be written: {error.strerror}") from error
+
+
+def _stop_observer(observer: InotifyObserver) -> None:
+    logging.getLogger("watchdog.observers.inotify").setLevel(logging.CRITICAL)  # it logs its own stop as an error
+    observer.stop()
+    observer.join()
+
+
+def _close_server(server: WSGIServer) -> None:
+    server.shutdown()
+    server.server_close()
+
+
+def _worker_environment() -> dict[str, str]:
+    """Ours, without what concerns only us; with the place of this package, wherever the daemon was started."""
+    ours = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    package = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment[DAEMON_PID] = str(os.getpid())
+    return environment
+
+
+def _why_ended(code: int) -> str:
+    if code >= 0:
+        return f"worker ended with exit code {code} and no report"
+    if -code == signal.SIGKILL:
+        return "worker was killed by signal 9 (out of memory?)"
+    with contextlib.suppress(ValueError):
+        return f"worker was killed by signal {-code} ({signal.Signals(-code).name})"
+    return f"worker was killed by signal {-code}"
+
+
+def _log_tail(path: Path, nbytes: int = 4096) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - nbytes))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return "(none)\n"
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0

@@ -1,0 +1,407 @@
+"""The spool: folders of plain files through which specs become jobs.
+
+    SPOOL/incoming/NAME.yaml    dropped by anybody
+    SPOOL/running/JOB/          spec.yaml, status.json, log, lock
+    SPOOL/done/JOB/             spec.yaml, status.json, log
+    SPOOL/failed/JOB/           spec.yaml, status.json, log, error.txt
+
+A job moves by one rename each time, so it is in exactly one folder whatever dies in between. Who owns a running job
+is told by a flock on running/JOB/lock; the kernel takes it back when the last process that holds it dies (the daemon
+and the job's worker share it). Which files in incoming/ are complete is decided in incoming.py; here is no torch, no
+YAML, no thread and no clock but the one that dates things.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mergecore.errors import MergecoreError
+
+FOLDERS = ("incoming", "running", "done", "failed")
+SPEC, STATUS, LOCK, ERROR, LOG = "spec.yaml", "status.json", "lock", "error.txt", "log"
+DAEMON_PID = "MERGECORE_DAEMON_PID"
+"""Environment variable that tells a worker whose death to follow."""
+
+
+class ServiceError(MergecoreError):
+    """The service cannot start with what it was given: its configuration, its folders, its port."""
+
+    exit_code = 2
+
+
+# --- small durable-file helpers -----------------------------------------------------------------------------------
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of `folder` durable: a rename survives a power loss only once its folders are synced."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace `path`: readers see the old or the new content whole; `durable`: also after a power loss.
+
+    One writer at a time per path: the temporary name is fixed, so that a crash leaves at most one.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if durable:
+        sync_folder(path.parent)
+
+
+def utc_now() -> str:
+    """The wall-clock time, ISO 8601 in UTC. For people to read; nothing is decided by it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def printable(text: str) -> str:
+    """`text` on one line without control characters and escape sequences: file names come from anybody."""
+    safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in safe)
+
+
+# --- status -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class JobStatus:
+    """What status.json holds.
+
+    `state`: queued (still in incoming/), running, interrupted (in running/, will be resumed), done, failed.
+    Times are ISO UTC; `seconds` is the time workers spent on the job, over all attempts; `progress` has ratio,
+    tensors_done, tensors_total and bytes; `result` is MergeResult.as_dict(); `resident_bytes` is the worker's.
+    Only one process writes it at a time: the worker while it lives, the job's owner before and after.
+    """
+
+    job: str = ""
+    state: str = ""
+    spec: str = ""
+    method: str = ""
+    output: str = ""
+    created: str = ""
+    started: str = ""
+    finished: str = ""
+    host: str = ""
+    pid: int = 0
+    heartbeat: str = ""
+    attempts: int = 0
+    seconds: float = 0.0
+    resident_bytes: int = 0
+    error: str = ""
+    progress: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+
+def read_status(folder: Path) -> JobStatus:
+    """The status of the job in `folder`; what is missing or damaged is left at its default, never an error."""
+    status = JobStatus(job=folder.name)
+    try:
+        found = json.loads((folder / STATUS).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return status
+    if isinstance(found, dict):
+        for one in fields(JobStatus):
+            value, default = found.get(one.name), getattr(status, one.name)
+            if isinstance(value, bool) or value is None:
+                continue
+            if isinstance(default, float) and isinstance(value, int):
+                value = float(value)
+            if isinstance(value, type(default)):
+                setattr(status, one.name, value)
+    status.job = folder.name
+    return status
+
+
+def write_status(folder: Path, status: JobStatus, *, durable: bool = True) -> None:
+    """Replace the status of the job in `folder` atomically."""
+    write_atomic(folder / STATUS, json.dumps(status.as_dict(), indent=1) + "\n", durable=durable)
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """A running job that this process owns: the folder running/JOB and the lock on it."""
+
+    def __init__(self, spool: Spool, name: str, lock: int) -> None:
+        self.spool = spool
+        self.name = name
+        self.lock = lock
+        """Descriptor of the held lock; a worker that inherits it keeps the job owned when this process dies."""
+        self.folder = spool.running / name
+
+    def status(self) -> JobStatus:
+        """The job's status as it is on disk."""
+        return read_status(self.folder)
+
+    def update(self, *, durable: bool = True, **changes: Any) -> JobStatus:
+        """Change some fields of the status. Only while no worker of the job lives. Raises OSError."""
+        status = self.status()
+        for key, value in changes.items():
+            setattr(status, key, value)
+        write_status(self.folder, status, durable=durable)
+        return status
+
+    def outcome(self) -> str | None:
+        """What the last worker left: "done", "failed", or None if there is still something to run."""
+        status = self.status()
+        if status.state in ("done", "failed"):
+            return status.state
+        if status.result:
+            return "done"
+        return "failed" if (self.folder / ERROR).exists() else None
+
+    def finish(self, state: str, **changes: Any) -> None:
+        """Record the final state ("done" or "failed") and move the job to its folder; the lock is given back.
+
+        May be called again after an OSError: each step is repeatable.
+        """
+        target = self.spool.root / state / self.name
+        if self.folder.exists():
+            self.update(state=state, finished=utc_now(), **changes)
+            os.rename(self.folder, target)
+        sync_folder(target.parent)
+        sync_folder(self.spool.running)
+        (target / LOCK).unlink(missing_ok=True)
+        self.release()
+
+    def discard(self) -> None:
+        """Remove the folder of a claim that got no spec. The lock is held until the folder is gone."""
+        try:
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self.folder.rmdir()
+        except OSError:
+            pass  # somebody put files there: theirs to remove
+        self.release()
+
+    def release(self) -> None:
+        """Give up the ownership; what is still in running/ can then be adopted by any daemon."""
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+
+class Spool:
+    """The four folders below `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.incoming, self.running, self.done, self.failed = (root / name for name in FOLDERS)
+
+    def prepare(self) -> None:
+        """Make the folders and rehearse a job's way through them. Raises ServiceError if it is barred."""
+        probe = f".probe-{secrets.token_hex(4)}"
+        stops = [self.incoming / probe, self.running / probe, self.done / probe, self.failed / probe]
+        place = self.root
+        try:
+            for name in FOLDERS:
+                place = self.root / name
+                place.mkdir(parents=True, exist_ok=True)
+            place = stops[0]
+            place.touch()
+            place = stops[1]
+            place.mkdir()
+            os.rename(stops[0], stops[1] / SPEC)
+            lock = os.open(stops[1] / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            finally:
+                os.close(lock)
+            for here, place in itertools.pairwise(stops[1:]):
+                os.rename(here, place)
+        except OSError as error:
+            raise ServiceError(_why_unusable(self.root, place, error)) from error
+        finally:
+            with contextlib.suppress(OSError):
+                stops[0].unlink()
+            for stop in stops[1:]:
+                shutil.rmtree(stop, ignore_errors=True)
+
+    def claim(self, name: str) -> Job | None:
+        """Take incoming/NAME: None if somebody else was faster. Raises OSError if it cannot be moved.
+
+        The job is locked before the spec comes in, so nobody can take a job for abandoned that has just begun.
+        """
+        job = self._new_job(name)
+        try:
+            sync_folder(self.running)
+            os.rename(self.incoming / name, job.folder / SPEC)
+        except FileNotFoundError:
+            job.discard()
+            return None
+        except OSError:
+            job.discard()
+            raise
+        try:
+            _sync_file(job.folder / SPEC)
+            sync_folder(job.folder)
+            sync_folder(self.incoming)
+            job.update(state="running", spec=printable(name), created=utc_now(), host=socket.gethostname())
+        except OSError:
+            job.release()  # the spec has arrived: whoever adopts the job goes on from here
+            raise
+        return job
+
+    def adopt(self, own: set[str]) -> Iterator[Job]:
+        """Take over the running jobs whose owner is gone, oldest first; `own` are not looked at.
+
+        Claims that never got their spec are cleaned up on the way.
+        """
+        folders = [entry for entry in self._folders(self.running) if entry.name not in own]
+        for folder in sorted(folders, key=lambda folder: (read_status(folder).created, folder.name)):
+            job = self._lock(folder.name)
+            if job is None:
+                continue
+            if (folder / SPEC).exists():
+                yield job
+            else:
+                job.discard()
+
+    def jobs(self) -> list[JobStatus]:
+        """Every job once: running first, then done and failed with the newest first. Queued ones: incoming.py."""
+        found: dict[str, JobStatus] = {}
+        running = [folder for folder in self._folders(self.running) if (folder / SPEC).exists()]
+        for folder in running:
+            status = read_status(folder)
+            status.state = "running" if _is_locked(folder / LOCK) else "interrupted"
+            found[status.job] = status
+        ended = []
+        for state, parent in (("done", self.done), ("failed", self.failed)):
+            for folder in self._folders(parent):
+                status = read_status(folder)
+                status.state = state  # the folder says so, whatever the file says
+                ended.append(status)
+                found.pop(status.job, None)  # it moved while this list was made
+        current = sorted(found.values(), key=lambda status: (status.state != "running", status.created, status.job))
+        return current + sorted(ended, key=lambda status: (status.finished, status.job), reverse=True)
+
+    def last_success(self) -> float:
+        """Unix time at which the newest job in done/ finished; 0 if there is none."""
+        newest = max(self._folders(self.done), key=lambda folder: _mtime(folder), default=None)
+        if newest is None:
+            return 0.0
+        try:
+            return datetime.fromisoformat(read_status(newest).finished).timestamp()
+        except ValueError:
+            return _mtime(newest)
+
+    def _folders(self, parent: Path) -> list[Path]:
+        try:
+            return [Path(e.path) for e in os.scandir(parent) if not e.name.startswith(".") and e.is_dir()]
+        except FileNotFoundError:
+            return []
+
+    def _new_job(self, spec_name: str) -> Job:
+        while True:
+            name = job_name(spec_name)
+            if (self.done / name).exists() or (self.failed / name).exists():
+                continue
+            try:
+                (self.running / name).mkdir()
+            except FileExistsError:
+                continue
+            job = self._lock(name)
+            if job is not None:
+                return job
+
+    def _lock(self, name: str) -> Job | None:
+        """Own running/NAME, or None if it has an owner or is gone."""
+        path = self.running / name / LOCK
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between the open and the lock the job may have ended and moved on with its lock file.
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                return Job(self, name, lock)
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+        return None
+
+
+def job_name(spec_name: str) -> str:
+    """A new job id: the spec's stem made safe, the UTC time, and four random hex digits."""
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(spec_name).stem).lstrip(".-")[:64] or "job"
+    return f"{stem}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+
+
+def _sync_file(path: Path) -> None:
+    """Make the content of a dropped file durable; one that we may not read is reported by the worker."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether somebody owns the job. What cannot be opened (another user's) counts as owned."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _why_unusable(root: Path, place: Path, error: OSError) -> str:
+    if error.errno == errno.EXDEV:
+        return (
+            f"spool {root}: incoming, running, done and failed must lie on one filesystem, because a job moves between "
+            f"them by rename; {place.parent} lies on another one"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"spool {root}: cannot write in {place.parent if place.name.startswith('.probe') else place} "
+            f"({error.strerror}); give the user that runs the daemon write permission on the spool and its folders"
+        )
+    return f"spool {root}: cannot be used, at {place}: {error.strerror}"

@@ -1,0 +1,313 @@
+"""One job in a process of its own: running/JOB/spec.yaml -> a merged model below the outputs folder.
+
+    python -m service.worker JOB_DIR --outputs DIR [--models DIR ...]
+
+Exit codes: 0 done, 1 the merge failed, 2 the spec or an input is wrong, 3 stopped by SIGTERM or SIGINT and resumable.
+A dropped spec is untrusted: it can name models only below the --models folders (if any are given) and an output only
+below the outputs folder. The only part of service/ that imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import faulthandler
+import json
+import logging
+import os
+import re
+import signal
+import stat
+import sys
+import threading
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from mergecore.errors import Interrupted, MergecoreError, OutputExistsError, SpecError
+from service.spool import DAEMON_PID, ERROR, SPEC, printable, read_status, utc_now, write_atomic, write_status
+
+if TYPE_CHECKING:
+    from mergecore import Progress
+    from mergecore.spec import MergeSpec
+
+log = logging.getLogger("mergecore.worker")
+
+REPORT_INTERVAL = 0.5
+"""Seconds between two writes of status.json."""
+COUNTED = ("tensors_done", "bytes_read", "bytes_written")
+"""Progress that the daemon's counters add up, without what earlier attempts did."""
+
+
+class Stop:
+    """Set by SIGTERM and SIGINT; the merge asks after every window."""
+
+    requested = False
+
+    def install(self) -> None:
+        """Take over both signals for the rest of the process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def check(self) -> None:
+        """Raise Interrupted if a stop was requested."""
+        if self.requested:
+            raise Interrupted("stopped before the merge began; it starts from zero next time")
+
+
+class Reporter:
+    """Keeps status.json current from a thread of its own, so that the heartbeat goes on during a long window."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._status = read_status(folder)
+        self._status.pid = os.getpid()
+        self._before: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+
+    @property
+    def spec_name(self) -> str:
+        """What the spec was called when it was dropped."""
+        return self._status.spec or SPEC
+
+    @property
+    def output(self) -> str:
+        """The output that an earlier attempt had begun; empty at the first."""
+        return self._status.output
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def record(self, **changes: Any) -> None:
+        """Change fields of the status and make them durable now."""
+        with self._lock:
+            for key, value in changes.items():
+                setattr(self._status, key, value)
+            self._write(durable=True)
+
+    def progress(self, progress: Progress) -> None:
+        """Take over how far the merge is; written with the next heartbeat."""
+        if not self._before:
+            # A resumed merge reports what earlier attempts did along with its first window.
+            counts = dataclasses.asdict(progress) if progress.tensors_done else {}
+            self._before = {f"{key}_before": counts.get(key, 0) for key in COUNTED}
+        moved = progress.bytes_read + progress.bytes_written
+        total = max(1, progress.bytes_read_total + progress.bytes_written_total)
+        now = {"ratio": round(moved / total, 6), **dataclasses.asdict(progress), **self._before, "updated": utc_now()}
+        with self._lock:
+            self._status.progress = now
+
+    def stop(self) -> None:
+        """Write a last time and end the thread."""
+        self._ended.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        with self._lock:
+            self._write(durable=True)
+
+    def _run(self) -> None:
+        while not self._ended.wait(REPORT_INTERVAL):
+            with self._lock, contextlib.suppress(OSError):  # a full disk shows in the merge itself
+                self._write(durable=False)
+
+    def _write(self, durable: bool) -> None:
+        self._status.heartbeat = utc_now()
+        self._status.resident_bytes = resident_bytes()
+        write_status(self._folder, self._status, durable=durable)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one job; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m service.worker", description="Run one job of the spool.")
+    parser.add_argument("job", type=Path, help="the job's folder, with its spec.yaml")
+    parser.add_argument("--outputs", type=Path, required=True, help="merged models appear below it")
+    parser.add_argument("--models", type=Path, nargs="+", action="extend", default=[], help="where models may lie")
+    options = parser.parse_args(arguments)
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(message)s")
+    stop = Stop()
+    stop.install()
+    faulthandler.enable()
+    follow_daemon()
+    prefer_to_be_killed()
+    reporter = Reporter(options.job)
+    reporter.start()
+    try:
+        return run(options.job, options.outputs, options.models, reporter, stop)
+    except Interrupted as error:
+        log.info("%s", error)
+        return error.exit_code
+    except MergecoreError as error:
+        report_error(options.job, reporter, str(error))
+        return error.exit_code
+    except BaseException as error:
+        what = str(error) or type(error).__name__
+        report_error(options.job, reporter, f"unexpected error: {type(error).__name__}: {what}")
+        return 1
+    finally:
+        with contextlib.suppress(OSError):
+            reporter.stop()
+
+
+def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, stop: Stop) -> int:
+    """Merge; 0. Raises MergecoreError."""
+    spec = load(folder / SPEC, reporter.spec_name)
+    reporter.record(method=printable(spec.merge_method)[:100])
+    places = locate_models(spec, models)
+    out = output_path(spec, folder.name, outputs)
+    begun = reporter.output == str(out)
+    if not is_taken(out):
+        reporter.record(output=str(out))
+    stop.check()
+
+    import mergecore  # and with it torch
+
+    log.info("merging to %s", out)
+    try:
+        result = mergecore.merge(
+            spec, out, resume=True, progress=reporter.progress, should_stop=stop, resolve=places.__getitem__
+        ).as_dict()
+    except OutputExistsError:
+        published = published_by(spec, out) if begun else None
+        if published is None:
+            raise
+        log.info("an earlier attempt had published it and died before it could say so")
+        result = published
+    reporter.record(output=str(out), result=result)
+    log.info("done: %s", result)
+    return 0
+
+
+def is_taken(out: Path) -> bool:
+    """Whether something lies at `out` that a merge would refuse to replace."""
+    try:
+        return bool(os.listdir(out))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def published_by(spec: MergeSpec, out: Path) -> dict[str, Any] | None:
+    """The figures of a merge of this very spec that lies complete at `out`; None if something else lies there.
+
+    Only a complete merge has a manifest: it comes with the rename.
+    """
+    try:
+        manifest = json.loads((out / "mergecore_manifest.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(manifest, dict) or manifest.get("spec") != spec.as_dict():
+        return None
+    return {**manifest.get("result", {}), "output": str(out)}
+
+
+def load(path: Path, name: str) -> MergeSpec:
+    """The spec at `path`, called `name` in messages. Raises SpecError."""
+    from mergecore.spec import load_spec
+
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise SpecError(f"{name}: not a plain file; links are not followed")
+    except OSError as error:
+        raise SpecError(f"{name}: cannot be read: {error.strerror}") from error
+    return load_spec(path, name=name)
+
+
+def locate_models(spec: MergeSpec, roots: list[Path]) -> dict[str, Path]:
+    """Where each model lies that the spec names. Raises SpecError."""
+    named: list[tuple[str, tuple[str | int, ...]]] = [
+        (entry.model, ("models", i, "model")) for i, entry in enumerate(spec.models)
+    ]
+    if spec.base_model is not None:
+        named.append((spec.base_model, ("base_model",)))
+    if spec.tokenizer_source not in (None, "base"):
+        named.append((str(spec.tokenizer_source), ("tokenizer_source",)))
+    return {model: find_model(spec, model, roots, *keys) for model, keys in named}
+
+
+def find_model(spec: MergeSpec, model: str, roots: list[Path], *keys: str | int) -> Path:
+    """Where the model named at `keys` lies: below one of `roots`, after resolving links. Raises SpecError.
+
+    Without roots any path goes, and a relative one starts at the working directory.
+    """
+    if not roots:
+        return Path(model).absolute()
+    shown = ", ".join(str(root) for root in roots)
+    real_roots = [root.resolve() for root in roots]
+    candidates = [(root / model).resolve() for root in roots]  # an absolute `model` takes the root's place
+    allowed = [path for path in candidates if any(path.is_relative_to(root) for root in real_roots)]
+    if not allowed:
+        raise spec.error(f"{model!r} does not lie below a model folder of this server ({shown})", *keys)
+    for path in allowed:
+        if path.exists():
+            return path
+    raise spec.error(f"{model!r} was not found; the model folders of this server are {shown}", *keys)
+
+
+def output_path(spec: MergeSpec, job: str, outputs: Path) -> Path:
+    """Where the result goes: run.output, or else the job's name, below `outputs`. Raises SpecError if it leads away."""
+    name = job if spec.run.output is None else spec.run.output
+    parts = Path(name).parts
+    if Path(name).is_absolute() or not parts or any(part.startswith(".") for part in parts) or not name.isprintable():
+        raise spec.error(
+            f"{name!r} is not a name below the outputs folder: it must be relative, without '..' and leading dots",
+            "run",
+            "output",
+        )
+    root = outputs.resolve()
+    out = (root / name).resolve()
+    if not out.is_relative_to(root) or out == root:
+        raise spec.error(f"{name!r} leads out of the outputs folder {outputs}", "run", "output")
+    return out
+
+
+def report_error(folder: Path, reporter: Reporter, message: str) -> None:
+    """error.txt: one paragraph that says what is wrong, an empty line, the traceback."""
+    paragraph = re.sub(r"\n\s*\n", "\n", message.strip()) or "unknown error"
+    log.error("%s", paragraph)
+    with contextlib.suppress(OSError):
+        reporter.record(error=" ".join(printable(paragraph.replace("\n", "; ")).split())[:500])
+    with contextlib.suppress(OSError):
+        write_atomic(folder / ERROR, f"{paragraph}\n\n{traceback.format_exc()}")
+
+
+def follow_daemon() -> None:
+    """Be stopped with SIGTERM when the daemon that started this process dies: another one will resume the job."""
+    daemon = os.environ.get(DAEMON_PID)
+    if daemon is None:
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if str(os.getppid()) != daemon:  # it died before the line above
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def prefer_to_be_killed() -> None:
+    """Out of memory, the kernel shall take this process before the daemon."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 where it cannot be told."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,837 @@
+"""An output appears complete or not at all, whatever happens meanwhile; a later run goes on where one stopped."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mergecore import writer as writer_module
+from mergecore.errors import Interrupted, OutputError, OutputExistsError
+from mergecore.layout import INDEX_NAME, OutputLayout, plan_layout
+from mergecore.writer import OutputWriter
+
+TENSORS = [
+    ("embed", "BF16", (64, 33)),
+    ("layers.0.a", "F32", (17, 5)),
+    ("layers.0.b", "BF16", (0, 4)),
+    ("layers.1.a", "BF16", (50, 100)),
+    ("scale", "F32", ()),
+    ("layers.1.b", "BF16", (31, 7)),
+]
+
+
+def layout_of(tensors: list[tuple[str, str, tuple[int, ...]]] = TENSORS, shard_size: int = 8000) -> OutputLayout:
+    return plan_layout(tensors, shard_size)
+
+
+def content(name: str, nbytes: int) -> bytes:
+    """What the tests write into a tensor: bytes that tell the tensor and the position."""
+    seed = xxhash.xxh3_64_digest(name.encode())
+    return b"".join(xxhash.xxh3_128_digest(seed + bytes([i & 255, i >> 8])) for i in range(nbytes // 16 + 1))[:nbytes]
+
+
+def put(writer: OutputWriter, name: str, window: int = 1000) -> None:
+    """Writes one whole tensor in windows."""
+    data = content(name, writer.layout.slots[name].nbytes)
+    for begin in range(0, len(data), window):
+        piece = data[begin : begin + window]
+        buffer = writer.acquire(len(piece))
+        buffer[:] = piece
+        writer.write(name, begin, buffer)
+    writer.finish(name)
+
+
+def put_rest(writer: OutputWriter) -> None:
+    for name in writer.layout.slots:
+        if name not in writer.finished:
+            put(writer, name)
+
+
+def expected_files(layout: OutputLayout) -> dict[str, bytes]:
+    files = {shard.filename: bytearray(shard.header.ljust(shard.size)) for shard in layout.shards}
+    for slot in layout.slots.values():
+        data = content(slot.name, slot.nbytes)
+        files[layout.shards[slot.shard].filename][slot.offset : slot.offset + slot.nbytes] = data
+    result = {name: bytes(data) for name, data in files.items()}
+    return result if layout.index is None else result | {INDEX_NAME: layout.index}
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def everything_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "WRITE_STEP", 4096)
+    monkeypatch.setattr(writer_module, "CHECKPOINT_BYTES", 3000)
+
+
+# What is published.
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("shard_size", [1, 8000, 10**9])
+def test_published_files_are_the_planned_bytes_and_nothing_else_is_left(tmp_path: Path, shard_size: int) -> None:
+    layout = layout_of(shard_size=shard_size)
+    with OutputWriter(tmp_path / "new" / "out", layout, "a merge") as writer:
+        assert not writer.resumed
+        put_rest(writer)
+        writer.publish()
+        assert writer.written == sum(slot.nbytes for slot in layout.slots.values())
+        assert writer.checksums == {
+            name: xxhash.xxh3_128_hexdigest(content(name, slot.nbytes)) for name, slot in layout.slots.items()
+        }
+    assert files_in(tmp_path / "new" / "out") == expected_files(layout)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def test_windows_of_several_tensors_may_alternate(tmp_path: Path) -> None:
+    layout = layout_of()
+    first, second = content("embed", 4224), content("layers.1.a", 10000)
+    with OutputWriter(tmp_path / "out", layout, "a merge") as writer:
+        for begin in range(0, 10000, 500):
+            for name, data in (("embed", first), ("layers.1.a", second)):
+                if piece := data[begin : begin + 500]:
+                    buffer = writer.acquire(500)
+                    buffer[: len(piece)] = piece
+                    writer.write(name, begin, buffer[: len(piece)])
+        writer.finish("layers.1.a")
+        writer.finish("embed")
+        writer.sync()
+        put_rest(writer)
+        writer.publish()
+    assert files_in(tmp_path / "out") == expected_files(layout)
+
+
+def test_other_files_are_published_beside_the_shards(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("words")
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
+        writer.add_file("config.json", b"{}")
+        writer.add_file("tokenizer.json", tmp_path / "tokenizer.json")
+        for name in ("", ".", "..", "a/b", "/etc/x", "a\\b", "a\0b"):
+            with pytest.raises(ValueError, match="plain file name"):
+                writer.add_file(name, b"")
+        for name in ("config.json", "model-00001-of-00003.safetensors", INDEX_NAME):
+            with pytest.raises(ValueError, match="already"):
+                writer.add_file(name, b"")
+        with pytest.raises(OutputError, match=r"a copy of .*absent: No such file"):
+            writer.add_file("absent", tmp_path / "absent")
+        put_rest(writer)
+        writer.publish()
+    others = {"config.json": b"{}", "tokenizer.json": b"words"}
+    assert files_in(tmp_path / "out") == expected_files(layout_of()) | others
+
+
+def test_an_empty_directory_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
+        put_rest(writer)
+        writer.publish()
+    assert files_in(tmp_path / "out") == expected_files(layout_of())
+
+
+def occupy_with_file(out: Path) -> None:
+    out.write_text("mine")
+
+
+def occupy_with_folder(out: Path) -> None:
+    out.mkdir()
+    (out / "mine").touch()
+
+
+def occupy_with_link(out: Path) -> None:
+    out.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("occupy", [occupy_with_file, occupy_with_folder, occupy_with_link])
+def test_a_taken_name_is_refused_at_once_and_again_at_the_end(tmp_path: Path, occupy: Callable[[Path], None]) -> None:
+    out = tmp_path / "out"
+
+    def merge_meanwhile_occupied() -> None:
+        with OutputWriter(out, layout_of(), "a merge") as writer:
+            put_rest(writer)
+            occupy(out)
+            writer.publish()
+
+    with pytest.raises(OutputExistsError, match="out exists already"):
+        merge_meanwhile_occupied()
+    with pytest.raises(OutputExistsError, match="out exists already"):
+        OutputWriter(out, layout_of(), "a merge", resume=True)
+    out.rename(tmp_path / "moved")
+    with OutputWriter(out, layout_of(), "a merge", resume=True) as writer:  # the work of the merge was kept
+        assert writer.finished == set(layout_of().slots)
+        writer.publish()
+    assert files_in(out) == expected_files(layout_of())
+
+
+def test_refusing_a_taken_name_touches_nothing(tmp_path: Path) -> None:
+    occupy_with_folder(tmp_path / "out")
+    before = everything_below(tmp_path)
+    with pytest.raises(OutputExistsError):
+        OutputWriter(tmp_path / "out", layout_of(), "a merge")
+    assert everything_below(tmp_path) == before
+
+
+def test_a_path_without_a_name_is_refused() -> None:
+    with pytest.raises(OutputError, match="no name"):
+        OutputWriter("/", layout_of(), "a merge")
+
+
+def test_a_parent_that_is_a_file_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot create .*Not a directory"):
+        OutputWriter(tmp_path / "file" / "below" / "out", layout_of(), "a merge")
+
+
+# Misuse.
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[OutputWriter]:
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
+        yield writer
+
+
+def test_windows_out_of_order_beyond_the_tensor_or_after_its_end_are_refused(writer: OutputWriter) -> None:
+    buffer = writer.acquire(5000)
+    for name, offset, nbytes, words in [
+        ("embed", 8, 100, "0 come next"),
+        ("embed", 0, 4225, "do not fit"),
+        ("other", 0, 100, "no tensor 'other'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            writer.write(name, offset, buffer[:nbytes])
+    with pytest.raises(ValueError, match="not contiguous"):
+        writer.write("embed", 0, buffer[:100:2])
+    buffer[:4224] = content("embed", 4224)
+    writer.write("embed", 0, buffer[:4224])  # a refused write leaves the buffer with the caller
+    writer.finish("embed")
+    for call in (lambda: writer.finish("embed"), lambda: writer.write("embed", 0, buffer[:0])):
+        with pytest.raises(ValueError, match="finished already"):
+            call()
+
+
+def test_a_tensor_with_missing_bytes_cannot_be_finished_nor_the_output_published(writer: OutputWriter) -> None:
+    writer.write("embed", 0, writer.acquire(4222))
+    with pytest.raises(ValueError, match="4,222 of 4,224 bytes"):
+        writer.finish("embed")
+    with pytest.raises(ValueError, match="6 of 6 tensors are not finished, first 'embed'"):
+        writer.publish()
+
+
+def test_only_buffers_of_the_writer_are_taken_and_each_once(writer: OutputWriter) -> None:
+    with pytest.raises(ValueError, match="not in a buffer"):
+        writer.write("embed", 0, memoryview(bytearray(10)))
+    buffer = writer.acquire(10)
+    writer.write("embed", 0, buffer)
+    with pytest.raises(ValueError, match="not in a buffer"):
+        writer.write("embed", 10, buffer)
+
+
+def test_holding_all_buffers_is_an_error_and_no_deadlock(writer: OutputWriter) -> None:
+    first, second = writer.acquire(1), writer.acquire(1)
+    assert first.obj is not second.obj
+    with pytest.raises(ValueError, match="held by the caller"):
+        writer.acquire(1)
+
+
+def test_a_closed_writer_says_so(writer: OutputWriter) -> None:
+    writer.abandon(keep=False)
+    writer.abandon(keep=True)  # the first one counts
+    for call in (lambda: writer.acquire(1), writer.sync, writer.publish, lambda: writer.add_file("a", b"")):
+        with pytest.raises(ValueError, match="is closed"):
+            call()
+
+
+def test_buffers_are_page_aligned_and_reused(writer: OutputWriter) -> None:
+    addresses = set()
+    for begin in range(0, 4224, 64):
+        buffer = writer.acquire(64)
+        assert buffer.nbytes == 64
+        addresses.add(ctypes.addressof(ctypes.c_char.from_buffer(buffer)))
+        writer.write("embed", begin, buffer)
+    assert len(addresses) <= 2
+    assert {address % 4096 for address in addresses} == {0}
+
+
+# Two at once.
+
+
+def test_a_second_merge_to_the_same_output_is_told_who_writes_it(tmp_path: Path) -> None:
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge") as first:
+        put(first, "embed")
+        first.sync()
+        for resume in (False, True):
+            with pytest.raises(OutputError, match=rf"another merge is writing .*out \(process {os.getpid()} on "):
+                OutputWriter(tmp_path / "out", layout_of(), "a merge", resume=resume)
+        put_rest(first)
+        first.publish()
+    assert files_in(tmp_path / "out") == expected_files(layout_of())
+
+
+def test_of_many_processes_that_start_together_exactly_one_writes(tmp_path: Path) -> None:
+    def contend() -> None:
+        try:
+            with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
+                put_rest(writer)
+                writer.publish()
+        except OutputExistsError:
+            os._exit(11)
+        except OutputError:
+            os._exit(12)
+
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in [in_child(contend) for _ in range(8)]]
+    assert sorted(set(codes) - {11, 12}) == [0]
+    assert codes.count(0) == 1
+    assert files_in(tmp_path / "out") == expected_files(layout_of())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# Going on after an interruption.
+
+
+def interrupted_after(out: Path, names: list[str], identity: str = "a merge") -> None:
+    with suppress(Interrupted), OutputWriter(out, layout_of(), identity) as writer:
+        for name in names:
+            put(writer, name)
+        writer.write("layers.1.b", 0, writer.acquire(100))
+        raise Interrupted
+
+
+def test_finished_tensors_are_kept_and_the_unfinished_one_starts_again(tmp_path: Path) -> None:
+    interrupted_after(tmp_path / "out", ["embed", "layers.1.a"])
+    assert not (tmp_path / "out").exists()
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge", resume=True) as writer:
+        assert writer.resumed
+        assert writer.finished == {"embed", "layers.1.a"}
+        assert writer.checksums["embed"] == xxhash.xxh3_128_hexdigest(content("embed", 4224))
+        put_rest(writer)
+        writer.publish()
+        assert writer.written == sum(slot.nbytes for slot in layout_of().slots.values()) - 4224 - 10000
+    assert files_in(tmp_path / "out") == expected_files(layout_of())
+
+
+def forget_to_resume(staging: Path) -> dict[str, Any]:
+    return {"resume": False}
+
+
+def change_identity(staging: Path) -> dict[str, Any]:
+    return {"identity": "another merge"}
+
+
+def change_layout(staging: Path) -> dict[str, Any]:
+    return {"layout": layout_of(shard_size=4300)}
+
+
+def truncate_shard(staging: Path) -> dict[str, Any]:
+    os.truncate(next((staging / "output").iterdir()), 5000)
+    return {}
+
+
+def lose_shard(staging: Path) -> dict[str, Any]:
+    next((staging / "output").iterdir()).unlink()
+    return {}
+
+
+def damage_first_line(staging: Path) -> dict[str, Any]:
+    journal = staging / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b"a merge", b"b merge"))
+    return {"identity": "b merge"}
+
+
+def lose_journal(staging: Path) -> dict[str, Any]:
+    (staging / "journal.jsonl").unlink()
+    return {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [forget_to_resume, change_identity, change_layout, truncate_shard, lose_shard, damage_first_line, lose_journal],
+)
+def test_a_run_that_does_not_fit_what_is_there_starts_from_zero(
+    tmp_path: Path, change: Callable[[Path], dict[str, Any]]
+) -> None:
+    interrupted_after(tmp_path / "out", ["embed", "layers.1.a"])
+    arguments: dict[str, Any] = {"layout": layout_of(), "identity": "a merge", "resume": True}
+    arguments |= change(tmp_path / ".out.partial")
+    with OutputWriter(tmp_path / "out", **arguments) as writer:
+        assert not writer.resumed
+        assert writer.finished == set()
+        put_rest(writer)
+        writer.publish()
+    assert files_in(tmp_path / "out") == expected_files(arguments["layout"])
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"name": "lay', b'{"name": "scale", "check": "0"}\n', b"[]\n", b"\xff\n"])
+def test_journal_lines_count_up_to_the_first_that_is_not_whole(tmp_path: Path, damage: bytes) -> None:
+    interrupted_after(tmp_path / "out", ["embed", "layers.1.a"])
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:2]) + damage + b"".join(lines[2:])[: 100 if damage else 20])
+    for expected in ({"embed"}, {"embed", "scale"}):  # what is appended after the cut is read the next time
+        with suppress(Interrupted), OutputWriter(tmp_path / "out", layout_of(), "a merge", resume=True) as writer:
+            assert writer.finished == expected
+            if expected == {"embed"}:
+                put(writer, "scale")
+            raise Interrupted
+
+
+def test_files_that_an_earlier_run_added_are_not_published_by_the_next(tmp_path: Path) -> None:
+    with suppress(Interrupted), OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
+        writer.add_file("tokenizer.model", b"old")
+        raise Interrupted
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge", resume=True) as writer:
+        assert writer.resumed
+        put_rest(writer)
+        writer.publish()
+    assert files_in(tmp_path / "out") == expected_files(layout_of())
+
+
+def test_a_finished_tensor_reaches_the_journal_by_itself_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "CHECKPOINT_SECONDS", 0.01)
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
+        put(writer, "embed")
+        while "embed" not in writer.finished:
+            time.sleep(0.01)
+        assert b'"embed"' in (tmp_path / ".out.partial" / "journal.jsonl").read_bytes()
+
+
+# Crashes. A child process dies in the middle of a system call; what was not synced by then is lost.
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Runs `work` in a forked process and returns its number; the process ends with 0, or with 1 if `work` raised."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+class PowerLoss:
+    """Lets the process die at its n-th change of the disk, and takes what was not synced with it.
+
+    Written ranges that no fsync or fdatasync of the file followed are overwritten with garbage, appended journal lines
+    are cut in their middle, a rename that no fsync of the folder followed is undone. So a journal line that vouches for
+    unsynced data is found out. Renaming unsynced files, or removing anything after an unsynced rename, ends with 3.
+    """
+
+    WRITES = ("pwrite", "write", "ftruncate", "posix_fallocate", "fsync", "fdatasync")
+    CALLS = (*WRITES, "rename", "unlink", "mkdir", "rmdir")
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+        self.unsynced: list[tuple[int, int, int]] = []  # (descriptor, offset, nbytes)
+        self.synced_files: set[int] = set()  # inodes
+        self.unsynced_rename: tuple[Path, Path] | None = None
+        self.real = {name: getattr(os, name) for name in self.CALLS}
+        self.lock = threading.Lock()
+        for name in self.CALLS:
+            setattr(os, name, self.failing(name))
+
+    def failing(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self.lock:
+                self.left -= 1
+                if self.left == 0:
+                    if name == "pwrite":  # half of it arrives
+                        descriptor, data, offset = arguments
+                        self.wrote(descriptor, offset, self.real[name](descriptor, data[: len(data) // 2], offset))
+                    self.die()
+                if name == "rename":
+                    self.unsynced_rename = arguments
+                    if not all(path.stat().st_ino in self.synced_files for path in arguments[0].iterdir()):
+                        os._exit(3)
+                if name == "unlink" and self.unsynced_rename is not None:
+                    os._exit(3)
+                result = self.real[name](*arguments, **options)
+                if name == "pwrite":
+                    self.wrote(arguments[0], arguments[2], result)
+                elif name == "write":
+                    self.wrote(arguments[0], os.fstat(arguments[0]).st_size - result, result)
+                elif name in ("fsync", "fdatasync"):
+                    inode = os.fstat(arguments[0]).st_ino
+                    self.synced_files.add(inode)
+                    if self.unsynced_rename is not None and inode == self.unsynced_rename[1].parent.stat().st_ino:
+                        self.unsynced_rename = None
+                    self.unsynced = [entry for entry in self.unsynced if os.fstat(entry[0]).st_ino != inode]
+                return result
+
+        return call
+
+    def wrote(self, descriptor: int, offset: int, nbytes: int) -> None:
+        self.unsynced.append((descriptor, offset, nbytes))
+        self.synced_files.discard(os.fstat(descriptor).st_ino)
+
+    def die(self) -> None:
+        if self.unsynced_rename is not None and self.unsynced_rename[1].exists():
+            self.real["rename"](*reversed(self.unsynced_rename))
+        for descriptor, offset, nbytes in self.unsynced:
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".jsonl"):
+                self.real["ftruncate"](descriptor, offset + nbytes // 2)
+            else:
+                self.real["pwrite"](descriptor, os.urandom(nbytes), offset)
+        os._exit(9)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge in the sense of these tests: which tensors, in which order and windows, synced how often."""
+
+    layout: OutputLayout
+    order: list[str]
+    window: int
+    checkpoint_bytes: int
+
+    def run(self, out: Path, resume: bool) -> None:
+        writer_module.WRITE_STEP = 4096
+        writer_module.CHECKPOINT_BYTES = self.checkpoint_bytes
+        with OutputWriter(out, self.layout, "a merge", resume=resume) as writer:
+            for name in self.order:
+                if name not in writer.finished:
+                    put(writer, name, self.window)
+            writer.add_file("config.json", b"{}")
+            writer.publish()
+
+    def crash(self, out: Path, at: int) -> bool:
+        """Runs in a child that dies at its `at`-th change of the disk; False if it was done before."""
+
+        def work() -> None:
+            PowerLoss(at)
+            self.run(out, resume=True)
+
+        code = os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1])
+        assert code in (0, 9)
+        return code == 9
+
+    def check_after_crashes(self, out: Path) -> None:
+        """Whatever is there: complete under its name, or resumable; and in the end the same bytes."""
+        expected = expected_files(self.layout) | {"config.json": b"{}"}
+        if out.exists():
+            assert files_in(out) == expected
+            with pytest.raises(OutputExistsError):
+                OutputWriter(out, self.layout, "a merge", resume=True)
+        else:
+            assert os.waitstatus_to_exitcode(os.waitpid(in_child(lambda: self.run(out, resume=True)), 0)[1]) == 0
+            assert files_in(out) == expected
+        assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.fixture
+def memory_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder where fsync costs nothing, if there is one: these tests lose unsynced data by themselves."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+def test_a_crash_at_any_point_leaves_a_complete_or_a_resumable_output(memory_disk: Path) -> None:
+    layout = layout_of(TENSORS[:4])
+    merge = Merge(layout, list(layout.slots), 3000, 4000)
+    at = 1
+    while merge.crash(memory_disk / str(at) / "parent" / "out", at):
+        merge.check_after_crashes(memory_disk / str(at) / "parent" / "out")
+        at += 1
+    assert at > 30
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_series_of_crashes_ends_in_the_bytes_of_an_undisturbed_run(memory_disk: Path, data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(0, 20_000), min_size=1, max_size=6), label="tensor sizes")
+    layout = plan_layout([(f"t{i}", "U8", (size,)) for i, size in enumerate(sizes)], data.draw(st.integers(1, 40_000)))
+    merge = Merge(
+        layout,
+        order=data.draw(st.permutations(list(layout.slots)), label="order"),
+        window=data.draw(st.integers(500, 20_000), label="window"),
+        checkpoint_bytes=data.draw(st.integers(1, 40_000), label="checkpoint bytes"),
+    )
+    folder = Path(tempfile.mkdtemp(dir=memory_disk))
+    for at in data.draw(st.lists(st.integers(1, 80), min_size=1, max_size=3), label="crashes"):
+        if not (folder / "out").exists():
+            merge.crash(folder / "out", at)
+    merge.check_after_crashes(folder / "out")
+
+
+def test_tensors_before_a_crash_are_not_written_again(tmp_path: Path) -> None:
+    def work() -> None:
+        writer = OutputWriter(tmp_path / "out", layout_of(), "a merge")
+        put(writer, "embed")
+        writer.sync()
+        put(writer, "layers.0.a")
+        os._exit(9)
+
+    os.waitpid(in_child(work), 0)
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge", resume=True) as writer:
+        assert writer.finished >= {"embed"}
+        put_rest(writer)
+        writer.publish()
+    assert files_in(tmp_path / "out") == expected_files(layout_of())
+
+
+# Disks that fail.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    mounted = None
+    if shutil.which("mount"):
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted is None or mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here: that needs root and CAP_SYS_ADMIN")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("check_finds_it", [True, False], ids=["checked", "preallocated"])
+def test_a_full_disk_is_found_before_anything_is_written(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, check_finds_it: bool
+) -> None:
+    real = shutil.disk_usage(small_disk)
+    if not check_finds_it:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=10**9))
+    layout = layout_of([("a", "BF16", (15000,)), ("b", "BF16", (20000,))], 30000)
+    with pytest.raises(OutputError, match=r"disk space for .*out: 78,192 bytes are needed, [0-9,]+ were free"):
+        OutputWriter(small_disk / "parent" / "out", layout, "a merge")
+    assert everything_below(small_disk) == set()
+
+
+def test_a_mount_point_is_refused_as_output(small_disk: Path) -> None:
+    with pytest.raises(OutputError, match="mount point"):
+        OutputWriter(small_disk, layout_of(), "a merge")
+
+
+@pytest.fixture
+def limit_files() -> Iterator[Callable[[int], None]]:
+    """Lets the kernel refuse writes beyond an offset (EFBIG; Python ignores the signal that comes with it)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_shard_that_the_file_system_cannot_hold_is_refused(
+    tmp_path: Path, limit_files: Callable[[int], None]
+) -> None:
+    limit_files(10**6)
+    with pytest.raises(OutputError, match=r"preallocate 2,004,096 bytes for .*model.safetensors: File too large"):
+        OutputWriter(tmp_path / "out", layout_of([("a", "U8", (2_000_000,))], 10**9), "a merge")
+    assert everything_below(tmp_path) == set()
+
+
+@pytest.mark.parametrize("call", ["acquire", "write", "finish", "sync", "publish", "add_file"])
+def test_a_failed_write_surfaces_at_the_next_call_and_leaves_nothing(
+    tmp_path: Path, limit_files: Callable[[int], None], call: str
+) -> None:
+    layout = layout_of([("a", "U8", (3_000_000,)), ("empty", "U8", (0,))], 10**9)
+
+    def merge() -> None:
+        with OutputWriter(tmp_path / "parent" / "out", layout, "a merge") as writer:
+            held = writer.acquire(1000)
+            buffer = writer.acquire(2_000_000)
+            limit_files(1_000_000)
+            writer.write("a", 0, buffer)
+            while writer._failure is None:
+                time.sleep(0.001)
+            calls: dict[str, Callable[[], object]] = {
+                "acquire": lambda: writer.acquire(1000),
+                "write": lambda: writer.write("a", 2_000_000, held),
+                "finish": lambda: writer.finish("empty"),
+                "sync": writer.sync,
+                "publish": writer.publish,
+                "add_file": lambda: writer.add_file("config.json", b""),
+            }
+            calls[call]()
+
+    with pytest.raises(OutputError) as caught:
+        merge()
+    assert str(caught.value) == (
+        f"cannot write {tmp_path}/parent/.out.partial/output/model.safetensors at offset 1,000,000: File too large"
+    )
+    assert everything_below(tmp_path) == set()
+
+
+def raising(code: int) -> Callable[..., None]:
+    def call(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+def test_a_failed_sync_keeps_its_tensors_out_of_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = OutputWriter(tmp_path / "out", layout_of(), "a merge")
+    put(writer, "embed")
+    writer.sync()
+    put(writer, "layers.0.a")
+    monkeypatch.setattr(os, "fdatasync", raising(errno.EIO))
+    with pytest.raises(OutputError, match=r"cannot sync .*model-00001-of-00003.safetensors: Input/output error"):
+        writer.sync()
+    writer.abandon(keep=True)
+    monkeypatch.undo()
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge", resume=True) as writer:
+        assert writer.finished == {"embed"}
+
+
+@pytest.mark.parametrize("stage", ["_start_writeback", "_wait_writeback"])
+def test_a_failed_write_back_is_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    monkeypatch.setattr(writer_module, "WRITE_STEP", 4096)
+
+    def merge() -> None:
+        with OutputWriter(tmp_path / "out", layout_of(), "a merge", dirty_limit=0) as writer:
+            monkeypatch.setattr(writer._write_back, stage, raising(errno.EIO))
+            put_rest(writer)
+            writer.sync()
+
+    with pytest.raises(OutputError, match=r"cannot write .* at offset [0-9,]+: Input/output error"):
+        merge()
+    assert everything_below(tmp_path) == set()
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.EIO, "Input/output error"), RuntimeError("a bug")])
+def test_a_caller_that_waits_for_a_buffer_is_woken_by_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    goes_wrong = threading.Event()
+
+    def pwrite(*_: object) -> int:
+        goes_wrong.wait()
+        raise failure
+
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        for begin in (0, 100):
+            writer.write("embed", begin, writer.acquire(100))
+        timer = threading.Timer(0.1, goes_wrong.set)
+        timer.start()
+        with pytest.raises(OutputError, match=r"Input/output error|RuntimeError\('a bug'\)"):
+            writer.acquire(100)
+        timer.join()
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
+        monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:77], offset))
+        put_rest(writer)
+        writer.publish()
+    assert files_in(tmp_path / "out") == expected_files(layout_of())
+
+
+def test_an_error_of_the_caller_leaves_nothing_behind_but_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    out = tmp_path / "there" / "new" / "newer" / "out"
+    with suppress(RuntimeError), OutputWriter(out, layout_of(), "a merge") as writer:
+        put(writer, "embed")
+        raise RuntimeError
+    assert everything_below(tmp_path) == {"there"}
+
+
+# Write-back.
+
+
+def test_bytes_not_on_disk_stay_below_the_limit_and_write_back_starts_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, limit = 4096, 20_000
+    monkeypatch.setattr(writer_module, "WRITE_STEP", step)
+    from mergecore import _stream
+
+    events: list[tuple[str, int, int, int]] = []
+
+    def recording(kind: str, real: Callable[..., Any]) -> Callable[[int, int, int], None]:
+        def call(descriptor: int, offset: int, nbytes: int) -> None:
+            real(descriptor, offset, nbytes)
+            events.append((kind, descriptor, offset, nbytes))
+
+        return call
+
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        events.append(("written", descriptor, offset, len(data)))
+        return real(descriptor, data, offset)
+
+    layout = layout_of([(f"t{i}", "U8", (30_000,)) for i in range(4)], 60_000)
+    with OutputWriter(tmp_path / "out", layout, "a merge", dirty_limit=limit) as writer:
+        writer.sync()
+        for kind in ("start", "wait"):
+            monkeypatch.setattr(
+                writer._write_back, f"_{kind}_writeback", recording(kind, getattr(_stream, f"{kind}_writeback"))
+            )
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        for name in layout.slots:
+            put(writer, name, 7000)
+        writer.sync()
+        monkeypatch.undo()
+        writer.publish()
+    assert files_in(tmp_path / "out") == expected_files(layout)
+
+    written = started = waited = 0
+    begun: list[tuple[int, int, int]] = []
+    for kind, *place in events:
+        if kind == "written":
+            written += place[2]
+        elif kind == "start":
+            started += place[2]
+            begun.append((place[0], place[1], place[2]))
+        else:
+            assert tuple(place) == begun.pop(0)  # the oldest first
+            waited += place[2]
+        assert written - waited <= limit + step
+        assert written - started <= 2 * step  # one step, and one that was just written
+    assert waited > 0
+
+
+def test_the_limit_holds_for_a_real_disk_and_python_is_not_blocked(tmp_path: Path) -> None:
+    """The real module, 16 MiB steps and a window of more than one step."""
+    layout = plan_layout([("large", "U8", (40 << 20,))], 10**9)
+    data = os.urandom(1 << 20) * 40
+    with OutputWriter(tmp_path / "out", layout, "a merge", dirty_limit=8 << 20) as writer:
+        buffer = writer.acquire(40 << 20)
+        buffer[:] = data
+        writer.write("large", 0, buffer)
+        writer.finish("large")
+        writer.publish()
+        assert writer.checksums == {"large": xxhash.xxh3_128_hexdigest(data)}
+    assert (tmp_path / "out" / "model.safetensors").read_bytes()[len(layout.shards[0].header) :] == data
+
+
+def test_planning_and_verifying_import_neither_torch_nor_compiled_code() -> None:
+    check = "import sys, mergecore.writer; print(sorted({'torch', 'mergecore._stream'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
