@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: setup demo test lint bench format clean
+.PHONY: setup demo test lint bench format install-service clean
 
 setup: $(VENV)/.built
 
@@ -45,6 +45,15 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# The unit, its user, and a configuration unless there is one, below DESTDIR; the program itself is
+# installed with pip into /opt/mergecore.
+install-service:
+	install -D -m 644 service/deploy/mergecore.service "$(DESTDIR)/usr/lib/systemd/system/mergecore.service"
+	install -D -m 644 service/deploy/sysusers.conf "$(DESTDIR)/usr/lib/sysusers.d/mergecore.conf"
+	test -e "$(DESTDIR)/etc/mergecore/mergecore.toml" || \
+		install -D -m 644 service/deploy/mergecore.toml "$(DESTDIR)/etc/mergecore/mergecore.toml"
+	systemd-sysusers --root="$(DESTDIR)/" mergecore.conf
 
 clean:
 	rm -rf $(VENV) build *.egg-info mergecore/*.so

@@ -115,10 +115,11 @@ MERGECORE_INLINE double round_finite(double value) {
   return bit_cast<double>((bit_cast<uint64_t>(rounded) & 0x7fffffffffffffffull) | sign);
 }
 
-// The same for any value: Inf and NaN pass unchanged.
+// The same for any value. Inf and NaN pass unchanged, and so does what is far beyond every T::largest:
+// there round_finite itself would overflow.
 template <class T>
 MERGECORE_INLINE double round_to(double value) {
-  return fabs(value) < HUGE_VAL ? round_finite<T>(value) : value;
+  return fabs(value) < 0x1p200 ? round_finite<T>(value) : value;
 }
 
 // exp(x) for x <= 0 or moderate x, within 2 ulp, the same bits everywhere. Below -700 it is 0.

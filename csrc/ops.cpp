@@ -38,7 +38,13 @@ Dtype dtype_of(const Tensor& tensor, const char* what) {
   }
 }
 
-double* float64(const Tensor& tensor, int64_t least, const char* what) {
+void check_device(const Tensor& tensor, const Tensor& like, const char* what) {
+  check(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
+        std::string(what) + " must be on the same device as the others");
+}
+
+double* float64(const Tensor& tensor, const Tensor& like, int64_t least, const char* what) {
+  check_device(tensor, like, what);
   check(tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() &&
             tensor.numel() >= least,
         std::string(what) + " must be contiguous float64 with at least " + std::to_string(least) +
@@ -90,9 +96,7 @@ struct Arguments {
     check(tensor.dim() == 2 && tensor.size(0) == shape.size(0) &&
               tensor.size(1) == shape.size(1) && tensor.is_contiguous(),
           std::string(what) + " must be contiguous and of the same shape as the others");
-    check(tensor.get_device_index() == shape.get_device_index() &&
-              tensor.is_cuda() == shape.is_cuda(),
-          std::string(what) + " must be on the same device as the others");
+    check_device(tensor, shape, what);
     return {tensor.data_ptr(), dtype_of(tensor, what)};
   }
 };
@@ -106,6 +110,8 @@ struct BlendArguments : Arguments {
                  const Integers& thresholds, const Reals& scales, const Tensor& counts)
       : Arguments(base, models, first_row, first_entry, keys, thresholds, scales) {
     const Window& w = inputs.window;
+    check_device(out, models[0], "out");
+    check_device(counts, models[0], "counts");
     check(out.dim() == 2 && out.size(0) == w.rows && out.size(1) == w.columns &&
               out.is_contiguous(),
           "out must be contiguous and of the windows' shape");
@@ -118,13 +124,21 @@ struct BlendArguments : Arguments {
           "counts must be two int64");
     blend = Blend{inputs,
                   static_cast<Axis>(axis),
-                  float64(coefficients, 0, "coefficients"),
+                  float64(coefficients, models[0], 0, "coefficients"),
                   coefficients.size(1),
                   base_coefficient,
                   out.data_ptr(),
                   dtype_of(out, "out")};
   }
 };
+
+double* moments_of(const Tensor& tensor, const Tensors& models, const char* what) {
+  check(tensor.dim() == 2 &&
+            tensor.size(0) == moment_count(static_cast<int>(models.size())) &&
+            tensor.size(1) == models[0].size(1),
+        std::string(what) + " must be (1 + 3 * models, columns)");
+  return float64(tensor, models[0], 0, what);
+}
 
 // Work is split over threads in whole cache lines of the narrowest dtype.
 constexpr int64_t kGrainEntries = 1 << 15;
@@ -146,9 +160,8 @@ void column_moments_cpu(std::optional<Tensor> base, Tensors models, Tensor sums,
                         Reals scales) {
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   const Window& w = a.inputs.window;
-  const int64_t size = moment_count(a.inputs.count) * w.columns;
-  double* total = float64(sums, size, "sums");
-  double* tile = float64(pending, size, "pending");
+  double* total = moments_of(sums, models, "sums");
+  double* tile = moments_of(pending, models, "pending");
   parallel_lines(w.columns, kGrainEntries / std::max<int64_t>(1, w.rows),
                  [&](int64_t begin, int64_t end) {
                    cpu::column_moments(a.inputs, total, tile, begin, end);
@@ -162,7 +175,7 @@ void row_moments_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, in
   check(sums.dim() == 2 && sums.size(0) == moment_count(a.inputs.count) &&
             sums.size(1) >= first_row + w.rows,
         "sums must be (1 + 3 * models, rows of the tensor)");
-  double* out = float64(sums, 0, "sums");
+  double* out = float64(sums, models[0], 0, "sums");
   torch::stable::parallel_for(0, w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
                               [&](int64_t begin, int64_t end) {
                                 cpu::row_moments(a.inputs, out, sums.size(1), begin, end);
@@ -199,8 +212,8 @@ struct Ranking {
     check(in.dim() == 2 && out.dim() == 2 && in.size(0) == out.size(0) && in.size(1) == out.size(1),
           "values and ranks must be (models, n)");
     check(in.size(1) < (int64_t{1} << 31), "at most 2^31 - 1 values can be ranked");
-    values = float64(in, 0, "values");
-    ranks = float64(out, 0, "ranks");
+    values = float64(in, in, 0, "values");
+    ranks = float64(out, in, 0, "ranks");
     models = static_cast<int>(in.size(0));
     count = in.size(1);
   }
@@ -218,9 +231,9 @@ struct Softmax {
               in.size(1) == result.size(1),
           "scores and out must be (models, n)");
     check(divisor > 0, "the divisor must be positive");
-    scores = float64(in, 0, "scores");
-    thresholds = float64(limits, in.size(0), "thresholds");
-    out = float64(result, 0, "out");
+    scores = float64(in, in, 0, "scores");
+    thresholds = float64(limits, in, in.size(0), "thresholds");
+    out = float64(result, in, 0, "out");
     models = static_cast<int>(in.size(0));
     count = in.size(1);
   }
@@ -271,9 +284,8 @@ void column_moments_cuda(std::optional<Tensor> base, Tensors models, Tensor sums
                          int64_t first_row, int64_t first_entry, Integers keys,
                          Integers thresholds, Reals scales) {
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
-  const int64_t size = moment_count(a.inputs.count) * a.inputs.window.columns;
-  double* total = float64(sums, size, "sums");
-  double* tile = float64(pending, size, "pending");
+  double* total = moments_of(sums, models, "sums");
+  double* tile = moments_of(pending, models, "pending");
   Tensor space = scratch(sums, cuda::column_moments_scratch(a.inputs));
   succeed(cuda::column_moments(a.inputs, total, tile, space.data_ptr(), current_stream(sums)),
           "column_moments");
@@ -285,7 +297,7 @@ void row_moments_cuda(std::optional<Tensor> base, Tensors models, Tensor sums, i
   check(sums.dim() == 2 && sums.size(0) == moment_count(a.inputs.count) &&
             sums.size(1) >= first_row + a.inputs.window.rows,
         "sums must be (1 + 3 * models, rows of the tensor)");
-  succeed(cuda::row_moments(a.inputs, float64(sums, 0, "sums"), sums.size(1), current_stream(sums)),
+  succeed(cuda::row_moments(a.inputs, float64(sums, models[0], 0, "sums"), sums.size(1), current_stream(sums)),
           "row_moments");
 }
 

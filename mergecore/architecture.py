@@ -23,7 +23,7 @@ _EMBEDDINGS = {
 # transformers.pytorch_utils.Conv1D stores (in, out): an input feature is a stored row.
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
-_BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|(^|\.)h\.\d+\.(attn|attention)\.bias)$")
+_BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|\.(attn|attention)\.bias)$")
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
@@ -44,7 +44,13 @@ def is_embedding(name: str, shape: tuple[int, ...]) -> bool:
 
 def embedding_of(names: Iterable[str]) -> str | None:
     """The name of the token embedding, which a tied head shares."""
-    endings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "tok_embeddings.weight", "word_embeddings.weight")
+    endings = (
+        "embed_tokens.weight",
+        "wte.weight",
+        "embed_in.weight",
+        "tok_embeddings.weight",
+        "word_embeddings.weight",
+    )
     return next((name for name in names if name.endswith(endings)), None)
 
 
@@ -92,7 +98,10 @@ class Architecture:
         """Whether WIDEN's columns lie across the stored rows ("columns") or along them ("rows").
 
         A linear layer is stored (out, in): a column is an input feature. Embeddings are scored per token.
+        Vectors are one row of columns, whatever the spec says.
         """
+        if len(shape) < 2:
+            return "columns"
         for pattern, orientation in self.orientations.items():
             if fnmatch.fnmatchcase(name, pattern):
                 return orientation
@@ -101,7 +110,9 @@ class Architecture:
 
     def matrices(self, name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """A tensor as (matrices, rows, columns): vectors are one row, convolutions out x rest, and fused
-        experts (experts, out, in) one matrix each."""
+        experts (experts, out, in) one matrix each. Without elements there are no rows."""
+        if 0 in shape:
+            return 1, 0, 1
         if len(shape) <= 1:
             return 1, 1, shape[0] if shape else 1
         if len(shape) == 3 and ("expert" in name or shape[0] in self.experts):

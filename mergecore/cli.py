@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergecore import __version__
-from mergecore.errors import MergecoreError, SpecError
+from mergecore.errors import Interrupted, MergecoreError, SpecError
 
 if TYPE_CHECKING:
     from mergecore.engine import Progress
@@ -28,16 +28,26 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Lines()])
     try:
         code: int = options.run(options)
         return code
     except MergecoreError as error:
         print(f"mergecore: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # before or after the merge itself, which ends in order
+        print("mergecore: interrupted", file=sys.stderr)
+        return Interrupted.exit_code
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+
+
+class _Lines(logging.Handler):
+    """Prints to what sys.stderr is now: a progress bar puts lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,7 +126,11 @@ def _merge(options: argparse.Namespace) -> int:
     from mergecore.spec import load_spec
 
     spec = load_spec(options.spec)
-    with _stop_on_signals() as stopped, _progress() as progress:
+    with _stop_on_signals() as stopped, _bar() as show:
+
+        def progress(now: Progress) -> None:
+            show(f"{now.tensors_done}/{now.tensors_total} tensors", now.bytes_read, now.bytes_read_total)
+
         result = merge(
             spec,
             options.out,
@@ -132,7 +146,8 @@ def _merge(options: argparse.Namespace) -> int:
     else:
         print(
             f"{result.output}: {result.tensors} tensors by {result.method}, read {_gb(result.bytes_read)}, "
-            f"wrote {_gb(result.bytes_written)} in {result.seconds:.1f} s, peak memory {result.peak_rss / 2**20:.0f} MiB"
+            f"wrote {_gb(result.bytes_written)} in {result.seconds:.1f} s, "
+            f"peak memory {result.peak_rss / 2**20:.0f} MiB"
         )
     return 0
 
@@ -155,52 +170,28 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """A bar on a terminal, a log line now and then elsewhere (both on stderr)."""
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows (what, bytes done, bytes in all) on stderr: a bar on a terminal, a log line now and then elsewhere."""
     if not sys.stderr.isatty():
-        yield _log_progress()
+        yield _log_lines()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn("{task.fields[tensors]} tensors"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None, tensors="0")
-
-        def show(progress: Progress) -> None:
-            bar.update(
-                task,
-                total=progress.bytes_read_total,
-                completed=progress.bytes_read,
-                tensors=f"{progress.tensors_done}/{progress.tensors_total}",
-            )
-
-        yield show
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
-def _log_progress(interval: float = 10.0) -> Callable[[Progress], None]:
+def _log_lines(interval: float = 10.0) -> Callable[[str, int, int], None]:
     last = time.monotonic()
 
-    def log(progress: Progress) -> None:
+    def log(what: str, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last < interval:
-            return
-        last = time.monotonic()
-        logging.info(
-            "%d/%d tensors, %s of %s read, %s written",
-            progress.tensors_done,
-            progress.tensors_total,
-            _gb(progress.bytes_read),
-            _gb(progress.bytes_read_total),
-            _gb(progress.bytes_written),
-        )
+        if time.monotonic() - last >= interval:
+            last = time.monotonic()
+            logging.info("%s, %s of %s", what, _gb(done), _gb(total))
 
     return log
 
@@ -211,13 +202,11 @@ def _gb(nbytes: int) -> str:
 
 def _plan(options: argparse.Namespace) -> int:
     from mergecore import estimate
-    from mergecore.planning import plan
+    from mergecore.planning import plan, with_run
     from mergecore.spec import load_spec
 
     spec = load_spec(options.spec)
-    given = {name: getattr(options, name) for name in ("device", "memory", "threads")}
-    run = spec.run.model_copy(update={name: value for name, value in given.items() if value is not None})
-    planned = plan(spec.model_copy(update={"run": run}))
+    planned = plan(with_run(spec, device=options.device, memory=options.memory, threads=options.threads))
     facts: dict[str, Any] = {
         "method": planned.method.name,
         "models": [str(model.path) for model in planned.models],
@@ -234,7 +223,10 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**facts, "jobs": _jobs(planned)}, indent=2))
         return 0
-    print(f"method    {facts['method']}, {len(facts['models'])} models" + (f", base {facts['base']}" if facts["base"] else ""))
+    print(
+        f"method    {facts['method']}, {len(facts['models'])} models"
+        + (f", base {facts['base']}" if facts["base"] else "")
+    )
     print(f"read      {_gb(facts['bytes_read'])} in {facts['passes']} pass(es) over {facts['tensors']} tensors")
     print(f"write     {_gb(facts['bytes_written'])} in {len(facts['shards'])} file(s)")
     print(f"hold      {facts['memory_held'] / 2**20:.0f} MiB beside the process itself")
@@ -263,7 +255,8 @@ def _jobs(planned: MergePlan) -> list[dict[str, Any]]:
 def _verify(options: argparse.Namespace) -> int:
     from mergecore.verify import verify_output
 
-    problems = verify_output(options.out)
+    with _bar() as show:
+        problems = verify_output(options.out, lambda done, total: show("checked", done, total))
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:
@@ -302,7 +295,12 @@ def _methods(options: argparse.Namespace) -> int:
         print(f"{method.name}: {method.summary}\n  {method.reference}")
         table = Table("parameter", "default", "where", "meaning", box=None, pad_edge=True)
         for parameter in method.parameters:
-            table.add_row(parameter.name, json.dumps(parameter.default), "per model" if parameter.per_model else "merge", parameter.meaning)
+            table.add_row(
+                parameter.name,
+                json.dumps(parameter.default),
+                "per model" if parameter.per_model else "merge",
+                parameter.meaning,
+            )
         _print_table(table)
         print()
     return 0
@@ -311,8 +309,8 @@ def _methods(options: argparse.Namespace) -> int:
 def _print_table(table: Any) -> None:
     from rich.console import Console
 
-    # Piped output is for programs and grep: lines are not folded to a terminal's width.
-    Console(width=None if sys.stdout.isatty() else 240, highlight=False).print(table)
+    # Piped output is for programs and grep: lines are not folded. Names are text: no markup, no emoji.
+    Console(width=None if sys.stdout.isatty() else 10_000, highlight=False, markup=False, emoji=False).print(table)
 
 
 def _schema(options: argparse.Namespace) -> int:
@@ -326,7 +324,9 @@ def _serve(options: argparse.Namespace) -> int:
     from service.daemon import serve_command
 
     names = ("spool", "outputs", "models", "host", "port", "jobs")
-    return serve_command(options.config, {name: value for name in names if (value := getattr(options, name)) is not None})
+    return serve_command(
+        options.config, {name: value for name in names if (value := getattr(options, name)) is not None}
+    )
 
 
 def _spool(options: argparse.Namespace) -> Path:

@@ -109,8 +109,6 @@ class CudaDevice:
         return tensors
 
     def output(self, window: HostWindow) -> Tensor:
-        if len(self._pending) == len(self._outputs):
-            self._arrive()
         slot = self._outputs[self._results % 2]
         nbytes = window.rows * window.columns * window.dtype.itemsize
         slot.grow(nbytes)
@@ -126,6 +124,9 @@ class CudaDevice:
             slot.pinned[:nbytes].copy_(slot.resident[:nbytes], non_blocking=True)
             slot.copied.record(self._out)
         self._pending.append((slot, window, then))
+        # One result may be under way: its host buffer and the next one are the two that the writer lends.
+        if len(self._pending) > 1:
+            self._arrive()
 
     def flush(self) -> None:
         while self._pending:

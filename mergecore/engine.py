@@ -7,9 +7,11 @@ that the plan fixes, results go to planned offsets.
 from __future__ import annotations
 
 import logging
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from mergecore.checkpoint import TensorInfo
 from mergecore.device import Device, HostWindow, open_device
 from mergecore.errors import InputFault, Interrupted, NonFiniteError
 from mergecore.methods.base import Coefficients, Moments, Statistics
-from mergecore.planning import FLOATS, MergePlan, TensorJob, plan
+from mergecore.planning import FLOATS, MergePlan, TensorJob, plan, with_run
 from mergecore.spec import MergeSpec, load_spec
 from mergecore.writer import OutputWriter
 
@@ -85,18 +87,18 @@ def merge(
     of the spec to paths. On any other error nothing is left at or beside `out`. Errors: mergecore.errors.
     """
     spec = spec if isinstance(spec, MergeSpec) else load_spec(spec)
-    given = {"device": device, "memory": memory, "threads": threads}
-    overrides = {name: value for name, value in given.items() if value is not None}
-    spec = spec.model_copy(update={"run": spec.run.model_copy(update=overrides)})
+    spec = with_run(spec, device=device, memory=memory, threads=threads)
     planned = plan(spec, resolve=resolve)
     for warning in planned.warnings:
         log.warning(warning)
+    # Before the writer: a device that is missing must not cost the work that `resume` would continue.
+    computing = open_device(spec.run.device)
     before = torch.get_num_threads()
     if spec.run.threads:
         torch.set_num_threads(spec.run.threads)
     try:
         with OutputWriter(Path(out), planned.layout, planned.identity(), resume=resume) as writer:
-            return _Merge(planned, Path(out), writer, open_device(spec.run.device), progress, should_stop).run()
+            return _Merge(planned, Path(out), writer, computing, progress, should_stop).run()
     finally:
         torch.set_num_threads(before)
 
@@ -151,7 +153,6 @@ class _Merge:
             checkpoint.check_unchanged()
         self.writer.sync()
         seconds = time.monotonic() - self.started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         result = MergeResult(
             output=self.out,
             method=self.plan.method.name,
@@ -159,7 +160,7 @@ class _Merge:
             bytes_read=self.read,
             bytes_written=self.plan.layout.nbytes,
             seconds=seconds,
-            peak_rss=peak,
+            peak_rss=_peak_rss(),
             resumed=self.writer.resumed,
             warnings=tuple(self.warnings),
         )
@@ -167,7 +168,9 @@ class _Merge:
         self.writer.publish()
         return result
 
-    def _run_job(self, job: TensorJob, windows: Iterator[tuple[_Window, list[memoryview]]], stream: WindowStream) -> None:
+    def _run_job(
+        self, job: TensorJob, windows: Iterator[tuple[_Window, list[memoryview]]], stream: WindowStream
+    ) -> None:
         if job.parameters is None:
             self._copy(job, windows)
         else:
@@ -282,7 +285,10 @@ class _Merge:
                 window = next(order, None)
                 if window is None:
                     break
-                stream.submit(self._pieces(window), keep=window.job.keep and not window.blends)
+                try:
+                    stream.submit(self._pieces(window), keep=window.job.keep and not window.blends)
+                except (OSError, ValueError) as error:  # gone, or shorter than its header said
+                    raise InputFault(f"{window.job.name} cannot be read: {error}") from error
                 ahead.append(window)
             if not ahead:
                 return
@@ -342,13 +348,22 @@ class _Merge:
             message = f"{job.name} holds NaN or Inf in " + ", ".join(found or ["the coefficients"])
             advice = "mend the model, or set on_nonfinite: warn to let it through"
         else:
-            message = f"{job.name}: {overflow} results overflow {DTYPES[job.dtype]}"
+            message = f"{job.name}: {overflow} results overflow {str(DTYPES[job.dtype]).removeprefix('torch.')}"
             advice = "set out_dtype to bfloat16 or float32, or on_nonfinite: warn to write infinities"
         if self.plan.spec.on_nonfinite == "error":
             raise NonFiniteError(f"{message}; {advice}")
         if message not in self.warnings:
             self.warnings.append(message)
             log.warning(message)
+
+
+def _peak_rss() -> int:
+    """Peak resident bytes of this program: what it ran before exec, or its parent, is not counted."""
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if found is not None:
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _count_nonfinite(info: TensorInfo) -> int:

@@ -16,12 +16,12 @@ import torch
 
 from mergecore import __version__
 from mergecore.planning import MergePlan
+from mergecore.verify import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from mergecore.engine import MergeResult
     from mergecore.writer import OutputWriter
 
-MANIFEST = "mergecore_manifest.json"
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
     "spiece.model", "sentencepiece*.model", "chat_template*", "preprocessor_config.json", "processor_config.json",
@@ -35,34 +35,37 @@ def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> Non
         writer.add_file("config.json", _json(_config(plan)))
     generation = reference.folder / "generation_config.json"
     if generation.is_file():
-        writer.add_file(generation.name, generation.read_bytes())
+        writer.add_file(generation.name, generation)
     for path in _tokenizer_files(plan):
-        writer.add_file(path.name, path.read_bytes())
-    writer.add_file("README.md", _model_card(plan).encode())
-    writer.add_file(MANIFEST, _json(_manifest(writer, plan, result)))
+        writer.add_file(path.name, path)
+    writer.add_file("README.md", _model_card(plan).encode(errors="replace"))
+    writer.add_file(MANIFEST_NAME, _json(_manifest(writer, plan, result)))
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:
     config = dict(plan.reference.config)
     wanted = plan.spec.out_dtype or plan.spec.dtype
     if wanted is not None:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = wanted
+        for key in {"torch_dtype", "dtype"} & config.keys() or {"dtype"}:
+            config[key] = wanted
     if plan.untied_head:
         config["tie_word_embeddings"] = False
+        if "tie_word_embeddings" in config.get("text_config", {}):
+            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
     return config
 
 
 def _tokenizer_files(plan: MergePlan) -> list[Path]:
     folder = plan.tokenizer.folder
-    files = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
+    files = {path.name: path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
     if "auto_map" in plan.reference.config:
         # Code of the model's own: carried along as it is, never run here.
-        files |= {path for path in plan.reference.folder.glob("*.py") if path.is_file()}
-    return sorted(files)
+        files = {path.name: path for path in plan.reference.folder.glob("*.py")} | files
+    return sorted(path for path in files.values() if path.is_file())
 
 
 def _model_card(plan: MergePlan) -> str:
@@ -104,5 +107,3 @@ def _manifest(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> dic
         "tensors_out": len(tensors),
         "tensors": tensors,
     }
-
-

@@ -23,7 +23,9 @@ def _load_library() -> None:
     folder = Path(__file__).parent
     libraries = sorted(folder.glob("_kernels*.so"))
     if not libraries:
-        raise MergecoreError(f"the kernels are not built: no _kernels*.so in {folder}; run `make setup` or `pip install .`")
+        raise MergecoreError(
+            f"the kernels are not built: no _kernels*.so in {folder}; run `make setup` or `pip install .`"
+        )
     torch.ops.load_library(str(libraries[0]))
 
 

@@ -5,14 +5,15 @@ Everything that can be wrong with a merge is found here, before the first tensor
 
 from __future__ import annotations
 
-import difflib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from pydantic import ValidationError
 
 from mergecore import __version__
 from mergecore.architecture import (
@@ -27,12 +28,14 @@ from mergecore.architecture import (
 )
 from mergecore.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mergecore.errors import CheckpointError, SpecError
-from mergecore.layout import OutputLayout, plan_layout
+from mergecore.layout import ITEM_BYTES, OutputLayout, plan_layout
 from mergecore.methods import METHODS
 from mergecore.methods.base import Method, Moments, Parameter, Statistics, TensorView
-from mergecore.spec import MergeSpec
+from mergecore.problems import Keys, near
+from mergecore.spec import MergeSpec, Run
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+WHOLE_NUMBERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WINDOW_BYTES = 64 << 20  # inputs and output of one window; larger ones only cost memory
 MAX_LISTED = 8
@@ -138,14 +141,15 @@ def plan(spec: MergeSpec, *, resolve: Callable[[str], Path] | None = None) -> Me
     """
     resolve = resolve or spec.resolve
     method = _method(spec)
-    opened: dict[Path, Checkpoint] = {}
+    opened: dict[str, Checkpoint] = {}
 
     def open_once(name: str, *keys: str | int) -> Checkpoint:
         path = resolve(name)
+        real = os.path.realpath(path)  # the base is the base by whatever name it is listed
         try:
-            return opened.setdefault(path, opened.get(path) or open_checkpoint(path))
+            return opened.setdefault(real, opened.get(real) or open_checkpoint(path))
         except CheckpointError as error:
-            raise CheckpointError(str(spec.error(str(error), *keys))) from error
+            raise _at(spec, keys, str(error)) from error
 
     base = open_once(spec.base_model, "base_model") if spec.base_model is not None else None
     listed = [open_once(entry.model, "models", i, "model") for i, entry in enumerate(spec.models)]
@@ -164,7 +168,7 @@ def plan(spec: MergeSpec, *, resolve: Callable[[str], Path] | None = None) -> Me
 
     models = tuple(model for model, _ in members)
     reads_base = base if method.deltas or spec.sparsify is not None else None
-    matching = _Matching(reference, models)
+    matching = _Matching(spec, reference, members)
     architecture = Architecture.of(reference.config, matching.names, spec.orientation)
     parameters = _Parameters(spec, method, architecture, tuple(index for _, index in members))
     jobs = [_job(name, matching, parameters, architecture, spec, method, reads_base) for name in matching.names]
@@ -185,6 +189,16 @@ def plan(spec: MergeSpec, *, resolve: Callable[[str], Path] | None = None) -> Me
     )
 
 
+def with_run(spec: MergeSpec, **settings: Any) -> MergeSpec:
+    """`spec` with some of its `run` replaced (None: as it is), checked as in a spec; raises SpecError."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        run = Run.model_validate({**spec.run.model_dump(), **given})
+    except ValidationError as error:
+        raise SpecError("; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())) from None
+    return spec.model_copy(update={"run": run})
+
+
 def _check_coefficients(job: TensorJob, method: Method, spec: MergeSpec) -> None:
     """Coefficients that need no statistics are computed once now, so that what is wrong shows before reading."""
     if method.statistics is Statistics.NONE and job.parameters is not None:
@@ -198,7 +212,7 @@ def _method(spec: MergeSpec) -> Method:
     method = METHODS.get(spec.merge_method)
     if method is None:
         raise spec.error(
-            f"unknown method {spec.merge_method!r}{_near(spec.merge_method, METHODS)}; `mergecore methods` lists them",
+            f"unknown method {spec.merge_method!r}{near(spec.merge_method, METHODS)}; `mergecore methods` lists them",
             "merge_method",
         )
     if method.deltas and spec.base_model is None:
@@ -206,11 +220,6 @@ def _method(spec: MergeSpec) -> Method:
     if spec.sparsify is not None and spec.base_model is None:
         raise spec.error("dropping deltas needs a base: base_model is missing", "sparsify")
     return method
-
-
-def _near(word: str, words: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class _Parameters:
@@ -229,9 +238,11 @@ class _Parameters:
                 if name in method.ignored:
                     continue
                 if name not in known:
-                    raise spec.error(f"{method.name} has no such parameter{_near(name, known)}", *keys, name)
+                    raise spec.error(f"{method.name} has no such parameter{near(name, known)}", *keys, name)
                 if keys[0] == "models" and not known[name].per_model:
-                    raise spec.error("this parameter belongs to the whole merge: write it under 'parameters'", *keys, name)
+                    raise spec.error(
+                        "this parameter belongs to the whole merge: write it under 'parameters'", *keys, name
+                    )
 
     def of(self, name: str) -> dict[str, Any]:
         place = self.architecture.place(name)
@@ -271,32 +282,31 @@ def _number(value: Any) -> Any:
 class _Matching:
     """Which tensor of each model belongs to which output tensor; raises CheckpointError where they do not fit."""
 
-    def __init__(self, reference: Checkpoint, models: tuple[Checkpoint, ...]) -> None:
-        self.reference, self.models = reference, models
+    def __init__(self, spec: MergeSpec, reference: Checkpoint, members: list[tuple[Checkpoint, int | None]]) -> None:
+        self.spec, self.reference = spec, reference
+        self.models = tuple(model for model, _ in members)
+        self.everyone = list({model.path: model for model in (reference, *self.models)}.values())
+        self.keys: dict[Path, Keys] = {reference.path: ("base_model",)}
+        self.keys |= {model.path: ("models", i, "model") for model, i in members if i is not None}
+        self.tied = all(is_tied(model.config, model.tensors) for model in self.everyone)
         self.warnings: list[str] = []
-        everyone = (reference, *models)
-        self.tied = all(is_tied(model.config, model.tensors) for model in everyone)
-        names = list(reference.tensors)
-        for model in models:
-            known = set(names)
-            extra = [name for name in model.tensors if name not in known]
-            for name in [name for name in extra if is_buffer(name, model.tensors[name].shape)]:
-                extra.remove(name)
-                self.warnings.append(f"{model.path}: {name} is a constant that {reference.path} does not store; left out")
-            if HEAD in extra and self.tied:
-                extra.remove(HEAD)
-            unknown = [name for name in extra if name != HEAD and not is_bias(name)]
-            if unknown:
-                raise CheckpointError(
-                    f"{model.path} has {len(unknown)} tensors that {reference.path} does not have: {_listed(unknown)}; "
-                    "the models must be of one architecture"
-                )
-            names += extra
-        if self.tied and HEAD in names:
-            names.remove(HEAD)
+        # Empty tensors share their offset with the next one; the library lists them in random order.
+        place = {name: (info.file, info.offset, info.nbytes, name) for name, info in reference.tensors.items()}
+        self.names = sorted(place, key=place.__getitem__)
+        for model in self.models:
+            self._add_names(model)
+        if self.tied and HEAD in self.names:
+            self.names.remove(HEAD)
             self.warnings.append(f"{HEAD} is tied to the embedding; the output stores it once")
-        self.names = names
-        self._check_shapes()
+        self.constants = {name for name in self.names if is_buffer(name, self.any_tensor(name).shape)}
+        self.merged = {name for name in self.names if name not in self.constants and self._has_floats(name)}
+        for model in self.everyone:
+            self._check(model)
+        copied = [name for name in self.names if name not in self.merged | self.constants]
+        if copied:
+            self.warnings.append(
+                f"{len(copied)} tensors of whole numbers are copied from {reference.path}: {_listed(copied)}"
+            )
 
     def tensor(self, model: Checkpoint, name: str) -> TensorInfo | None:
         """The tensor of `model` for output tensor `name`; a tied head is the embedding; None stands for zeros."""
@@ -307,37 +317,82 @@ class _Matching:
         return info
 
     def any_tensor(self, name: str) -> TensorInfo:
-        found = (self.tensor(model, name) for model in (self.reference, *self.models))
+        """The first model's that has it, the reference first."""
+        found = (self.tensor(model, name) for model in self.everyone)
         return next(info for info in found if info is not None)
 
-    def _check_shapes(self) -> None:
-        for model in (self.reference, *self.models):
-            missing, zeros, differing = [], [], []
-            for name in self.names:
-                info, expected = self.tensor(model, name), self.any_tensor(name)
-                if info is not None and info.shape != expected.shape:
-                    differing.append((name, info.shape, expected.shape))
-                elif info is None and is_bias(name):
-                    zeros.append(name)
-                elif info is None and not is_buffer(name, expected.shape):
-                    missing.append(name)
-            if missing:
-                raise CheckpointError(
-                    f"{model.path} lacks {len(missing)} tensors that the other models have: {_listed(missing)}; "
-                    "the models must be of one architecture"
-                )
-            if differing:
-                raise CheckpointError(self._mismatch(model, differing))
-            if zeros:
-                self.warnings.append(f"{model.path} lacks {len(zeros)} biases, read as zeros: {_listed(zeros)}")
+    def _has_floats(self, name: str) -> bool:
+        infos = (self.tensor(model, name) for model in self.everyone)
+        return any(info.dtype in FLOATS for info in infos if info is not None)
 
-    def _mismatch(self, model: Checkpoint, differing: list[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> str:
-        first = differing[0]
-        text = ", ".join(f"{name} {list(found)} instead of {list(expected)}" for name, found, expected in differing[:MAX_LISTED])
-        hint = "the models must be of one size"
-        if all(is_embedding(name, found) or name == HEAD for name, found, _ in differing) and first[1][1:] == first[2][1:]:
-            hint = "the vocabularies differ: resize the embeddings to one vocabulary first"
-        return f"{model.path}: {len(differing)} tensors differ in shape from {self.reference.path}'s: {text}; {hint}"
+    def _add_names(self, model: Checkpoint) -> None:
+        """Adds what the model has and the models before it have not, as far as it may be absent."""
+        known = set(self.names)
+        extra = [name for name in model.tensors if name not in known]
+        for name in [name for name in extra if is_buffer(name, model.tensors[name].shape)]:
+            extra.remove(name)
+            self.warnings.append(
+                f"{model.path}: {name} is a constant that {self.reference.path} does not store; left out"
+            )
+        unknown = [name for name in extra if name != HEAD and not is_bias(name)]
+        if unknown:
+            raise self._error(
+                model,
+                f"has {len(unknown)} tensors that {self.reference.path} does not have: {_listed(unknown)}; "
+                "the models must be of one architecture",
+            )
+        self.names += extra
+
+    def _check(self, model: Checkpoint) -> None:
+        missing, zeros, differing, unsupported = [], [], [], []
+        for name in self.names:
+            info, expected = self.tensor(model, name), self.any_tensor(name)
+            if info is None:
+                if is_bias(name):
+                    zeros.append(name)
+                elif name not in self.constants:
+                    missing.append(name)
+                continue
+            if info.shape != expected.shape:
+                differing.append((name, info.shape, expected.shape))
+            usable = ITEM_BYTES if name in self.constants else FLOATS if name in self.merged else WHOLE_NUMBERS
+            if info.dtype not in usable or (usable is WHOLE_NUMBERS and "quantization_config" in model.config):
+                unsupported.append(f"{name} ({info.dtype})")
+        if missing:
+            raise self._error(
+                model,
+                f"lacks {len(missing)} tensors that the other models have: {_listed(missing)}; "
+                "the models must be of one architecture",
+            )
+        if differing:
+            raise self._error(model, _differing(differing, self.reference))
+        if unsupported:
+            raise self._error(
+                model,
+                f"is quantised or of a dtype that cannot be merged: {_listed(unsupported)}; "
+                "inputs can be F32, F16 or BF16: convert the model first",
+            )
+        if zeros:
+            self.warnings.append(f"{model.path} lacks {len(zeros)} biases, read as zeros: {_listed(zeros)}")
+
+    def _error(self, model: Checkpoint, message: str) -> CheckpointError:
+        return _at(self.spec, self.keys[model.path], f"{model.path} {message}")
+
+
+def _at(spec: MergeSpec, keys: Keys, message: str) -> CheckpointError:
+    """The error of an input, with the place in the spec that names it."""
+    return CheckpointError(str(spec.error(message, *keys)))
+
+
+def _differing(found: list[tuple[str, tuple[int, ...], tuple[int, ...]]], reference: Checkpoint) -> str:
+    shapes = [f"{name} {list(shape)} instead of {list(expected)}" for name, shape, expected in found]
+    vocabulary = all((is_embedding(name, a) or name == HEAD) and a[1:] == b[1:] for name, a, b in found)
+    hint = (
+        "the vocabularies differ: resize the embeddings to one vocabulary first"
+        if vocabulary
+        else "the models must be of one size"
+    )
+    return f"differs in shape from {reference.path} in {len(found)} tensors: {_listed(shapes)}; {hint}"
 
 
 def _listed(names: list[str]) -> str:
@@ -357,11 +412,8 @@ def _job(
     some = matching.any_tensor(name)
     models = tuple(matching.tensor(model, name) for model in matching.models)
     reference = matching.tensor(matching.reference, name)
-    dtypes = {info.dtype for info in (reference, *models) if info is not None}
-    if is_buffer(name, some.shape) or not dtypes & FLOATS.keys():
+    if name not in matching.merged:
         source = reference or some
-        if source.dtype.startswith("F8") or source.dtype == "F64":
-            raise CheckpointError(f"{source.file}: {name} is {source.dtype}; inputs can be F32, F16 or BF16")
         return TensorJob(
             name=name,
             shape=source.shape,
@@ -377,9 +429,6 @@ def _job(
             window_rows=max(1, min(source.nbytes, WINDOW_BYTES // 4)),
             keep=False,
         )
-    for info in (reference, *models):
-        if info is not None and info.dtype not in FLOATS:
-            raise CheckpointError(f"{info.file}: {name} is {info.dtype}; inputs can be F32, F16 or BF16")
     wanted = spec.out_dtype or spec.dtype
     dtype = STORED[wanted] if wanted is not None else (reference or some).dtype
     matrices, rows, columns = architecture.matrices(name, some.shape)
@@ -401,7 +450,7 @@ def _job(
         window_rows=max(1, rows),
         keep=False,
     )
-    return _windowed(job, spec.run.memory, method)
+    return _windowed(job, spec, method)
 
 
 def _row_bytes(job: TensorJob) -> tuple[int, int]:
@@ -426,17 +475,19 @@ def _held(job: TensorJob, models: int, method: Method) -> int:
     return max(kept, inputs) + inputs + 2 * output + _statistics_bytes(job, models, method)
 
 
-def _windowed(job: TensorJob, memory: int, method: Method) -> TensorJob:
+def _windowed(job: TensorJob, spec: MergeSpec, method: Method) -> TensorJob:
     """Two windows of inputs (one in use, one read ahead) and two of output fit the memory beside the statistics."""
-    models = len(job.models)
+    models, memory = len(job.models), spec.run.memory
     inputs, output = _row_bytes(job)
     room = memory - _statistics_bytes(job, models, method)
     smallest = 2 * (inputs + output)
     if room < smallest:
         needed = memory - room + smallest
-        raise SpecError(
-            f"{job.name} {list(job.shape)} needs {needed / 2**20:.0f} MiB for its statistics and one row of "
-            f"{models} models, more than the memory allowed ({memory / 2**20:.0f} MiB); raise run.memory or --memory"
+        raise spec.error(
+            f"{job.name} {list(job.shape)} needs {needed / 2**20:.1f} MiB for its statistics and one row of "
+            f"{models} models, more than the memory allowed ({memory / 2**20:.1f} MiB); raise run.memory or --memory",
+            "run",
+            "memory",
         )
     rows = min(job.rows, max(1, min(room, 2 * WINDOW_BYTES) // smallest))
     windowed = replace(job, window_rows=max(1, rows))

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -93,6 +94,8 @@ class Daemon:
         """Jobs that ended but could not be moved: a full disk, a vanished mount. Tried again at each rescan."""
         self._complaints: set[Path] = set()
         """What was complained about, to say it once: files that cannot be claimed, folders that cannot be read."""
+        self._ready: list[str] = []
+        """Specs that the last look found complete and that were not claimed, in the order of their turn."""
         self._left_behind = False
         """Whether the last look into running/ found jobs to take over, but no free worker."""
         self._events: deque[tuple[str, bool]] = deque()
@@ -189,7 +192,7 @@ class Daemon:
             (self.incoming.note_complete if complete else self.incoming.note_written)(name)
             self._scan_at = min(self._scan_at, now)
         if self._reap():
-            self._scan_at = self._refresh_at = now
+            self._refresh_at = now
             if self._left_behind:
                 self._adopt()
         if now >= self._rescan_at:
@@ -198,7 +201,8 @@ class Daemon:
             self._adopt()
             self._scan_at = now
         if now >= self._scan_after():
-            self._claim()
+            self._look()
+        self._claim()
         if now >= self._refresh_at:
             self._refresh_at = now + REFRESH
             self._refresh()
@@ -223,24 +227,28 @@ class Daemon:
             os.eventfd_read(self._wake)
 
     def _free(self) -> int:
-        return self.config.jobs - len(self.workers)
+        """How many jobs may be started now."""
+        return 0 if self._stop_signals else self.config.jobs - len(self.workers)
 
-    def _claim(self) -> None:
-        """Look at the drop folder and start as many jobs as workers are free."""
+    def _look(self) -> None:
+        """See what lies in the drop folder and in which order it is to be claimed."""
         self._scanned_at = time.monotonic()
         self._scan_at = float("inf")
         try:
-            ready = self.incoming.scan()
+            self._ready = self.incoming.scan()
         except OSError as error:
             self._complain(self.spool.incoming, "cannot list %s: %s", self.spool.incoming, error.strerror)
             return
         due = self.incoming.next_due()
         if due is not None:
             self._scan_at = self._scanned_at + due
-        self._complaints.intersection_update([*(self.spool.incoming / name for name in ready), self.spool.running])
-        for name in ready:
-            if self._free() <= 0:
-                break
+        ready = {self.spool.incoming / name for name in self._ready}
+        self._complaints.intersection_update({*ready, self.spool.running})
+
+    def _claim(self) -> None:
+        """Start as many of the jobs that were seen as workers are free."""
+        ready = iter(self._ready)
+        while self._free() > 0 and (name := next(ready, None)) is not None:
             try:
                 job = self.spool.claim(name)
             except OSError as error:
@@ -251,6 +259,7 @@ class Daemon:
             if job is not None:
                 log.info("job %s: claimed %s", job.name, printable(name))
                 self._start(job)
+        self._ready = list(ready)
         self.metrics.queue(self.incoming.waiting)
 
     def _adopt(self) -> None:
@@ -264,6 +273,8 @@ class Daemon:
                     status = job.status()
                     log.info("job %s: taken over; its worker had ended: %s", job.name, outcome)
                     self.metrics.ended(job.name, outcome, status.method, status.seconds)
+                    if outcome == "done":
+                        self.metrics.succeeded(time.time())
                     self._finish(job, outcome)
                 elif self._free() > 0:
                     log.info("job %s: taken over; resuming", job.name)
@@ -363,6 +374,10 @@ class Daemon:
                 write_atomic(job.folder / ERROR, text)
             job.finish(state, **changes)
         except OSError as error:
+            if self.spool.running.is_dir() and not job.folder.exists():
+                log.error("job %s: %s, but somebody removed its folder", job.name, state)
+                job.release()
+                return
             log.error("job %s: cannot move it to %s/: %s; trying again", job.name, state, error)
             self._unfinished.append((job, state, changes))
 
@@ -454,7 +469,12 @@ def _stop_observer(observer: InotifyObserver) -> None:
 
 
 def _close_server(server: WSGIServer) -> None:
-    server.shutdown()
+    stopper = threading.Thread(target=server.shutdown)
+    stopper.start()
+    host, port = server.server_address[:2]
+    with contextlib.suppress(OSError):  # it looks whether to stop every half second, or after a connection
+        socket.create_connection((str(host), port), timeout=1).close()
+    stopper.join()
     server.server_close()
 
 

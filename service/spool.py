@@ -183,7 +183,7 @@ class Job:
         May be called again after an OSError: each step is repeatable.
         """
         target = self.spool.root / state / self.name
-        if self.folder.exists():
+        if not target.exists():
             self.update(state=state, finished=utc_now(), **changes)
             os.rename(self.folder, target)
         sync_folder(target.parent)

@@ -23,6 +23,7 @@ import stat
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ class Stop:
     def check(self) -> None:
         """Raise Interrupted if a stop was requested."""
         if self.requested:
-            raise Interrupted("stopped before the merge began; it starts from zero next time")
+            raise Interrupted("stopped before the merge began")
 
 
 class Reporter:
@@ -185,8 +186,9 @@ def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, sto
             raise
         log.info("an earlier attempt had published it and died before it could say so")
         result = published
-    reporter.record(output=str(out), result=result)
     log.info("done: %s", result)
+    with contextlib.suppress(OSError):  # the model is there: exit code 0 says so too
+        reporter.record(output=str(out), result=result)
     return 0
 
 
@@ -246,14 +248,15 @@ def find_model(spec: MergeSpec, model: str, roots: list[Path], *keys: str | int)
     if not roots:
         return Path(model).absolute()
     shown = ", ".join(str(root) for root in roots)
-    real_roots = [root.resolve() for root in roots]
-    candidates = [(root / model).resolve() for root in roots]  # an absolute `model` takes the root's place
-    allowed = [path for path in candidates if any(path.is_relative_to(root) for root in real_roots)]
-    if not allowed:
-        raise spec.error(f"{model!r} does not lie below a model folder of this server ({shown})", *keys)
-    for path in allowed:
-        if path.exists():
-            return path
+    with _as_spec_error(spec, *keys):
+        real_roots = [root.resolve() for root in roots]
+        candidates = [(root / model).resolve() for root in roots]  # an absolute `model` takes the root's place
+        allowed = [path for path in candidates if any(path.is_relative_to(root) for root in real_roots)]
+        if not allowed:
+            raise spec.error(f"{model!r} does not lie below a model folder of this server ({shown})", *keys)
+        for path in allowed:
+            if path.exists():
+                return path
     raise spec.error(f"{model!r} was not found; the model folders of this server are {shown}", *keys)
 
 
@@ -268,10 +271,21 @@ def output_path(spec: MergeSpec, job: str, outputs: Path) -> Path:
             "output",
         )
     root = outputs.resolve()
-    out = (root / name).resolve()
+    with _as_spec_error(spec, "run", "output"):
+        out = (root / name).resolve()
     if not out.is_relative_to(root) or out == root:
         raise spec.error(f"{name!r} leads out of the outputs folder {outputs}", "run", "output")
     return out
+
+
+@contextlib.contextmanager
+def _as_spec_error(spec: MergeSpec, *keys: str | int) -> Iterator[None]:
+    """A path that cannot even be looked up (too long, a loop of links) is the spec's fault."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "a loop of symbolic links"
+        raise spec.error(f"cannot be looked up: {reason}", *keys) from error
 
 
 def report_error(folder: Path, reporter: Reporter, message: str) -> None:

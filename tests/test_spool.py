@@ -10,6 +10,7 @@ import re
 import shutil
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -153,7 +154,7 @@ def test_what_somebody_else_put_into_running_is_not_deleted(spool: Spool) -> Non
     ],
 )
 def test_what_the_last_worker_left_tells_whether_there_is_anything_to_run(
-    spool: Spool, left: dict[str, object], outcome: str | None
+    spool: Spool, left: dict[str, Any], outcome: str | None
 ) -> None:
     drop(spool, "a.yaml")
     job = spool.claim("a.yaml")
@@ -223,7 +224,7 @@ def test_a_folder_without_write_permission_is_a_clear_error(tmp_path: Path, monk
     def refuse(source: Path, target: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(spool_module.os, "rename", refuse)  # permissions do not bind root, who may run this test
+    monkeypatch.setattr(os, "rename", refuse)  # permissions do not bind root, who may run this test
     with pytest.raises(ServiceError, match="give the user that runs the daemon write permission"):
         Spool(tmp_path).prepare()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -21,14 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from mergecore import writer as writer_module
 from mergecore.errors import Interrupted, OutputError, OutputExistsError
 from mergecore.layout import INDEX_NAME, OutputLayout, plan_layout
 from mergecore.writer import OutputWriter
+
+# The crashes happen in forked children. They use neither torch nor any lock that another thread may hold.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 TENSORS = [
     ("embed", "BF16", (64, 33)),
@@ -107,6 +113,10 @@ def test_published_files_are_the_planned_bytes_and_nothing_else_is_left(tmp_path
         }
     assert files_in(tmp_path / "new" / "out") == expected_files(layout)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    for name, slot in layout.slots.items():
+        with safe_open(tmp_path / "new" / "out" / layout.shards[slot.shard].filename, framework="pt") as file:
+            tensor = file.get_tensor(name)
+            assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == content(name, slot.nbytes)
 
 
 def test_windows_of_several_tensors_may_alternate(tmp_path: Path) -> None:
@@ -291,6 +301,33 @@ def test_a_second_merge_to_the_same_output_is_told_who_writes_it(tmp_path: Path)
         put_rest(first)
         first.publish()
     assert files_in(tmp_path / "out") == expected_files(layout_of())
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_merge_that_ends_while_another_one_starts_leaves_it_a_lock_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: bool
+) -> None:
+    first = OutputWriter(tmp_path / "out", layout_of(), "a merge")
+    put_rest(first)
+    real = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        """The second merge has opened the lock file of the first, which ends now and removes it."""
+        monkeypatch.undo()
+        if published:
+            first.publish()
+        else:
+            first.abandon(keep=False)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if published:
+        with pytest.raises(OutputExistsError):
+            OutputWriter(tmp_path / "out", layout_of(), "a merge")
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    else:
+        with OutputWriter(tmp_path / "out", layout_of(), "a merge"), pytest.raises(OutputError, match="another merge"):
+            OutputWriter(tmp_path / "out", layout_of(), "a merge")
 
 
 def test_of_many_processes_that_start_together_exactly_one_writes(tmp_path: Path) -> None:
@@ -523,12 +560,12 @@ class Merge:
             writer.add_file("config.json", b"{}")
             writer.publish()
 
-    def crash(self, out: Path, at: int) -> bool:
+    def crash(self, out: Path, at: int, resume: bool = True) -> bool:
         """Runs in a child that dies at its `at`-th change of the disk; False if it was done before."""
 
         def work() -> None:
             PowerLoss(at)
-            self.run(out, resume=True)
+            self.run(out, resume)
 
         code = os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1])
         assert code in (0, 9)
@@ -567,6 +604,18 @@ def test_a_crash_at_any_point_leaves_a_complete_or_a_resumable_output(memory_dis
     assert at > 30
 
 
+def test_a_crash_while_an_earlier_run_is_discarded_does_not_bring_its_journal_back(memory_disk: Path) -> None:
+    layout = layout_of(TENSORS[:4])
+    merge = Merge(layout, list(layout.slots), 3000, 4000)
+    for at in range(1, 30):
+        out = memory_disk / str(at) / "out"
+        with suppress(Interrupted), OutputWriter(out, layout, "a merge") as writer:
+            put_rest(writer)
+            raise Interrupted
+        assert merge.crash(out, at, resume=False)
+        merge.check_after_crashes(out)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_series_of_crashes_ends_in_the_bytes_of_an_undisturbed_run(memory_disk: Path, data: st.DataObject) -> None:
@@ -585,13 +634,14 @@ def test_any_series_of_crashes_ends_in_the_bytes_of_an_undisturbed_run(memory_di
     merge.check_after_crashes(folder / "out")
 
 
-def test_tensors_before_a_crash_are_not_written_again(tmp_path: Path) -> None:
+def test_what_was_synced_before_a_crash_is_not_written_again(tmp_path: Path) -> None:
     def work() -> None:
+        loss = PowerLoss(at=10**9)
         writer = OutputWriter(tmp_path / "out", layout_of(), "a merge")
         put(writer, "embed")
         writer.sync()
         put(writer, "layers.0.a")
-        os._exit(9)
+        loss.die()
 
     os.waitpid(in_child(work), 0)
     with OutputWriter(tmp_path / "out", layout_of(), "a merge", resume=True) as writer:

@@ -6,7 +6,8 @@
 
 #include "../kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef MERGECORE_CLONES  // a test defines it as nothing, to build for one instruction set
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MERGECORE_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

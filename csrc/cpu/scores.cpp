@@ -16,6 +16,7 @@ struct Keyed {
 }  // namespace
 
 void rank(const double* values, double* ranks, int64_t count, bool average) {
+  if (count == 0) return;
   std::vector<Keyed> order(static_cast<size_t>(count)), other(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
     order[i] = {sort_key(values[i]), static_cast<uint32_t>(i)};

@@ -53,7 +53,6 @@ __device__ __forceinline__ void add(const Entries<T>& model, const Entries<T>& b
 }
 
 // Adds kSteps runs of n entries, `stride` entries apart; all are loaded before the first is used.
-// is used.
 template <class T, bool kVector, int kSteps>
 __device__ __forceinline__ void add_steps(const DeviceInputs& in, int m, int64_t entry,
                                           int64_t stride, int n, Lanes& sums) {

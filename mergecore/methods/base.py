@@ -59,8 +59,8 @@ class Statistics(Enum):
     COLUMNS = "columns"
 
 
-# A numerator of 1 - cos below this share of d.d is rounding noise of a delta parallel to the base.
-PARALLEL = 2.0**-40
+# This share of d.d is the rounding noise of 1 - cos's numerator, with a margin for many rows.
+NOISE = 2.0**-40
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,20 @@ class Moments:
     def direction_divergence(self) -> Tensor:
         """1 - cos(x, a) per column, (models, columns) (WIDEN eq. 2, second line), without cancellation.
 
-        Columns that are zero in both count 0, in one of them 1.
+        Columns that are zero in both count 0, in one of them 1; so does one that is 2^-41 of the other
+        or less, whose direction float64 sums do not tell.
         """
         change = self._magnitude_change()
+        # d.d - (|x| - |a|)^2 = 2 |x| |a| (1 - cos) lies in [0, most]: at the ends, parallel and opposite
+        # columns, it is exact up to the noise of d.d.
         numerator = self.dd - change * change
-        numerator = torch.where(numerator <= PARALLEL * self.dd, torch.zeros_like(numerator), numerator)
         product = self.xx.sqrt() * self.aa.sqrt()
-        # Columns with opposite directions reach 2; rounding may pass it by an ulp or two.
-        divergence = (numerator / (2.0 * product)).clamp(max=2.0)
-        one_is_zero = ((self.xx == 0) != (self.aa == 0)).to(divergence.dtype)
-        return torch.where(product > 0, divergence, one_is_zero)
+        most, noise = 4.0 * product, NOISE * self.dd
+        divergence = numerator / (2.0 * product)
+        divergence = torch.where(numerator <= noise, torch.zeros_like(divergence), divergence)
+        divergence = torch.where(most - numerator <= noise, torch.full_like(divergence, 2.0), divergence)
+        differs = (self.dd > 0).to(divergence.dtype)
+        return torch.where(most > 2.0 * noise, divergence, differs)
 
     def _magnitude_change(self) -> Tensor:
         # |x| - |a| = d.(x + a) / (|x| + |a|)

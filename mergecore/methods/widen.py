@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ def _importance(divergence: Tensor, view: TensorView, ranked: bool) -> Tensor:
     models, columns = divergence.shape
     t = parameters["t"]
     if ranked:
-        # Whole ranks instead of rank / columns keep the comparison with t times the mean exact.
+        # Whole ranks instead of rank / columns keep the comparison with t times the mean exact; and t is
+        # taken as it is written: 1.15 * 100 is 115, where float64 has 114.99999999999999. No rank
+        # exceeds 2 means, every rank a negative number.
         scores = ops.rank(divergence, average=parameters["tie"] == "average")
         divisor = float(columns)
-        limits = [t * (0.5 * (columns + 1))] * models
+        multiple = Fraction(repr(max(-1.0, min(t, 2.0))))
+        limits = [float(multiple * (columns + 1) / 2)] * models
     else:
         scores, divisor = divergence, 1.0
         # fsum is exact: the same mean whatever the order.
@@ -65,9 +69,14 @@ WIDEN = Method(
         Parameter("t", 1.0, "multiple of the mean score above which a column is essential"),
         Parameter("s", 1.0, "importance given to essential columns"),
         Parameter(
-            "vector_scoring", "divergence", "score norms and biases by |delta| or by its rank", choices=("divergence", "rank")
+            "vector_scoring",
+            "divergence",
+            "score norms and biases by |delta| or by its rank",
+            choices=("divergence", "rank"),
         ),
-        Parameter("tie", "stable", "rank equal divergences in index order or by their mean", choices=("stable", "average")),
+        Parameter(
+            "tie", "stable", "rank equal divergences in index order or by their mean", choices=("stable", "average")
+        ),
         Parameter("disentangle", True, "false: one score from the cosine of the raw weights (w/o WD)"),
         Parameter("rank", True, "false: min-max normalisation instead of ranks (w/o RANK)"),
         Parameter("calibrate", True, "false: plain softmax (w/o SC)"),

@@ -1,0 +1,330 @@
+// Runs the CUDA kernels on the host (see cuda_runtime.h) and the CPU kernels on random cases and
+// compares every bit that they leave in memory. NaNs compare equal: their payloads are the
+// hardware's.
+//
+//   main OP FIRST_SEED CASES     prints `ok KERNELS`, the number of different kernels launched
+#include <memory>
+#include <string>
+
+#include "../../csrc/kernels.h"
+#include "cuda_runtime.h"
+
+using namespace mergecore;
+
+namespace {
+
+std::mt19937_64 random_bits;
+
+int64_t draw(int64_t least, int64_t most) {
+  return least + static_cast<int64_t>(random_bits() % static_cast<uint64_t>(most - least + 1));
+}
+bool chance(int percent) { return draw(1, 100) <= percent; }
+double uniform() { return static_cast<double>(random_bits() >> 11) * 0x1p-53; }
+
+// Exactly the bytes asked for (the address sanitizer guards their end), `offset` bytes beyond an
+// address that suits 16-byte loads.
+class Memory {
+ public:
+  explicit Memory(int64_t bytes, int64_t offset = 0) : offset_(offset), bytes_(bytes) {
+    void* block = nullptr;
+    if (posix_memalign(&block, 256, static_cast<size_t>(bytes + offset)) != 0) std::abort();
+    block_.reset(static_cast<char*>(block), std::free);
+  }
+  Memory copy() const {
+    Memory other(bytes_, offset_);
+    std::memcpy(other.as<char>(), as<char>(), static_cast<size_t>(bytes_));
+    return other;
+  }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(block_.get() + offset_);
+  }
+
+ private:
+  std::shared_ptr<char> block_;
+  int64_t offset_, bytes_;
+};
+
+// Numbers of everyday size, zeros of both signs, and, if `wild`, numbers with any bits.
+double number(bool wild) {
+  if (wild && chance(5)) return bit_cast<double>(random_bits());
+  if (wild && chance(2)) return chance(50) ? HUGE_VAL : -HUGE_VAL;
+  if (chance(5)) return chance(50) ? 0.0 : -0.0;
+  return (uniform() - 0.5) * static_cast<double>(int64_t{1} << draw(0, 12));
+}
+
+Memory numbers(int64_t count, bool wild, int64_t offset = 0) {
+  Memory memory(count * 8, offset);
+  for (int64_t i = 0; i < count; ++i) memory.as<double>()[i] = number(wild);
+  return memory;
+}
+
+template <class T>
+void fill(void* data, int64_t count, bool wild) {
+  auto* bits = static_cast<typename T::Bits*>(data);
+  for (int64_t i = 0; i < count; ++i) {
+    const bool any = wild && chance(3);
+    bits[i] = any ? static_cast<typename T::Bits>(random_bits())
+                  : T::store(static_cast<float>(round_to<T>(number(false))));
+  }
+}
+
+// A tensor's base and models, and windows of their rows.
+struct Case {
+  int64_t rows, columns, first_row, first_entry;
+  int models;
+  bool wild;
+  std::vector<Memory> memory;
+  std::vector<Matrix> matrices;  // the base first
+  std::vector<Drop> drops;
+
+  explicit Case(int64_t most_rows) {
+    static constexpr int kShares[] = {1, 8, 64, 512, 1024};  // of columns to threads, warps, blocks
+    rows = draw(1, chance(50) ? 20 : most_rows);
+    columns = chance(50) ? 8 * draw(1, 20) : draw(1, 150);
+    if (chance(20)) columns = kShares[draw(0, 4)] + 8 * draw(0, 2) - (chance(50) ? draw(0, 7) : 0);
+    columns = std::max<int64_t>(columns, 1);
+    if (columns > 200) rows = std::min<int64_t>(rows, draw(1, 70));
+    models = static_cast<int>(draw(1, 5));
+    if (chance(5)) models = static_cast<int>(draw(60, kMaxModels)), rows = draw(1, 3);
+    first_row = chance(30) ? 0 : draw(1, 200);
+    first_entry = chance(50) ? 0 : draw(0, 1) == 0 ? 4 * draw(0, 1 << 20) : draw(1, 1 << 20);
+    if (chance(5)) first_entry += int64_t{1} << 40;
+    wild = chance(30);
+    const bool based = chance(75), mixed = chance(40), unaligned = chance(15);
+    const auto common = static_cast<Dtype>(draw(0, 2));
+    for (int m = 0; m <= models; ++m) {
+      const Dtype dtype = mixed ? static_cast<Dtype>(draw(0, 2)) : common;
+      const int64_t size = dtype_size(dtype);
+      memory.emplace_back(rows * columns * size, unaligned ? size * draw(0, 7) : 0);
+      void* data = memory.back().as<void>();
+      if (dtype == Dtype::f32) fill<F32>(data, rows * columns, wild);
+      if (dtype == Dtype::f16) fill<F16>(data, rows * columns, wild);
+      if (dtype == Dtype::bf16) fill<BF16>(data, rows * columns, wild);
+      matrices.push_back({data, dtype});
+    }
+    if (!based) matrices[0] = {nullptr, Dtype::f32};
+    for (int m = 0; based && m < models && (m > 0 || chance(40)); ++m) {
+      if (m == 0) drops.resize(static_cast<size_t>(models));
+      drops[static_cast<size_t>(m)] = drop();
+    }
+  }
+
+  Drop drop() const {
+    const uint64_t key = random_bits();
+    uint64_t threshold = chance(20) ? 0 : chance(10) ? 1ull << 32 : random_bits() >> 32;
+    if (chance(30)) {  // on the edge: an entry's own number
+      const int64_t entry = draw(first_row * columns, (first_row + rows) * columns - 1);
+      const auto index = static_cast<uint64_t>(first_entry + entry);
+      uint32_t block[4];
+      philox(key, index / 4, block);
+      threshold = block[index % 4];
+    }
+    return {key, threshold, chance(50) ? 1.0 : 1.0 + uniform()};
+  }
+
+  // Views of rows [begin, end).
+  Inputs window(int64_t begin, int64_t end, std::vector<Matrix>& views) const {
+    views = matrices;
+    for (Matrix& view : views) {
+      if (view.data == nullptr) continue;
+      view.data = static_cast<const char*>(view.data) + begin * columns * dtype_size(view.dtype);
+    }
+    return Inputs{{end - begin, columns, first_row + begin, first_entry},
+                  views[0],
+                  views.data() + 1,
+                  drops.empty() ? nullptr : drops.data(),
+                  models};
+  }
+
+  // Calls f with windows that cut the rows anywhere; sometimes with a single one.
+  template <class F>
+  void windows(const F& f) const {
+    const int64_t most = chance(30) ? rows : std::max<int64_t>(1, rows / 2);
+    for (int64_t begin = 0; begin < rows;) {
+      const int64_t end = std::min(rows, begin + (most == rows ? rows : draw(1, most)));
+      std::vector<Matrix> views;
+      f(begin, window(begin, end, views));
+      begin = end;
+    }
+  }
+
+  std::string text() const {
+    std::string text = std::to_string(rows) + " x " + std::to_string(columns) + " from row " +
+                       std::to_string(first_row) + ", dtypes";
+    for (const Matrix& matrix : matrices) {
+      text += matrix.data == nullptr ? " -" : " " + std::to_string(static_cast<int>(matrix.dtype));
+    }
+    return text + (drops.empty() ? "" : ", drops") + (wild ? ", wild" : "");
+  }
+};
+
+void succeed(int error) {
+  if (error != 0) throw std::string("the launch failed with error ") + std::to_string(error);
+}
+
+template <class T>
+void equal(const char* what, const T* cpu, const T* cuda, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const bool both_nan = cpu[i] != cpu[i] && cuda[i] != cuda[i];
+    if (both_nan || std::memcmp(&cpu[i], &cuda[i], sizeof(T)) == 0) continue;
+    char message[200];
+    std::snprintf(message, sizeof message, "%s[%lld] is %a on the CPU and %a from CUDA", what,
+                  static_cast<long long>(i), static_cast<double>(cpu[i]),
+                  static_cast<double>(cuda[i]));
+    throw std::string(message);
+  }
+}
+
+std::string column_moments() {
+  const Case c(200);
+  const int64_t size = moment_count(c.models) * c.columns;
+  const int64_t offset = chance(20) ? 8 : 0;
+  const Memory sums = numbers(size, false), pending = numbers(size, false, offset);
+  const Memory cuda_sums = sums.copy(), cuda_pending = pending.copy();
+  try {
+    std::vector<Matrix> views;
+    cpu::column_moments(c.window(0, c.rows, views), sums.as<double>(), pending.as<double>(), 0,
+                        c.columns);
+    c.windows([&](int64_t, const Inputs& in) {
+      const Memory scratch(cuda::column_moments_scratch(in));
+      succeed(cuda::column_moments(in, cuda_sums.as<double>(), cuda_pending.as<double>(),
+                                   scratch.as<void>(), nullptr));
+    });
+    equal("sums", sums.as<double>(), cuda_sums.as<double>(), size);
+    equal("pending", pending.as<double>(), cuda_pending.as<double>(), size);
+  } catch (const std::string& problem) {
+    return c.text() + ": " + problem;
+  }
+  return "";
+}
+
+std::string row_moments() {
+  const Case c(40);
+  const int64_t total_rows = c.first_row + c.rows + draw(0, 3);
+  const int64_t size = moment_count(c.models) * total_rows;
+  const Memory sums = numbers(size, false), cuda_sums = sums.copy();
+  try {
+    std::vector<Matrix> views;
+    cpu::row_moments(c.window(0, c.rows, views), sums.as<double>(), total_rows, 0, c.rows);
+    c.windows([&](int64_t, const Inputs& in) {
+      succeed(cuda::row_moments(in, cuda_sums.as<double>(), total_rows, nullptr));
+    });
+    equal("sums", sums.as<double>(), cuda_sums.as<double>(), size);
+  } catch (const std::string& problem) {
+    return c.text() + ": " + problem;
+  }
+  return "";
+}
+
+template <class T>
+void equal_stored(const Memory& cpu, const Memory& cuda, int64_t count) {
+  std::vector<float> a, b;
+  for (int64_t i = 0; i < count; ++i) {
+    a.push_back(T::load(cpu.as<typename T::Bits>()[i]));
+    b.push_back(T::load(cuda.as<typename T::Bits>()[i]));
+  }
+  equal("out", a.data(), b.data(), count);
+}
+
+std::string blend() {
+  const Case c(200);
+  const int64_t entries = c.rows * c.columns;
+  const auto dtype = static_cast<Dtype>(draw(0, 2));
+  const auto axis = static_cast<Axis>(draw(0, 2));
+  const int64_t least = axis == Axis::tensor    ? 1
+                        : axis == Axis::columns ? c.columns
+                                                : c.first_row + c.rows;
+  const int64_t stride = least + (chance(20) ? draw(0, 3) : 0);
+  const Memory coefficients = numbers(c.models * stride, c.wild, chance(20) ? 8 : 0);
+  const double base_coefficient = chance(50) ? 1.0 : number(c.wild);
+  const int64_t offset = chance(20) ? dtype_size(dtype) * draw(0, 7) : 0;
+  const Memory out(entries * dtype_size(dtype), offset), cuda_out = out.copy();
+  int64_t counts[2] = {draw(0, 9), draw(0, 9)};
+  int64_t cuda_counts[2] = {counts[0], counts[1]};
+  auto blend_of = [&](const Inputs& in, int64_t begin, const Memory& to) {
+    char* start = to.as<char>() + begin * c.columns * dtype_size(dtype);
+    return Blend{in, axis, coefficients.as<double>(), stride, base_coefficient, start, dtype};
+  };
+  try {
+    std::vector<Matrix> views;
+    cpu::blend(blend_of(c.window(0, c.rows, views), 0, out), 0, entries, counts[0], counts[1]);
+    c.windows([&](int64_t begin, const Inputs& in) {
+      succeed(cuda::blend(blend_of(in, begin, cuda_out), cuda_counts, nullptr));
+    });
+    if (dtype == Dtype::f32) equal_stored<F32>(out, cuda_out, entries);
+    if (dtype == Dtype::f16) equal_stored<F16>(out, cuda_out, entries);
+    if (dtype == Dtype::bf16) equal_stored<BF16>(out, cuda_out, entries);
+    equal("counts", counts, cuda_counts, 2);
+  } catch (const std::string& problem) {
+    return c.text() + ", axis " + std::to_string(static_cast<int>(axis)) + ", out " +
+           std::to_string(static_cast<int>(dtype)) + ": " + problem;
+  }
+  return "";
+}
+
+std::string rank() {
+  const int64_t models = draw(1, 4), count = chance(30) ? draw(1, 5) : draw(1, 2000);
+  const Memory values = numbers(models * count, chance(50));
+  if (chance(60)) {  // ties, of NaNs and zeros too
+    const int64_t kinds = draw(1, 50);
+    const Memory few = numbers(kinds, true);
+    for (int64_t i = 0; i < models * count; ++i) {
+      values.as<double>()[i] = few.as<double>()[draw(0, kinds - 1)];
+    }
+  }
+  const bool average = chance(50);
+  const Memory ranks(models * count * 8), cuda_ranks(models * count * 8);
+  const Memory scratch(cuda::rank_scratch(static_cast<int>(models), count));
+  try {
+    for (int64_t m = 0; m < models; ++m) {
+      cpu::rank(values.as<double>() + m * count, ranks.as<double>() + m * count, count, average);
+    }
+    succeed(cuda::rank(values.as<double>(), cuda_ranks.as<double>(), static_cast<int>(models),
+                       count, average, scratch.as<void>(), nullptr));
+    equal("ranks", ranks.as<double>(), cuda_ranks.as<double>(), models * count);
+  } catch (const std::string& problem) {
+    return std::to_string(models) + " x " + std::to_string(count) + ": " + problem;
+  }
+  return "";
+}
+
+std::string calibrated_softmax() {
+  const int64_t models = draw(1, 6), count = draw(1, 700);
+  const Memory scores = numbers(models * count, chance(30)), thresholds = numbers(models, true);
+  const double divisor = uniform() + 0.01, s = number(false);
+  const Memory out(models * count * 8), cuda_out(models * count * 8);
+  try {
+    cpu::calibrated_softmax(scores.as<double>(), thresholds.as<double>(), divisor, s,
+                            out.as<double>(), static_cast<int>(models), count, 0, count);
+    succeed(cuda::calibrated_softmax(scores.as<double>(), thresholds.as<double>(), divisor, s,
+                                     cuda_out.as<double>(), static_cast<int>(models), count,
+                                     nullptr));
+    equal("out", out.as<double>(), cuda_out.as<double>(), models * count);
+  } catch (const std::string& problem) {
+    return std::to_string(models) + " x " + std::to_string(count) + ": " + problem;
+  }
+  return "";
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const std::string op = arguments[1];
+  auto* run = op == "column_moments" ? column_moments
+              : op == "row_moments"  ? row_moments
+              : op == "blend"        ? blend
+              : op == "rank"         ? rank
+                                     : calibrated_softmax;
+  const uint64_t first = std::stoull(arguments[2]), cases = std::stoull(arguments[3]);
+  for (uint64_t seed = first; seed < first + cases; ++seed) {
+    random_bits.seed(seed);
+    emulation::block_order.seed(static_cast<unsigned>(seed));
+    const std::string problem = run();
+    if (problem.empty()) continue;
+    std::printf("%s, seed %llu: %s\n", op.c_str(), static_cast<unsigned long long>(seed),
+                problem.c_str());
+    return 1;
+  }
+  std::printf("ok %zu\n", emulation::launched.size());
+}

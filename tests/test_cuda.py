@@ -1,0 +1,323 @@
+"""On a GPU every op gives the bits that it gives on the CPU: same arithmetic, same order, for any window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mergecore import ops
+from mergecore.ops import Axis, Drop
+
+GPU = torch.device("cuda")
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF, torch.float32)
+
+
+def why_not() -> str:
+    """Why these tests cannot run here; empty if they can."""
+    if not torch.cuda.is_available():
+        return "no GPU is visible to torch"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("mergecore::blend", "CUDA"):
+        return "the kernels were built without CUDA"
+    return ""
+
+
+pytestmark = pytest.mark.skipif(why_not() != "", reason=f"needs a GPU: {why_not()}")
+
+
+def assert_same_bits(cpu: Tensor, gpu: Tensor) -> None:
+    """Equal bits; NaNs are equal to each other, whatever their payloads."""
+    gpu = gpu.cpu()
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[cpu.element_size()]
+    same = cpu.view(integers) == gpu.view(integers)
+    if cpu.is_floating_point():
+        same |= cpu.isnan() & gpu.isnan()
+    assert bool(same.all()), f"{int((~same).sum())} of {same.numel()} differ"
+
+
+def on_gpu(tensor: Tensor, offset: int = 0) -> Tensor:
+    """A contiguous copy that starts `offset` elements beyond an aligned address."""
+    buffer = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=GPU)
+    view = buffer[offset:].view(tensor.shape)
+    view.copy_(tensor)
+    return view
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A base and models on the CPU and their copies on the GPU, at a place in a tensor."""
+
+    base: Tensor | None
+    models: list[Tensor]
+    gpu_base: Tensor | None
+    gpu_models: list[Tensor]
+    first_row: int
+    first_entry: int
+    drops: list[Drop]
+
+    @property
+    def rows(self) -> int:
+        return self.models[0].shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.models[0].shape[1]
+
+    @property
+    def place(self) -> dict[str, int]:
+        return {"first_row": self.first_row, "first_entry": self.first_entry}
+
+    def windows(self, height: int) -> Iterator[tuple[slice, Tensor | None, list[Tensor], dict[str, int]]]:
+        """Windows of `height` rows on the GPU: rows, base, models, place."""
+        for begin in range(0, self.rows, height):
+            rows = slice(begin, min(begin + height, self.rows))
+            place = {"first_row": self.first_row + begin, "first_entry": self.first_entry}
+            base = None if self.gpu_base is None else self.gpu_base[rows]
+            yield rows, base, [model[rows] for model in self.gpu_models], place
+
+
+def matrices(
+    rows: int,
+    columns: int,
+    dtypes: tuple[torch.dtype, ...],
+    *,
+    base: bool = True,
+    drop_rates: tuple[float, ...] = (),
+    first_row: int = 0,
+    first_entry: int = 0,
+    offset: int = 0,
+    seed: int = 0,
+    special: bool = False,
+) -> Matrices:
+    """Random matrices, the base first in `dtypes`; `special` mixes in zeros, infinities and NaNs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(dtype: torch.dtype) -> Tensor:
+        values = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+        if special:
+            values[torch.rand(values.shape, generator=generator) < 0.05] = -0.0
+            for number in (0.0, 1e-40, 3e38, float("inf"), float("nan")):
+                values[torch.rand(values.shape, generator=generator) < 0.003] = number
+        return values.to(dtype)
+
+    on_cpu = [matrix(dtype) for dtype in dtypes]
+    gpu = [on_gpu(tensor, offset) for tensor in on_cpu]
+    drops = [Drop.of(rate, True, seed=seed, tensor="t", model=m) for m, rate in enumerate(drop_rates)]
+    return Matrices(
+        on_cpu[0] if base else None, on_cpu[1:], gpu[0] if base else None, gpu[1:], first_row, first_entry, drops
+    )
+
+
+def check_column_moments(m: Matrices, height: int) -> None:
+    shape = (ops.moment_count(len(m.models)), m.columns)
+    sums, pending = torch.randn(2, *shape, dtype=torch.float64)
+    gpu_sums, gpu_pending = sums.to(GPU), pending.to(GPU)
+    ops.column_moments(m.base, m.models, sums, pending, drops=m.drops, **m.place)
+    for _, base, models, place in m.windows(height):
+        ops.column_moments(base, models, gpu_sums, gpu_pending, drops=m.drops, **place)
+    assert_same_bits(sums, gpu_sums)
+    assert_same_bits(pending, gpu_pending)
+
+
+def check_row_moments(m: Matrices, height: int) -> None:
+    sums = torch.randn(ops.moment_count(len(m.models)), m.first_row + m.rows + 2, dtype=torch.float64)
+    gpu_sums = sums.to(GPU)
+    ops.row_moments(m.base, m.models, sums, drops=m.drops, **m.place)
+    for _, base, models, place in m.windows(height):
+        ops.row_moments(base, models, gpu_sums, drops=m.drops, **place)
+    assert_same_bits(sums, gpu_sums)
+
+
+def check_blend(m: Matrices, height: int, axis: Axis, out_dtype: torch.dtype, base_coefficient: float = 1.0) -> None:
+    width = {Axis.TENSOR: 1, Axis.COLUMNS: m.columns, Axis.ROWS: m.first_row + m.rows}[axis]
+    coefficients = torch.randn(len(m.models), width, dtype=torch.float64)
+    coefficients[torch.rand(coefficients.shape) < 0.2] = 0.0
+    out, counts = torch.empty(m.rows, m.columns, dtype=out_dtype), torch.tensor([3, 5])
+    gpu_out, gpu_counts, gpu_coefficients = out.to(GPU), counts.to(GPU), coefficients.to(GPU)
+    ops.blend(
+        out,
+        m.base,
+        m.models,
+        coefficients,
+        counts,
+        base_coefficient=base_coefficient,
+        axis=axis,
+        drops=m.drops,
+        **m.place,
+    )
+    for rows, base, models, place in m.windows(height):
+        ops.blend(
+            gpu_out[rows],
+            base,
+            models,
+            gpu_coefficients,
+            gpu_counts,
+            base_coefficient=base_coefficient,
+            axis=axis,
+            drops=m.drops,
+            **place,
+        )
+    assert_same_bits(out, gpu_out)
+    assert counts.tolist() == gpu_counts.tolist()
+
+
+# Same dtypes take kernels of their own; columns that are no multiple of 8, or windows that are not
+# aligned, take single loads.
+KINDS = [*((dtype, dtype, dtype) for dtype in DTYPES), DTYPES, (torch.float32, *HALF, torch.bfloat16)]
+SHAPES = [(1, 1), (3, 7), (64, 64), (130, 1000), (257, 4096), (200, 5121)]
+
+
+@pytest.mark.parametrize("dtypes", KINDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("drops", [False, True], ids=["whole", "dropped"])
+class TestEveryKernel:
+    def matrices(self, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], drops: bool) -> Matrices:
+        rates = (0.0, *[0.3] * (len(dtypes) - 2)) if drops else ()
+        return matrices(*shape, dtypes, drop_rates=rates, first_row=37, first_entry=3 * shape[0] * shape[1])
+
+    def test_column_moments(self, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], drops: bool) -> None:
+        check_column_moments(self.matrices(shape, dtypes, drops), height=100)
+
+    def test_row_moments(self, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], drops: bool) -> None:
+        check_row_moments(self.matrices(shape, dtypes, drops), height=100)
+
+    @pytest.mark.parametrize("axis", list(Axis))
+    @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+    def test_blend(
+        self, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], drops: bool, axis: Axis, out_dtype: torch.dtype
+    ) -> None:
+        check_blend(self.matrices(shape, dtypes, drops), 100, axis, out_dtype)
+
+
+@st.composite
+def any_matrices(draw: st.DrawFn) -> Matrices:
+    models = draw(st.integers(1, 5))
+    base = draw(st.booleans())
+    dtype = st.sampled_from(DTYPES)
+    same = draw(st.booleans())
+    kinds = (draw(dtype),) * (models + 1) if same else tuple(draw(dtype) for _ in range(models + 1))
+    rates = st.lists(st.sampled_from([0.0, 0.1, 0.9]), min_size=models, max_size=models)
+    return matrices(
+        draw(st.integers(1, 300)),
+        draw(st.one_of(st.integers(1, 700), st.integers(1, 90).map(lambda n: 8 * n))),
+        kinds,
+        base=base,
+        drop_rates=tuple(draw(rates)) if base and draw(st.booleans()) else (),
+        first_row=draw(st.integers(0, 200)),
+        first_entry=draw(st.sampled_from([0, 1, 4, 4096, 2**33 + 3])),
+        offset=draw(st.sampled_from([0, 0, 0, 1, 4, 8])),
+        seed=draw(st.integers(0, 2**32)),
+        special=draw(st.booleans()),
+    )
+
+
+@given(m=any_matrices(), height=st.integers(1, 300))
+@settings(max_examples=60, deadline=None)
+def test_moments_of_any_windows(m: Matrices, height: int) -> None:
+    check_column_moments(m, height)
+    check_row_moments(m, height)
+
+
+@given(
+    m=any_matrices(),
+    height=st.integers(1, 300),
+    axis=st.sampled_from(list(Axis)),
+    out_dtype=st.sampled_from(DTYPES),
+    base_coefficient=st.sampled_from([1.0, 0.0, -0.5, 1e38]),
+)
+@settings(max_examples=100, deadline=None)
+def test_blend_of_any_windows(
+    m: Matrices, height: int, axis: Axis, out_dtype: torch.dtype, base_coefficient: float
+) -> None:
+    check_blend(m, height, axis, out_dtype, base_coefficient)
+
+
+def test_the_greatest_number_of_models() -> None:
+    m = matrices(5, 264, (torch.bfloat16,) * 65, drop_rates=(0.5,) * 64, first_row=62)
+    check_column_moments(m, height=2)
+    check_row_moments(m, height=2)
+    check_blend(m, 2, Axis.COLUMNS, torch.bfloat16)
+
+
+def test_a_large_window() -> None:
+    m = matrices(6000, 5120, (torch.bfloat16,) * 3, first_row=1000)
+    check_column_moments(m, height=4097)
+    check_row_moments(m, height=4097)
+    check_blend(m, 4097, Axis.COLUMNS, torch.bfloat16)
+
+
+def check_rank(values: Tensor) -> None:
+    for average in (False, True):
+        assert_same_bits(ops.rank(values, average=average), ops.rank(values.to(GPU), average=average))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 255, 256, 5120, 152064])
+@pytest.mark.parametrize("kinds", [1, 3, 1000, None], ids=lambda kinds: f"{kinds or 'all different'}")
+def test_rank(count: int, kinds: int | None) -> None:
+    values = torch.randn(3, count, dtype=torch.float64)
+    if kinds is not None:
+        values = torch.randn(kinds, dtype=torch.float64)[torch.randint(kinds, (3, count))]
+    check_rank(values)
+
+
+@given(st.lists(st.floats(width=64), min_size=1, max_size=200))
+@settings(max_examples=100, deadline=None)
+def test_rank_of_any_numbers(values: list[float]) -> None:
+    check_rank(torch.tensor([values, values[::-1]], dtype=torch.float64))
+
+
+@given(
+    st.integers(1, 6), st.integers(0, 3000), st.integers(0, 2**32), st.sampled_from([1e-3, 1.0, 1e3]), st.floats(-2, 2)
+)
+@settings(max_examples=60, deadline=None)
+def test_calibrated_softmax(models: int, count: int, seed: int, spread: float, s: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(models, count, dtype=torch.float64, generator=generator) * spread
+    thresholds = torch.randn(models, dtype=torch.float64, generator=generator) * spread
+    thresholds[0] = float("inf")
+    cpu = ops.calibrated_softmax(scores, thresholds, divisor=0.37, s=s)
+    assert_same_bits(cpu, ops.calibrated_softmax(scores.to(GPU), thresholds.to(GPU), divisor=0.37, s=s))
+
+
+def test_the_ops_run_on_the_current_stream_without_waiting() -> None:
+    """A CUDA graph records the ops: nothing in them waits for the device or allocates past torch's pool."""
+    m = matrices(200, 512, (torch.bfloat16,) * 3)
+    shape = (ops.moment_count(2), m.columns)
+    sums, pending = torch.zeros(2, *shape, dtype=torch.float64, device=GPU)
+    out = torch.empty_like(m.gpu_models[0])
+    coefficients = torch.ones(2, 1, dtype=torch.float64, device=GPU)
+    counts = torch.zeros(2, dtype=torch.int64, device=GPU)
+    ranks = torch.empty_like(sums)
+
+    def work() -> None:
+        ops.column_moments(m.gpu_base, m.gpu_models, sums, pending)
+        torch.ops.mergecore.rank(sums, ranks, True)
+        ops.blend(out, m.gpu_base, m.gpu_models, coefficients, counts)
+
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        work()  # loads the kernels
+    stream.synchronize()
+    expected = [tensor.clone() for tensor in (sums, pending, ranks, out)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    for tensor in (sums, pending, ranks, out):
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for tensor, before in zip((sums, pending, ranks, out), expected, strict=True):
+        assert_same_bits(before.cpu(), tensor)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_ops_run_on_the_tensors_device() -> None:
+    values = torch.randn(2, 999, dtype=torch.float64)
+    assert_same_bits(ops.rank(values), ops.rank(values.to("cuda:1")))

@@ -1,0 +1,222 @@
+"""The CPU kernels give equal bits whatever instruction set they are compiled for.
+
+The installed library picks one of several clones of each loop by the processor. Here the same sources are
+compiled for one instruction set at a time, without clones, and held against it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergecore import ops
+from tests import oracle
+
+SOURCES = Path(__file__).parent.parent / "csrc" / "cpu"
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror"]
+VARIANTS = {
+    "x86-64 unoptimised": (["-O0", "-march=x86-64"], set()),
+    "x86-64": (["-O3", "-march=x86-64"], set()),
+    "x86-64-v3": (["-O3", "-march=x86-64-v3"], {"avx2", "fma", "bmi2"}),
+    "x86-64-v4": (
+        ["-O3", "-march=x86-64-v4", "-mprefer-vector-width=512"],
+        {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    ),
+}
+# All kernels as one C program: structures go by pointer, everything else as it is.
+PROGRAM = """
+#define MERGECORE_CLONES
+#include "blend.cpp"
+#include "chunk.cpp"
+#include "moments.cpp"
+#include "scores.cpp"
+using namespace mergecore;
+extern "C" {
+void column_moments(const Inputs* in, double* sums, double* pending, int64_t columns) {
+  cpu::column_moments(*in, sums, pending, 0, columns);
+}
+void row_moments(const Inputs* in, double* sums, int64_t rows) { cpu::row_moments(*in, sums, rows, 0, rows); }
+void blend(const Blend* b, int64_t entries, int64_t* counts) { cpu::blend(*b, 0, entries, counts[0], counts[1]); }
+void rank(const double* values, double* ranks, int64_t count, bool average) {
+  cpu::rank(values, ranks, count, average);
+}
+void calibrated_softmax(const double* scores, const double* thresholds, double divisor, double s, double* out,
+                        int models, int64_t count) {
+  cpu::calibrated_softmax(scores, thresholds, divisor, s, out, models, count, 0, count);
+}
+}
+"""
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("dtype", ctypes.c_int32))
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Matrix:
+        if tensor is None:
+            return cls(None, 0)
+        return cls(tensor.data_ptr(), [torch.float32, torch.float16, torch.bfloat16].index(tensor.dtype))
+
+
+class Drop(ctypes.Structure):
+    _fields_ = (("key", ctypes.c_uint64), ("threshold", ctypes.c_uint64), ("scale", ctypes.c_double))
+
+
+class Window(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("rows", "columns", "first_row", "first_entry"))
+
+
+class Inputs(ctypes.Structure):
+    _fields_ = (
+        ("window", Window),
+        ("base", Matrix),
+        ("models", ctypes.POINTER(Matrix)),
+        ("drops", ctypes.POINTER(Drop)),
+        ("count", ctypes.c_int),
+    )
+
+    @classmethod
+    def of(cls, base: Tensor | None, models: Sequence[Tensor], drops: Sequence[ops.Drop]) -> Inputs:
+        matrices = (Matrix * len(models))(*map(Matrix.of, models))
+        dropping = (Drop * len(drops))(*(Drop(drop.key, drop.threshold, drop.scale) for drop in drops))
+        window = Window(*models[0].shape, 0, 5)
+        return cls(window, Matrix.of(base), matrices, dropping if drops else None, len(models))
+
+
+class Blend(ctypes.Structure):
+    _fields_ = (
+        ("inputs", Inputs),
+        ("axis", ctypes.c_int32),
+        ("coefficients", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("base_coefficient", ctypes.c_double),
+        ("out", ctypes.c_void_p),
+        ("out_dtype", ctypes.c_int32),
+    )
+
+
+def features() -> set[str]:
+    """What this processor can do, in the kernel's words."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    flags, needed = VARIANTS[request.param]
+    compiler = shutil.which("g++")
+    if platform.machine() != "x86_64" or compiler is None:
+        pytest.skip("needs g++ on x86-64")
+    if missing := needed - features():
+        pytest.skip(f"this processor has no {', '.join(sorted(missing))}")
+    folder = tmp_path_factory.mktemp("kernels")
+    (folder / "kernels.cpp").write_text(PROGRAM)
+    library = folder / "kernels.so"
+    command = [compiler, *FLAGS, *flags, "-shared", "-fPIC", "-I", str(SOURCES), "-o", str(library)]
+    subprocess.run([*command, str(folder / "kernels.cpp")], check=True)
+    return ctypes.CDLL(str(library))
+
+
+DROPS = (ops.Drop(2**64 - 5, 1 << 31, 2.0), ops.Drop(1, 0, 1.0), ops.Drop(9, 1 << 29, 8 / 7))
+CASES: dict[str, tuple[torch.dtype | None, tuple[torch.dtype, ...], bool]] = {
+    "bf16": (torch.bfloat16, (torch.bfloat16,) * 3, False),
+    "mixed": (torch.float32, (torch.float16, torch.bfloat16, torch.float32), False),
+    "dropping": (torch.float16, (torch.float32, torch.float16, torch.bfloat16), True),
+    "no base": (None, (torch.float16, torch.float32, torch.bfloat16), False),
+}
+ROWS, COLUMNS = 131, 777
+
+
+def made(case: str) -> tuple[Tensor | None, list[Tensor], tuple[ops.Drop, ...]]:
+    """Entries of many magnitudes, subnormals and infinities among them."""
+    base_dtype, dtypes, dropping = CASES[case]
+    random = torch.Generator().manual_seed(len(case))
+    magnitudes = torch.exp2(torch.randint(-20, 3, (ROWS, COLUMNS), generator=random))
+    start = torch.randn(ROWS, COLUMNS, generator=random) * magnitudes
+    start[7] *= 2.0**-15
+    models = [
+        (start + torch.randn(ROWS, COLUMNS, generator=random) * 0.01 * magnitudes).to(dtype).contiguous()
+        for dtype in dtypes
+    ]
+    models[0][:, 500] = 6e4
+    models[1][100, 3] = torch.inf
+    base = None if base_dtype is None else start.to(base_dtype).contiguous()
+    return base, models, DROPS if dropping else ()
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def same(one: Tensor, two: Tensor) -> bool:
+    return torch.equal(oracle.bits(one), oracle.bits(two))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_moments(compiled: ctypes.CDLL, case: str) -> None:
+    base, models, drops = made(case)
+    inputs = Inputs.of(base, models, drops)
+    found, wanted = torch.zeros(2, 2, 10, COLUMNS, dtype=torch.float64).unbind()
+    compiled.column_moments(ctypes.byref(inputs), pointer(found[0]), pointer(found[1]), ctypes.c_int64(COLUMNS))
+    ops.column_moments(base, models, wanted[0], wanted[1], first_entry=5, drops=drops)
+    assert same(found, wanted)
+    found, wanted = torch.zeros(2, 10, ROWS, dtype=torch.float64).unbind()
+    compiled.row_moments(ctypes.byref(inputs), pointer(found), ctypes.c_int64(ROWS))
+    ops.row_moments(base, models, wanted, first_entry=5, drops=drops)
+    assert same(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("axis", ops.Axis)
+@pytest.mark.parametrize("case", CASES)
+def test_blend(compiled: ctypes.CDLL, case: str, axis: ops.Axis, dtype: torch.dtype) -> None:
+    base, models, drops = made(case)
+    coefficients = torch.randn(3, COLUMNS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found, wanted = torch.empty(2, ROWS, COLUMNS, dtype=dtype).unbind()
+    found_counts, wanted_counts = torch.zeros(2, 2, dtype=torch.int64).unbind()
+    blend = Blend(
+        Inputs.of(base, models, drops),
+        axis,
+        pointer(coefficients),
+        COLUMNS,
+        0.75,
+        pointer(found),
+        Matrix.of(found).dtype,
+    )
+    compiled.blend(ctypes.byref(blend), ctypes.c_int64(ROWS * COLUMNS), pointer(found_counts))
+    ops.blend(
+        wanted, base, models, coefficients, wanted_counts, base_coefficient=0.75, axis=axis, first_entry=5, drops=drops
+    )
+    assert same(found, wanted)
+    assert found_counts.tolist() == wanted_counts.tolist()
+    assert wanted_counts[0] > 0  # the rare path was taken too
+
+
+def test_scores(compiled: ctypes.CDLL) -> None:
+    random = torch.Generator().manual_seed(3)
+    values = torch.randn(3, 10_001, dtype=torch.float64, generator=random).round(decimals=3)
+    values[0, 5], values[1, 6], values[2, 7] = torch.nan, -torch.inf, -0.0
+    average: Callable[[bool], Tensor] = lambda share: ops.rank(values, average=share)  # noqa: E731
+    for share in (False, True):
+        found = torch.empty_like(values)
+        for n in range(3):
+            compiled.rank(pointer(values[n]), pointer(found[n]), ctypes.c_int64(10_001), ctypes.c_bool(share))
+        assert same(found, average(share))
+    thresholds = torch.tensor([0.5, 0.0, torch.inf], dtype=torch.float64)
+    scores = torch.rand(3, 10_001, dtype=torch.float64, generator=random) * 30
+    found = torch.empty_like(scores)
+    arguments: tuple[Any, ...] = (ctypes.c_double(3.0), ctypes.c_double(0.7), pointer(found), 3, ctypes.c_int64(10_001))
+    compiled.calibrated_softmax(pointer(scores), pointer(thresholds), *arguments)
+    assert same(found, ops.calibrated_softmax(scores, thresholds, divisor=3.0, s=0.7))
