@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
+# Waiting threads sleep: spinning ones starve the other processes of a test on few cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: setup demo test lint bench format install-service clean
 
 setup: $(VENV)/.built

@@ -27,7 +27,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# Read when torch loads OpenMP: threads that wait shall sleep. On shared cores, spinning makes training several times slower.
+# Read when torch loads OpenMP: threads that wait shall sleep. Where cores are shared, spinning makes training several
+# times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -106,7 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep models and merges in DIR; train there only once")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads for training and measuring (2)")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # unwinds: the daemon is stopped too
     torch.set_num_threads(options.threads)
+    torch.use_deterministic_algorithms(True)
     transformers.utils.logging.disable_progress_bar()
     try:
         with contextlib.ExitStack() as stack:

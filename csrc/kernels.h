@@ -1,9 +1,11 @@
-// The kernels' raw-pointer signatures, free of torch. CPU and CUDA implement the same four families.
+// The kernels' raw-pointer signatures, free of torch. CPU and CUDA implement the same four
+// families.
 //
-// Terms. A *window* is a run of whole rows of one tensor seen as a matrix (rows x columns, row-major,
-// contiguous). The base and the N models bring one window each, with dtypes of their own. For model n
-// with entries x and base entries a, the delta is  d = keep * (x - a)  and the effective entry is a + d;
-// keep is 1 without dropping, and with DARE (Yu et al. 2024, eq. 3) it is 0 or `scale` per entry.
+// Terms. A *window* is a run of whole rows of one tensor seen as a matrix (rows x columns,
+// row-major, contiguous). The base and the N models bring one window each, with dtypes of their
+// own. For model n with entries x and base entries a, the delta is  d = keep * (x - a)  and the
+// effective entry is a + d; keep is 1 without dropping, and with DARE (Yu et al. 2024, eq. 3) it is
+// 0 or `scale` per entry.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +19,8 @@ struct Matrix {
   Dtype dtype;
 };
 
-// DARE for one model. Entry e (index in the whole tensor) is kept iff its Philox number >= threshold.
+// DARE for one model. Entry e (index in the whole tensor) is kept iff its Philox number >=
+// threshold.
 struct Drop {
   uint64_t key;
   uint64_t threshold;  // round(drop_rate * 2^32): 0 keeps everything
@@ -40,13 +43,14 @@ inline int64_t moment_count(int models) { return 1 + 3 * static_cast<int64_t>(mo
 
 struct Inputs {
   Window window;
-  Matrix base;              // data == nullptr: no base, deltas are the entries themselves
-  const Matrix* models;     // [count]
-  const Drop* drops;        // [count] or nullptr
+  Matrix base;           // data == nullptr: no base, deltas are the entries themselves
+  const Matrix* models;  // [count]
+  const Drop* drops;     // [count] or nullptr
   int count;
 };
 
-// How the blend's coefficients are laid out: one per model, per model and column, or per model and row.
+// How the blend's coefficients are laid out: one per model, per model and column, or per model and
+// row.
 enum class Axis : int32_t { tensor = 0, columns = 1, rows = 2 };
 
 struct Blend {
@@ -59,6 +63,21 @@ struct Blend {
   Dtype out_dtype;
 };
 
+// The blend's value: `product` is base_coefficient * base, `sum` that of c_n * d_n. A zero sum
+// leaves the product bit for bit, the sign of its zeros included.
+MERGECORE_INLINE double add_base(double product, double sum) {
+  return sum == 0.0 ? product : product + sum;
+}
+
+// A value that is this small beside `size`, the sum of what was added up without signs, is
+// float64's noise where exact arithmetic has 0, as in (x + y - (x + y)) / 3: noise would depend on
+// the order of the models. 64 of them lose 2^-46.
+constexpr double kCancelled = 0x1p-44;
+
+MERGECORE_INLINE double without_noise(double value, double size, double product) {
+  return fabs(value) < kCancelled * size ? (product == 0.0 ? product : 0.0) : value;
+}
+
 // Order-preserving bits of a float64 for radix sorting: -0 counts as 0, NaN is larger than all.
 MERGECORE_INLINE uint64_t sort_key(double value) {
   value = value != value ? bit_cast<double>(0x7ff8000000000000ull) : value + 0.0;
@@ -66,8 +85,8 @@ MERGECORE_INLINE uint64_t sort_key(double value) {
   return (bits >> 63) != 0 ? ~bits : bits | 0x8000000000000000ull;
 }
 
-// Column j of WIDEN's equations 4 to 6: out[n] = s where scores[n] > thresholds[n], else the softmax
-// over models of scores / divisor. All arrays are [models][count].
+// Column j of WIDEN's equations 4 to 6: out[n] = s where scores[n] > thresholds[n], else the
+// softmax over models of scores / divisor. All arrays are [models][count].
 MERGECORE_INLINE void softmax_column(const double* scores, const double* thresholds, double divisor,
                                      double s, double* out, int models, int64_t count, int64_t j) {
   double largest = -HUGE_VAL;
@@ -93,9 +112,11 @@ namespace cpu {
 void column_moments(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end);
 // Window rows [begin, end) into sums[moments][total_rows] at the tensor's row.
 void row_moments(const Inputs& in, double* sums, int64_t total_rows, int64_t begin, int64_t end);
-// Entries [begin, end) of the window, counted row by row; adds to non-finite results, overflowed results.
+// Entries [begin, end) of the window, counted row by row; adds to non-finite results, overflowed
+// results.
 void blend(const Blend& blend, int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow);
-// Rank of every entry among its model's `count` values, ascending from 1, ties by index or averaged.
+// Rank of every entry among its model's `count` values, ascending from 1, ties by index or
+// averaged.
 void rank(const double* values, double* ranks, int64_t count, bool average);
 // Columns [begin, end) of WIDEN's equations 4 to 6 on scores[models][count] / divisor.
 void calibrated_softmax(const double* scores, const double* thresholds, double divisor, double s,
@@ -116,8 +137,8 @@ int64_t rank_scratch(int models, int64_t count);
 int column_moments(const Inputs& in, double* sums, double* pending, void* scratch, Stream stream);
 int row_moments(const Inputs& in, double* sums, int64_t total_rows, Stream stream);
 int blend(const Blend& blend, int64_t* counts, Stream stream);  // counts[2] += non-finite, overflow
-int rank(const double* values, double* ranks, int models, int64_t count, bool average, void* scratch,
-         Stream stream);
+int rank(const double* values, double* ranks, int models, int64_t count, bool average,
+         void* scratch, Stream stream);
 int calibrated_softmax(const double* scores, const double* thresholds, double divisor, double s,
                        double* out, int models, int64_t count, Stream stream);
 const char* error_string(int error);

@@ -34,11 +34,14 @@ struct F32 {
   using Bits = uint32_t;
   static constexpr Dtype dtype = Dtype::f32;
   static constexpr double largest = 0x1.fffffep127;
-  static constexpr int significant = 24;       // significant bits
-  static constexpr int min_exponent = -126;    // of the smallest normal number
+  static constexpr int significant = 24;     // significant bits
+  static constexpr int min_exponent = -126;  // of the smallest normal number
   static MERGECORE_INLINE float load(Bits bits) { return bit_cast<float>(bits); }
   // `value` is representable (see round_to), or beyond the largest finite number.
-  static MERGECORE_INLINE Bits store(float value) { return bit_cast<Bits>(value); }
+  // A NaN gets one bit pattern, here and below: its sign and payload differ between machines.
+  static MERGECORE_INLINE Bits store(float value) {
+    return value == value ? bit_cast<Bits>(value) : 0x7fc00000u;
+  }
   static MERGECORE_INLINE Bits store_finite(float value) { return bit_cast<Bits>(value); }
 };
 
@@ -52,9 +55,8 @@ struct BF16 {
     return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
   }
   static MERGECORE_INLINE Bits store(float value) {
-    // Representable values have a zero lower half; a NaN keeps a bit in the upper half.
-    uint32_t bits = bit_cast<uint32_t>(value);
-    return static_cast<Bits>((bits >> 16) | ((bits & 0xffffu) != 0 ? 1u : 0u));
+    // Representable values have a zero lower half.
+    return static_cast<Bits>(value == value ? bit_cast<uint32_t>(value) >> 16 : 0x7fc0u);
   }
   static MERGECORE_INLINE Bits store_finite(float value) {
     return static_cast<Bits>(bit_cast<uint32_t>(value) >> 16);
@@ -79,8 +81,7 @@ struct F16 {
     uint32_t absolute = bits & 0x7fffffffu;
     float magnitude = bit_cast<float>(absolute < 0x47800000u ? absolute : 0x47800000u);  // 65536
     uint32_t half = bit_cast<uint32_t>(magnitude * 0x1p-112f) >> 13;
-    half = absolute > 0x7f800000u ? 0x7e00u : half;
-    return static_cast<Bits>(half | ((bits >> 16) & 0x8000u));
+    return static_cast<Bits>(absolute > 0x7f800000u ? 0x7e00u : half | ((bits >> 16) & 0x8000u));
   }
   static MERGECORE_INLINE Bits store_finite(float value) {
     uint32_t bits = bit_cast<uint32_t>(value);
@@ -97,8 +98,8 @@ MERGECORE_INLINE double power_of_two(int exponent) {
 constexpr int kSnapBits = 40;
 
 // A finite result of a merge as a number of storage type T, still held in float64: first rounded to
-// 40 significant bits, so that float64 noise cannot decide what is a tie in exact arithmetic, then to
-// T's precision (and to its subnormal grid), to nearest even both times. Adding and subtracting
+// 40 significant bits, so that float64 noise cannot decide what is a tie in exact arithmetic, then
+// to T's precision (and to its subnormal grid), to nearest even both times. Adding and subtracting
 // 1.5 * 2^52 quanta leaves each rounding to the hardware. Zeros keep their sign. Results beyond
 // T::largest are numbers that T::store turns into infinity; Inf and NaN become NaN.
 template <class T>
@@ -115,8 +116,8 @@ MERGECORE_INLINE double round_finite(double value) {
   return bit_cast<double>((bit_cast<uint64_t>(rounded) & 0x7fffffffffffffffull) | sign);
 }
 
-// The same for any value. Inf and NaN pass unchanged, and so does what is far beyond every T::largest:
-// there round_finite itself would overflow.
+// The same for any value. Inf and NaN pass unchanged, and so does what is far beyond every
+// T::largest: there round_finite itself would overflow.
 template <class T>
 MERGECORE_INLINE double round_to(double value) {
   return fabs(value) < 0x1p200 ? round_finite<T>(value) : value;

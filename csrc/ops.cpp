@@ -1,6 +1,8 @@
 // Schemas, argument checks and device dispatch of the kernels, once, on the LibTorch stable ABI.
 //
-// Every op writes into tensors that the caller made (and reuses), so no op allocates but for scratch.
+// Every op writes into tensors that the caller made (and reuses), so no op allocates but for
+// scratch.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -30,11 +32,15 @@ void check(bool condition, const std::string& message) {
 
 Dtype dtype_of(const Tensor& tensor, const char* what) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::Half: return Dtype::f16;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    default: throw std::runtime_error(std::string("mergecore: ") + what +
-                                      " must be float32, float16 or bfloat16");
+    case ScalarType::Float:
+      return Dtype::f32;
+    case ScalarType::Half:
+      return Dtype::f16;
+    case ScalarType::BFloat16:
+      return Dtype::bf16;
+    default:
+      throw std::runtime_error(std::string("mergecore: ") + what +
+                               " must be float32, float16 or bfloat16");
   }
 }
 
@@ -77,8 +83,8 @@ struct Arguments {
     for (int64_t i = 0; i < dropping; ++i) {
       check(thresholds[i] >= 0 && thresholds[i] <= (int64_t{1} << 32),
             "drop thresholds must be 0 to 2^32");
-      drops.push_back({static_cast<uint64_t>(keys[i]), static_cast<uint64_t>(thresholds[i]),
-                       scales[i]});
+      drops.push_back(
+          {static_cast<uint64_t>(keys[i]), static_cast<uint64_t>(thresholds[i]), scales[i]});
     }
     check(first_row >= 0 && first_entry >= 0, "window positions must not be negative");
     inputs = Inputs{{shape.size(0), shape.size(1), first_row, first_entry},
@@ -93,8 +99,8 @@ struct Arguments {
 
  private:
   static Matrix matrix(const Tensor& tensor, const Tensor& shape, const char* what) {
-    check(tensor.dim() == 2 && tensor.size(0) == shape.size(0) &&
-              tensor.size(1) == shape.size(1) && tensor.is_contiguous(),
+    check(tensor.dim() == 2 && tensor.size(0) == shape.size(0) && tensor.size(1) == shape.size(1) &&
+              tensor.is_contiguous(),
           std::string(what) + " must be contiguous and of the same shape as the others");
     check_device(tensor, shape, what);
     return {tensor.data_ptr(), dtype_of(tensor, what)};
@@ -112,9 +118,9 @@ struct BlendArguments : Arguments {
     const Window& w = inputs.window;
     check_device(out, models[0], "out");
     check_device(counts, models[0], "counts");
-    check(out.dim() == 2 && out.size(0) == w.rows && out.size(1) == w.columns &&
-              out.is_contiguous(),
-          "out must be contiguous and of the windows' shape");
+    check(
+        out.dim() == 2 && out.size(0) == w.rows && out.size(1) == w.columns && out.is_contiguous(),
+        "out must be contiguous and of the windows' shape");
     check(axis >= 0 && axis <= 2, "axis must be 0 (tensor), 1 (columns) or 2 (rows)");
     check(coefficients.dim() == 2 && coefficients.size(0) == inputs.count,
           "coefficients must be (models, n)");
@@ -133,8 +139,7 @@ struct BlendArguments : Arguments {
 };
 
 double* moments_of(const Tensor& tensor, const Tensors& models, const char* what) {
-  check(tensor.dim() == 2 &&
-            tensor.size(0) == moment_count(static_cast<int>(models.size())) &&
+  check(tensor.dim() == 2 && tensor.size(0) == moment_count(static_cast<int>(models.size())) &&
             tensor.size(1) == models[0].size(1),
         std::string(what) + " must be (1 + 3 * models, columns)");
   return float64(tensor, models[0], 0, what);
@@ -147,10 +152,9 @@ constexpr int64_t kLine = 32;
 template <class F>
 void parallel_lines(int64_t count, int64_t grain, const F& f) {
   const int64_t lines = (count + kLine - 1) / kLine;
-  torch::stable::parallel_for(0, lines, std::max<int64_t>(1, grain / kLine),
-                              [&](int64_t begin, int64_t end) {
-                                f(begin * kLine, std::min(end * kLine, count));
-                              });
+  torch::stable::parallel_for(
+      0, lines, std::max<int64_t>(1, grain / kLine),
+      [&](int64_t begin, int64_t end) { f(begin * kLine, std::min(end * kLine, count)); });
 }
 
 }  // namespace
@@ -162,10 +166,9 @@ void column_moments_cpu(std::optional<Tensor> base, Tensors models, Tensor sums,
   const Window& w = a.inputs.window;
   double* total = moments_of(sums, models, "sums");
   double* tile = moments_of(pending, models, "pending");
-  parallel_lines(w.columns, kGrainEntries / std::max<int64_t>(1, w.rows),
-                 [&](int64_t begin, int64_t end) {
-                   cpu::column_moments(a.inputs, total, tile, begin, end);
-                 });
+  parallel_lines(
+      w.columns, kGrainEntries / std::max<int64_t>(1, w.rows),
+      [&](int64_t begin, int64_t end) { cpu::column_moments(a.inputs, total, tile, begin, end); });
 }
 
 void row_moments_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, int64_t first_row,
@@ -250,7 +253,8 @@ void rank_cpu(Tensor values, Tensor ranks, bool average) {
   });
 }
 
-void calibrated_softmax_cpu(Tensor scores, Tensor thresholds, double divisor, double s, Tensor out) {
+void calibrated_softmax_cpu(Tensor scores, Tensor thresholds, double divisor, double s,
+                            Tensor out) {
   Softmax a(scores, thresholds, divisor, out);
   torch::stable::parallel_for(0, a.count, 4096, [&](int64_t begin, int64_t end) {
     cpu::calibrated_softmax(a.scores, a.thresholds, divisor, s, a.out, a.models, a.count, begin,
@@ -262,12 +266,16 @@ void calibrated_softmax_cpu(Tensor scores, Tensor thresholds, double divisor, do
 
 namespace {
 
-cuda::Stream current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return stream;
-}
+// The GPU that a tensor lies on, made current while this lives, and torch's current stream there.
+struct OnDevice {
+  torch::stable::accelerator::DeviceGuard guard;
+  cuda::Stream stream = nullptr;
+
+  explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  }
+};
 
 void succeed(int error, const char* what) {
   check(error == 0, std::string(what) + " failed on the GPU: " + cuda::error_string(error));
@@ -281,48 +289,51 @@ Tensor scratch(const Tensor& like, int64_t bytes) {
 }  // namespace
 
 void column_moments_cuda(std::optional<Tensor> base, Tensors models, Tensor sums, Tensor pending,
-                         int64_t first_row, int64_t first_entry, Integers keys,
-                         Integers thresholds, Reals scales) {
+                         int64_t first_row, int64_t first_entry, Integers keys, Integers thresholds,
+                         Reals scales) {
+  const OnDevice on(sums);
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   double* total = moments_of(sums, models, "sums");
   double* tile = moments_of(pending, models, "pending");
   Tensor space = scratch(sums, cuda::column_moments_scratch(a.inputs));
-  succeed(cuda::column_moments(a.inputs, total, tile, space.data_ptr(), current_stream(sums)),
+  succeed(cuda::column_moments(a.inputs, total, tile, space.data_ptr(), on.stream),
           "column_moments");
 }
 
 void row_moments_cuda(std::optional<Tensor> base, Tensors models, Tensor sums, int64_t first_row,
                       int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  const OnDevice on(sums);
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   check(sums.dim() == 2 && sums.size(0) == moment_count(a.inputs.count) &&
             sums.size(1) >= first_row + a.inputs.window.rows,
         "sums must be (1 + 3 * models, rows of the tensor)");
-  succeed(cuda::row_moments(a.inputs, float64(sums, models[0], 0, "sums"), sums.size(1), current_stream(sums)),
+  succeed(cuda::row_moments(a.inputs, float64(sums, models[0], 0, "sums"), sums.size(1), on.stream),
           "row_moments");
 }
 
 void blend_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Tensor coefficients,
                 double base_coefficient, int64_t axis, int64_t first_row, int64_t first_entry,
                 Integers keys, Integers thresholds, Reals scales, Tensor counts) {
+  const OnDevice on(out);
   BlendArguments a(out, base, models, coefficients, base_coefficient, axis, first_row, first_entry,
                    keys, thresholds, scales, counts);
-  succeed(cuda::blend(a.blend, static_cast<int64_t*>(counts.data_ptr()), current_stream(out)),
-          "blend");
+  succeed(cuda::blend(a.blend, static_cast<int64_t*>(counts.data_ptr()), on.stream), "blend");
 }
 
 void rank_cuda(Tensor values, Tensor ranks, bool average) {
+  const OnDevice on(values);
   Ranking a(values, ranks);
   Tensor space = scratch(values, cuda::rank_scratch(a.models, a.count));
-  succeed(cuda::rank(a.values, a.ranks, a.models, a.count, average, space.data_ptr(),
-                     current_stream(values)),
+  succeed(cuda::rank(a.values, a.ranks, a.models, a.count, average, space.data_ptr(), on.stream),
           "rank");
 }
 
 void calibrated_softmax_cuda(Tensor scores, Tensor thresholds, double divisor, double s,
                              Tensor out) {
+  const OnDevice on(scores);
   Softmax a(scores, thresholds, divisor, out);
   succeed(cuda::calibrated_softmax(a.scores, a.thresholds, divisor, s, a.out, a.models, a.count,
-                                   current_stream(scores)),
+                                   on.stream),
           "calibrated_softmax");
 }
 

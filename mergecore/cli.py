@@ -6,8 +6,10 @@ Exit codes: 0 done, 1 the merge failed, 2 the spec or the arguments are wrong, 3
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -27,8 +29,13 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    # Threads that spin while they wait take the cores from the reader, the writer and other jobs (workers
+    # inherit this). It must be set before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Lines()])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths are bytes, and not always text
     try:
         code: int = options.run(options)
         return code

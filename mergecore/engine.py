@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,11 +208,10 @@ class _Merge:
             for first_row, _ in job.windows():
                 window, views = next(windows)
                 base, models = self._upload(window, views)
-                place = {"first_row": first_row, "first_entry": entry, "drops": drops}
                 if by_rows:
-                    ops.row_moments(base, models, sums, **place)
+                    ops.row_moments(base, models, sums, first_row=first_row, first_entry=entry, drops=drops)
                 else:
-                    ops.column_moments(base, models, sums, pending, **place)
+                    ops.column_moments(base, models, sums, pending, first_row=first_row, first_entry=entry, drops=drops)
                 self._count(sum(map(len, views)), 0)
             sums = sums if by_rows else sums + pending
             if not bool(torch.isfinite(sums).all()):
@@ -253,7 +253,7 @@ class _Merge:
                 drops=drops,
             )
             offset = (entry + first_row * job.columns) * dtype.itemsize
-            self.device.deliver(result, target, lambda o=offset, b=buffer: self.writer.write(job.name, o, b))
+            self.device.deliver(result, target, partial(self.writer.write, job.name, offset, buffer))
             self._count(sum(map(len, views)), nbytes)
 
     def _drops(self, job: TensorJob) -> list[ops.Drop]:

@@ -18,7 +18,17 @@ MEASURE_SECONDS = 0.1
 
 
 def seconds(plan: MergePlan) -> float:
-    """Seconds of computing that `plan` needs with the threads and kernels of this process."""
+    """Seconds of computing that `plan` needs on the CPU with the threads it asks for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(plan.spec.run.threads or before)
+    try:
+        entries = sum(job.matrices * job.rows * job.columns for job in plan.jobs if job.parameters is not None)
+        return entries * _seconds_per_entry(plan)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds_per_entry(plan: MergePlan) -> float:
     models = [torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16) for _ in plan.models]
     base = torch.zeros(ROWS, COLUMNS, dtype=torch.bfloat16) if plan.base is not None else None
     out = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16)
@@ -35,6 +45,4 @@ def seconds(plan: MergePlan) -> float:
             ops.column_moments(base, models, sums, pending)
         ops.blend(out, base, models, coefficients, counts)
         runs += 1
-    per_entry = (time.perf_counter() - started) / runs / (ROWS * COLUMNS)
-    entries = sum(job.matrices * job.rows * job.columns for job in plan.jobs if job.parameters is not None)
-    return per_entry * entries
+    return (time.perf_counter() - started) / runs / (ROWS * COLUMNS)

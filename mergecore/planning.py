@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 WHOLE_NUMBERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WINDOW_BYTES = 64 << 20  # inputs and output of one window; larger ones only cost memory
+MAX_MODELS = 64  # of one merge: kMaxModels in csrc/kernels.h
 MAX_LISTED = 8
 
 
@@ -162,6 +163,8 @@ def plan(spec: MergeSpec, *, resolve: Callable[[str], Path] | None = None) -> Me
         members.append((base, None))
     if not members:
         raise spec.error("every model listed is the base itself: there is nothing to merge", "models")
+    if len(members) > MAX_MODELS:
+        raise spec.error(f"found {len(members)} models, expected at most {MAX_MODELS}; merge in two steps", "models")
     reference = base or listed[0]
     source = spec.tokenizer_source
     tokenizer = reference if source in (None, "base") else open_once(str(source), "tokenizer_source")
@@ -203,9 +206,11 @@ def _check_coefficients(job: TensorJob, method: Method, spec: MergeSpec) -> None
     """Coefficients that need no statistics are computed once now, so that what is wrong shows before reading."""
     if method.statistics is Statistics.NONE and job.parameters is not None:
         try:
-            method.coefficients(job.view())
+            values = method.coefficients(job.view()).values
         except ValueError as error:
             raise spec.error(f"{job.name}: {error}", "parameters") from None
+        if not values.isfinite().all():
+            raise spec.error(f"{job.name}: the weights are too large, their products overflow", "parameters")
 
 
 def _method(spec: MergeSpec) -> Method:
@@ -304,9 +309,7 @@ class _Matching:
             self._check(model)
         copied = [name for name in self.names if name not in self.merged | self.constants]
         if copied:
-            self.warnings.append(
-                f"{len(copied)} tensors of whole numbers are copied from {reference.path}: {_listed(copied)}"
-            )
+            self.warnings.append(f"{_count(copied)} of whole numbers copied from {reference.path}: {_listed(copied)}")
 
     def tensor(self, model: Checkpoint, name: str) -> TensorInfo | None:
         """The tensor of `model` for output tensor `name`; a tied head is the embedding; None stands for zeros."""
@@ -338,7 +341,7 @@ class _Matching:
         if unknown:
             raise self._error(
                 model,
-                f"has {len(unknown)} tensors that {self.reference.path} does not have: {_listed(unknown)}; "
+                f"has {_count(unknown)} that {self.reference.path} does not have: {_listed(unknown)}; "
                 "the models must be of one architecture",
             )
         self.names += extra
@@ -361,7 +364,7 @@ class _Matching:
         if missing:
             raise self._error(
                 model,
-                f"lacks {len(missing)} tensors that the other models have: {_listed(missing)}; "
+                f"lacks {_count(missing)} that the other models have: {_listed(missing)}; "
                 "the models must be of one architecture",
             )
         if differing:
@@ -373,7 +376,7 @@ class _Matching:
                 "inputs can be F32, F16 or BF16: convert the model first",
             )
         if zeros:
-            self.warnings.append(f"{model.path} lacks {len(zeros)} biases, read as zeros: {_listed(zeros)}")
+            self.warnings.append(f"{model.path} lacks {_count(zeros, 'bias tensor')}, read as zeros: {_listed(zeros)}")
 
     def _error(self, model: Checkpoint, message: str) -> CheckpointError:
         return _at(self.spec, self.keys[model.path], f"{model.path} {message}")
@@ -392,7 +395,11 @@ def _differing(found: list[tuple[str, tuple[int, ...], tuple[int, ...]]], refere
         if vocabulary
         else "the models must be of one size"
     )
-    return f"differs in shape from {reference.path} in {len(found)} tensors: {_listed(shapes)}; {hint}"
+    return f"differs in shape from {reference.path} in {_count(found)}: {_listed(shapes)}; {hint}"
+
+
+def _count(items: Sequence[Any], what: str = "tensor") -> str:
+    return f"{len(items)} {what}" + ("s" if len(items) != 1 else "")
 
 
 def _listed(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What names and config.json tell: the place of a layer, embeddings, tied heads, constants, and how tensors are scored."""
+"""What names and config.json tell: a layer's place, embeddings, tied heads, constants, and how tensors are scored."""
 
 from __future__ import annotations
 

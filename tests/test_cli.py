@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 
 from mergecore import cli
 from tests.models import llama, spec_dict, tensor_bytes, write_model, write_trio
+from tests.service_support import wait_until
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-W", "error", "-m", "mergecore.cli"]
@@ -31,6 +33,14 @@ def mergecore(*arguments: object, code: int = 0, **options: Any) -> subprocess.C
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
     return ended
+
+
+def run_here(*arguments: object) -> int:
+    """The exit code of one command, run in this process."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as ended:  # argparse
+        return int(ended.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +65,9 @@ def left_in(folder: Path) -> set[str]:
 
 def test_merge_writes_the_model_and_says_so_in_one_line(folder: Path, tmp_path: Path) -> None:
     ended = mergecore("merge", folder / "spec.yaml", tmp_path / "out")
-    assert re.fullmatch(
-        rf"{tmp_path}/out: 22 tensors by widen, read [\d.]+ MB, wrote [\d.]+ MB in [\d.]+ s, peak memory \d+ MiB\n",
-        ended.stdout,
-    )
+    result = r"22 tensors by widen, read [\d.]+ MB, wrote [\d.]+ MB in [\d.]+ s, peak memory \d+ MiB"
+    assert re.fullmatch(f"{tmp_path}/out: {result}\n", ended.stdout)
+    assert ended.stderr == f"1 tensor of whole numbers copied from {folder}/base: model.steps\n"
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(folder / "out")
 
 
@@ -69,11 +78,6 @@ def test_merge_prints_its_result_as_json(folder: Path, tmp_path: Path) -> None:
     assert (result["method"], result["tensors"], result["resumed"]) == ("widen", 22, False)
     assert result["peak_rss"] > 0
     assert result["bytes_written"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
-
-
-def test_notes_go_to_stderr_as_plain_lines(folder: Path, tmp_path: Path) -> None:
-    ended = mergecore("merge", folder / "spec.yaml", tmp_path / "out", "--json")
-    assert ended.stderr == f"1 tensors of whole numbers are copied from {folder}/base: model.steps\n"
 
 
 def test_progress_is_a_plain_line_now_and_then_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
@@ -87,7 +91,8 @@ def test_progress_is_a_plain_line_now_and_then_where_there_is_no_terminal(caplog
 def on_a_terminal(command: list[str]) -> tuple[int, str]:
     """Runs a command whose stderr is a pseudo-terminal: exit code, and what the terminal got."""
     terminal, inside = pty.openpty()
-    with subprocess.Popen(command, cwd=ROOT, stderr=inside, stdout=subprocess.DEVNULL) as process:
+    wide = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
+    with subprocess.Popen(command, cwd=ROOT, stderr=inside, stdout=subprocess.DEVNULL, env=wide) as process:
         os.close(inside)
         shown = b""
         try:
@@ -107,7 +112,7 @@ def test_a_terminal_shows_a_bar_with_tensors_bytes_and_speed(folder: Path, tmp_p
         re.fullmatch(r"22/22 tensors ━+ [\d.]+/[\d.]+ [kM]B [\d.]+ [kMG]?B/s 0:00:00", line) for line in lines
     ), lines
     # A note stands on a line of its own above the bar.
-    assert f"1 tensors of whole numbers are copied from {folder}/base: model.steps" in lines
+    assert f"1 tensor of whole numbers copied from {folder}/base: model.steps" in lines
 
 
 # ---- Exit codes
@@ -133,18 +138,26 @@ def test_a_terminal_shows_a_bar_with_tensors_bytes_and_speed(folder: Path, tmp_p
     ],
 )
 def test_wrong_specs_and_arguments_exit_with_2_and_say_why(
-    folder: Path, tmp_path: Path, arguments: list[str], told: str
+    folder: Path, tmp_path: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text((folder / "spec.yaml").read_text().replace("widen", "wieden"))
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "file").touch()
-    names: dict[str, object] = {"SPEC": folder / "spec.yaml", "BAD": bad, "OUT": tmp_path / "out", "EXISTS": taken}
-    ended = mergecore(*(names.get(word, word) for word in arguments), code=2)
-    assert told in ended.stderr
-    assert ended.stdout == ""
+    names = {"SPEC": folder / "spec.yaml", "BAD": bad, "OUT": tmp_path / "out", "EXISTS": taken}
+    assert run_here(*(names.get(word, word) for word in arguments)) == 2
+    shown = capsys.readouterr()
+    assert told in shown.err
+    assert shown.out == ""
     assert sorted(os.listdir(tmp_path)) == ["bad.yaml", "taken"]
+
+
+def test_a_wrong_spec_ends_a_process_with_2(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("merge_metod: widen\n")
+    ended = mergecore("merge", tmp_path / "bad.yaml", tmp_path / "out", code=2)
+    assert ended.stderr.startswith(f"mergecore: {tmp_path}/bad.yaml:1: ")
+    assert "did you mean 'merge_method'" in ended.stderr
 
 
 def test_a_merge_that_fails_exits_with_1_and_leaves_nothing(tmp_path: Path) -> None:
@@ -224,10 +237,10 @@ def held(folder: Path) -> Iterator[Any]:
 
 def resumed(folder: Path, out: Path) -> bool:
     """Finishes an interrupted merge, and checks that it is what an uninterrupted one gives."""
-    result = json.loads(mergecore("merge", folder / "spec.yaml", out, "--resume", "--json").stdout)
+    assert run_here("merge", folder / "spec.yaml", out, "--resume") == 0
     assert tensor_bytes(out) == tensor_bytes(folder / "out")
     assert os.listdir(out.parent) == [out.name]
-    return bool(result["resumed"])
+    return bool(json.loads((out / "mergecore_manifest.json").read_text())["result"]["resumed"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -243,14 +256,25 @@ def test_a_signal_ends_a_merge_in_order_and_resume_finishes_it(
     assert resumed(folder, tmp_path / "out")
 
 
-def test_a_second_signal_ends_the_process_at_once(folder: Path, tmp_path: Path, held: Any) -> None:
-    merge = held(tmp_path / "out", 25)
-    merge.send(signal.SIGTERM)
-    merge.send(signal.SIGINT)
-    merge.send(signal.SIGINT)
-    code, _ = merge.go_on()
-    assert code in (3, -signal.SIGTERM)
-    assert not (tmp_path / "out").exists()
+def test_a_second_signal_ends_the_process_as_if_nobody_listened() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with cli._stop_on_signals() as stopped:
+        signal.raise_signal(signal.SIGINT)
+        assert stopped.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_an_interrupt_outside_the_merge_is_no_traceback(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mergecore.verify.verify_output", interrupt)
+    assert run_here("verify", folder / "out") == 3
+    assert capsys.readouterr().err == "mergecore: interrupted\n"
 
 
 def test_kill_9_leaves_what_resume_finishes(folder: Path, tmp_path: Path, held: Any) -> None:
@@ -261,18 +285,12 @@ def test_kill_9_leaves_what_resume_finishes(folder: Path, tmp_path: Path, held: 
     assert resumed(folder, tmp_path / "out")
 
 
-def test_without_resume_what_kill_9_left_is_replaced(folder: Path, tmp_path: Path, held: Any) -> None:
-    held(tmp_path / "out", 25).send(signal.SIGKILL)
-    result = json.loads(mergecore("merge", folder / "spec.yaml", tmp_path / "out", "--json").stdout)
-    assert not result["resumed"]
-    assert tensor_bytes(tmp_path / "out") == tensor_bytes(folder / "out")
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_two_merges_into_one_output_exclude_each_other(folder: Path, tmp_path: Path, held: Any) -> None:
+def test_two_merges_into_one_output_exclude_each_other(
+    folder: Path, tmp_path: Path, held: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = held(tmp_path / "out", 25)
-    ended = mergecore("merge", folder / "spec.yaml", tmp_path / "out", code=1)
-    assert f"another merge is writing {tmp_path}/out (process {first.process.pid} on " in ended.stderr
+    assert run_here("merge", folder / "spec.yaml", tmp_path / "out") == 1
+    assert f"another merge is writing {tmp_path}/out (process {first.process.pid} on " in capsys.readouterr().err
     assert first.go_on()[0] == 0
     assert tensor_bytes(tmp_path / "out") == tensor_bytes(folder / "out")
 
@@ -280,14 +298,15 @@ def test_two_merges_into_one_output_exclude_each_other(folder: Path, tmp_path: P
 # ---- The other commands
 
 
-def test_plan_shows_what_would_be_done(folder: Path) -> None:
-    text = mergecore("plan", folder / "spec.yaml").stdout
+def test_plan_shows_what_would_be_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("plan", folder / "spec.yaml") == 0
+    text = capsys.readouterr().out
     assert re.search(rf"^method    widen, 2 models, base {folder}/base$", text, re.M)
     assert re.search(r"^read      [\d.]+ MB in 2 pass\(es\) over 22 tensors$", text, re.M)
     assert re.search(r"^write     [\d.]+ MB in 1 file\(s\)$", text, re.M)
     assert re.search(r"^hold      \d+ MiB", text, re.M)
     assert re.search(r"^compute   [\d.]+ s", text, re.M)
-    assert re.search(r"^warning   1 tensors of whole numbers", text, re.M)
+    assert re.search(r"^warning   1 tensor of whole numbers", text, re.M)
     assert not left_in(folder)
 
 
@@ -312,7 +331,7 @@ def test_plan_as_json_tells_every_tensor(folder: Path) -> None:
 
 def test_verify_passes_a_sound_output_and_finds_one_flipped_bit(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    mergecore("merge", folder / "spec.yaml", out)
+    shutil.copytree(folder / "out", out)
     assert mergecore("verify", out).stdout == f"{out}: all tensors are as the manifest says\n"
     entry = json.loads((out / "mergecore_manifest.json").read_text())["tensors"]["model.layers.1.mlp.up_proj.weight"]
     with open(out / entry["file"], "r+b") as file:
@@ -367,6 +386,27 @@ def test_submit_and_status_work_on_a_spool_without_a_daemon(folder: Path, tmp_pa
     assert "spec.yaml" in mergecore("status", "--spool", spool).stdout
     assert "spec.yaml" in mergecore("status", "spec.yaml", "--spool", spool).stdout
     assert "not a spool" in mergecore("status", "--spool", tmp_path, code=2).stderr
+
+
+def test_serve_runs_what_is_submitted_until_it_is_told_to_stop(folder: Path, tmp_path: Path) -> None:
+    spool, outputs = tmp_path / "spool", tmp_path / "outputs"
+    (tmp_path / "spec.json").write_text(json.dumps(spec_dict("linear", None, folder / "near", folder / "far")))
+    options = ["--spool", str(spool), "--outputs", str(outputs), "--models", str(folder), "--port", "0"]
+    with open(tmp_path / "log", "wb") as log:
+        daemon = subprocess.Popen([*COMMAND, "serve", *options], cwd=ROOT, stdout=log, stderr=log)
+    try:
+        wait_until((spool / "incoming").is_dir, "the spool")
+        mergecore("submit", tmp_path / "spec.json", "--spool", spool)
+        wait_until(lambda: os.listdir(spool / "done"), "the job's end")
+        (job,) = json.loads(mergecore("status", "--spool", spool, "--json").stdout)["jobs"]
+        assert (job["state"], job["spec"]) == ("done", "spec.json")
+        assert run_here("verify", job["output"]) == 0
+        assert Path(job["output"]).parent == outputs
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(60) == 0, (tmp_path / "log").read_text()
+    finally:
+        daemon.kill()
+        daemon.wait()
 
 
 def test_help_tells_every_command_and_each_command_its_options() -> None:

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a merge is found before the first tensor is read, and told with its place and a way out."""
+"""What can be wrong with a merge is found before a tensor is read, and told with its place and a way out."""
 
 from __future__ import annotations
 
@@ -111,6 +111,21 @@ def test_the_base_alone_is_nothing_to_merge(folder: Path) -> None:
     assert "every model listed is the base itself" in refusal(folder, text)
 
 
+def test_more_models_than_the_kernels_take_are_refused(folder: Path) -> None:
+    models = "models: [" + ", ".join(["{model: near}"] * 65) + "]\n"
+    message = refusal(folder, "merge_method: linear\n" + models)
+    assert message == f"{folder}/spec.yaml:2: models: found 65 models, expected at most 64; merge in two steps"
+    sixty_four = models.replace("{model: near}, ", "", 1)
+    assert len(planned(folder, "merge_method: linear\n" + sixty_four).models) == 64
+
+
+def test_weights_beyond_any_number_are_refused(folder: Path) -> None:
+    text = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: near}]\n"
+    message = refusal(folder, text + "parameters: {weight: 1e308, lambda: 1e10}\n")
+    assert message.startswith(f"{folder}/spec.yaml:4: parameters: ")
+    assert "the weights are too large" in message
+
+
 def test_names_that_mergekit_configs_carry_for_a_method_change_nothing(folder: Path) -> None:
     text = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: near}]\nparameters: {int8_mask: true}\n"
     assert planned(folder, text).method.name == "task_arithmetic"
@@ -177,11 +192,11 @@ def taller(tensor: Tensor) -> Tensor:
         ),
         (
             change("model.layers.1.mlp.up_proj.weight", None),
-            [r"(lacks|has) 1 tensors", "model.layers.1.mlp.up_proj.weight", "of one architecture"],
+            [r"(lacks|has) 1 tensor that", "model.layers.1.mlp.up_proj.weight", "of one architecture"],
         ),
         (
             extra("model.layers.1.mlp.extra.weight", torch.zeros(3)),
-            [r"(lacks|has) 1 tensors", "model.layers.1.mlp.extra.weight", "of one architecture"],
+            [r"(lacks|has) 1 tensor that", "model.layers.1.mlp.extra.weight", "of one architecture"],
         ),
         (
             change("model.norm.weight", lambda tensor: tensor.double()),
@@ -351,7 +366,7 @@ def test_a_bias_that_a_model_lacks_is_zeros_and_told(tmp_path: Path) -> None:
     assert (job.base, job.models[1]) == (None, None)
     assert job.models[0] is not None
     assert [warning for warning in found.warnings if bias in warning] == [
-        f"{tmp_path}/{name} lacks 1 biases, read as zeros: {bias}" for name in ("base", "far")
+        f"{tmp_path}/{name} lacks 1 bias tensor, read as zeros: {bias}" for name in ("base", "far")
     ]
 
 
@@ -408,7 +423,7 @@ def test_whole_numbers_are_copied_from_the_base_and_told(tmp_path: Path) -> None
     write_trio(tmp_path, base, {})
     found = planned(tmp_path, WIDEN)
     assert {job.name for job in found.jobs if job.parameters is None} == {"a.steps", "a.mask"}
-    assert any("2 tensors of whole numbers are copied" in warning for warning in found.warnings)
+    assert any("2 tensors of whole numbers copied" in warning for warning in found.warnings)
 
 
 # ---- The output, and what decides it

@@ -31,8 +31,8 @@ void keep_chunk(const Drop& drop, uint64_t first, int n, double* keep) {
 }
 
 MERGECORE_CLONES
-void dropped_delta_chunk(const void* model, Dtype dtype, const double* base, const double* keep, int n,
-                         double* delta) {
+void dropped_delta_chunk(const void* model, Dtype dtype, const double* base, const double* keep,
+                         int n, double* delta) {
   with_dtype(dtype, [&](auto type) __attribute__((always_inline)) {
     using T = decltype(type);
     const auto* bits = static_cast<const typename T::Bits*>(model);

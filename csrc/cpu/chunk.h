@@ -22,7 +22,8 @@ inline const void* at(const Matrix& matrix, int64_t entry) {
   return static_cast<const char*>(matrix.data) + entry * dtype_size(matrix.dtype);
 }
 
-// Asks for `bytes` from `from` on: the hardware prefetcher alone does not keep up with runs this short.
+// Asks for `bytes` from `from` on: the hardware prefetcher alone does not keep up with runs this
+// short.
 inline void prefetch(const void* from, int64_t bytes) {
   const char* line = static_cast<const char*>(from);
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
@@ -32,9 +33,12 @@ inline void prefetch(const void* from, int64_t bytes) {
 template <class F>
 inline __attribute__((always_inline)) void with_dtype(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::f32: return f(F32{});
-    case Dtype::f16: return f(F16{});
-    case Dtype::bf16: return f(BF16{});
+    case Dtype::f32:
+      return f(F32{});
+    case Dtype::f16:
+      return f(F16{});
+    case Dtype::bf16:
+      return f(BF16{});
   }
 }
 
@@ -43,7 +47,7 @@ void load_chunk(const void* source, Dtype dtype, int n, double* out);
 // keep[i] = scale or 0 for entries first, first + 1, ... of a tensor.
 void keep_chunk(const Drop& drop, uint64_t first, int n, double* keep);
 // delta[i] = keep[i] * (model[i] - base[i]).
-void dropped_delta_chunk(const void* model, Dtype dtype, const double* base, const double* keep, int n,
-                         double* delta);
+void dropped_delta_chunk(const void* model, Dtype dtype, const double* base, const double* keep,
+                         int n, double* delta);
 
 }  // namespace mergecore::cpu

@@ -1,4 +1,5 @@
-// Per-column moments of base and deltas in one read: WIDEN's disentanglement (section 3.3, eq. 1-2).
+// Per-column moments of base and deltas in one read: WIDEN's disentanglement (section 3.3, eq.
+// 1-2).
 //
 // Sums over rows and sums along a row are the same loop: pieces of up to kBlock entries are added
 // lane by lane, in order. For columns across rows a piece is one row's share of a column block;
@@ -10,9 +11,9 @@
 
 namespace mergecore::cpu {
 
-constexpr int kBlock = 256;        // entries of a piece at most
-constexpr int kPieces = 8;         // pieces added per visit of the accumulators
-constexpr int64_t kStrip = 2048;   // columns whose accumulators stay in the L2 cache; a page of bf16
+constexpr int kBlock = 256;       // entries of a piece at most
+constexpr int kPieces = 8;        // pieces added per visit of the accumulators
+constexpr int64_t kStrip = 2048;  // columns whose accumulators stay in the L2 cache; a page of bf16
 
 struct Moments {
   double* dd;
@@ -47,8 +48,8 @@ inline __attribute__((always_inline)) void add_pieces(const void* model, int64_t
 }
 
 MERGECORE_CLONES
-void add_model_pieces(const void* model, Dtype dtype, int64_t stride, int pieces, const double* base,
-                      int n, Moments sums) {
+void add_model_pieces(const void* model, Dtype dtype, int64_t stride, int pieces,
+                      const double* base, int n, Moments sums) {
   with_dtype(dtype, [&](auto type) __attribute__((always_inline)) {
     using T = decltype(type);
     if (pieces == kPieces) {

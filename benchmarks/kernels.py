@@ -1,0 +1,81 @@
+"""The kernels alone against the memory's own speed, in one run.
+
+    python -m benchmarks.kernels [--models 2] [--threads 2] [--device cpu]
+
+Floors: reading (sum of a buffer far larger than the caches) and copying. Bandwidths count the bytes
+that must move: every input once, and the output once. Rounds alternate; the table shows each one's best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mergecore import ops
+
+ROWS, COLUMNS = 16_384, 4096  # 128 MiB a tensor in bf16
+ROUNDS = 7
+
+
+def measure(models: int, device: torch.device) -> dict[str, float]:
+    """GB/s of floors and kernels on `models` bf16 models and a base; the best of several rounds."""
+    generator = torch.Generator(device).manual_seed(0)
+    base = (0.02 * torch.randn(ROWS, COLUMNS, generator=generator, device=device)).bfloat16()
+    tensors = [(base + 0.003 * torch.randn(COLUMNS, generator=generator, device=device)).bfloat16() for _ in range(models)]
+    out = torch.empty_like(base)
+    per_column = torch.rand(models, COLUMNS, dtype=torch.float64, device=device)
+    per_tensor = per_column[:, :1].contiguous()
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    sums = torch.zeros(ops.moment_count(models), COLUMNS, dtype=torch.float64, device=device)
+    pending = torch.zeros_like(sums)
+    row_sums = torch.zeros(ops.moment_count(models), ROWS, dtype=torch.float64, device=device)
+    drops = [ops.Drop.of(0.5, True, seed=0, tensor="t", model=n) for n in range(models)]
+    words = base.view(torch.int64)
+    size = base.numel() * 2
+    runs: dict[str, tuple[Callable[[], object], int]] = {
+        "read (floor)": (lambda: torch.sum(words), size),
+        "copy (floor)": (lambda: out.copy_(base), 2 * size),
+        "column moments": (lambda: ops.column_moments(base, tensors, sums, pending), (models + 1) * size),
+        "row moments": (lambda: ops.row_moments(base, tensors, row_sums), (models + 1) * size),
+        "blend, per tensor": (lambda: ops.blend(out, base, tensors, per_tensor, counts), (models + 2) * size),
+        "blend, per column": (
+            lambda: ops.blend(out, base, tensors, per_column, counts, axis=ops.Axis.COLUMNS),
+            (models + 2) * size,
+        ),
+        "blend, DARE": (lambda: ops.blend(out, base, tensors, per_tensor, counts, drops=drops), (models + 2) * size),
+    }
+    best = dict.fromkeys(runs, 0.0)
+    for _ in range(ROUNDS):
+        for name, (run, nbytes) in runs.items():
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best[name] = max(best[name], nbytes / (time.perf_counter() - started) / 1e9)
+    return best
+
+
+def main() -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results = measure(options.models, torch.device(options.device))
+    table = Table(f"kernel ({options.models} models, {options.threads} threads)", "GB/s", "share of copying")
+    for name, speed in results.items():
+        table.add_row(name, f"{speed:.1f}", f"{speed / results['copy (floor)']:.0%}")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
