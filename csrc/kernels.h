@@ -63,20 +63,9 @@ struct Blend {
   Dtype out_dtype;
 };
 
-// The blend's value: `product` is base_coefficient * base, `sum` that of c_n * d_n. A zero sum
-// leaves the product bit for bit, the sign of its zeros included.
-MERGECORE_INLINE double add_base(double product, double sum) {
-  return sum == 0.0 ? product : product + sum;
-}
-
-// A value that is this small beside `size`, the sum of what was added up without signs, is
-// float64's noise where exact arithmetic has 0, as in (x + y - (x + y)) / 3: noise would depend on
-// the order of the models. 64 of them lose 2^-46.
-constexpr double kCancelled = 0x1p-44;
-
-MERGECORE_INLINE double without_noise(double value, double size, double product) {
-  return fabs(value) < kCancelled * size ? (product == 0.0 ? product : 0.0) : value;
-}
+// Decision (lead): values that cancel to float64 noise (1e-17 of their terms) are stored as they
+// are; nothing cleans them. Tests compare such entries with a tolerance of 2^-44 of the terms'
+// magnitudes.
 
 // Order-preserving bits of a float64 for radix sorting: -0 counts as 0, NaN is larger than all.
 MERGECORE_INLINE uint64_t sort_key(double value) {

@@ -20,15 +20,17 @@ def write_model(
 ) -> Path:
     """A model directory with these tensors, in one or several shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Copies: safetensors refuses tensors that share memory.
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     names = list(tensors)
     if shards == 1:
-        save_file({name: tensors[name].contiguous() for name in names}, folder / "model.safetensors", {"format": "pt"})
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     else:
         weight_map = {}
         for number in range(shards):
             file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
             part = names[number::shards]
-            save_file({name: tensors[name].contiguous() for name in part}, folder / file, {"format": "pt"})
+            save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
             weight_map.update(dict.fromkeys(part, file))
         total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
