@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+CPP := $(shell git ls-files "*.cpp" "*.h" "*.cu" "*.cuh")
 
 # Waiting threads sleep: spinning ones starve the other processes of a test on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE

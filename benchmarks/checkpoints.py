@@ -103,44 +103,54 @@ class _Pool:
         return out.view(shape)
 
 
+class _Shards:
+    """Writes tensors to files of about SHARD_BYTES, and at the end their index."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.waiting: dict[str, Tensor] = {}
+        self.weight_map: dict[str, str] = {}
+        self.files = self.total = self.held = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.waiting[name] = tensor
+        self.held += tensor.numel() * tensor.element_size()
+        if self.held >= SHARD_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        if not self.waiting:
+            return
+        self.files += 1
+        file = f"model-{self.files:05d}.safetensors"
+        save_file(self.waiting, self.folder / file, {"format": "pt"})
+        self.weight_map.update(dict.fromkeys(self.waiting, file))
+        self.total += self.held
+        self.waiting, self.held = {}, 0
+
+    def finish(self) -> None:
+        self.write()
+        index = {"metadata": {"total_size": self.total}, "weight_map": self.weight_map}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def make(folder: Path, geometry: Geometry) -> list[Path]:
     """Writes base, tuned and pretrained under `folder` unless they are there; returns their paths."""
-    folders = []
     for seed, (name, std) in enumerate(DELTA_STDS.items()):
         target = folder / name
-        folders.append(target)
         if (target / "config.json").is_file():
             continue
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        weights, deltas = _Pool(0), _Pool(seed + 1)
-        weight_map: dict[str, str] = {}
-        shard: dict[str, Tensor] = {}
-        held = number = total = 0
-
-        def write() -> None:
-            nonlocal shard, held, number
-            number += 1
-            file = f"model-{number:05d}.safetensors"
-            save_file(shard, target / file, {"format": "pt"})
-            weight_map.update(dict.fromkeys(shard, file))
-            shard, held = {}, 0
-
+        weights, deltas, shards = _Pool(0), _Pool(seed + 1), _Shards(target)
         for tensor_name, shape in geometry.shapes().items():
             tensor = weights.take(shape).mul_(WEIGHT_STD)
             if std:
                 tensor += deltas.take(shape).mul_(std)
-            shard[tensor_name] = tensor.to(torch.bfloat16)
-            held += shard[tensor_name].numel() * 2
-            total += shard[tensor_name].numel() * 2
-            if held >= SHARD_BYTES:
-                write()
-        if shard:
-            write()
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (target / "model.safetensors.index.json").write_text(json.dumps(index))
-        (target / "config.json").write_text(json.dumps(geometry.config()))
-    return folders
+            shards.add(tensor_name, tensor.to(torch.bfloat16))
+        shards.finish()
+        (target / "config.json").write_text(json.dumps(geometry.config()))  # last: it marks a whole model
+    return [folder / name for name in DELTA_STDS]
 
 
 if __name__ == "__main__":

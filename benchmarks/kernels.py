@@ -27,7 +27,8 @@ def measure(models: int, device: torch.device) -> dict[str, float]:
     """GB/s of floors and kernels on `models` bf16 models and a base; the best of several rounds."""
     generator = torch.Generator(device).manual_seed(0)
     base = (0.02 * torch.randn(ROWS, COLUMNS, generator=generator, device=device)).bfloat16()
-    tensors = [(base + 0.003 * torch.randn(COLUMNS, generator=generator, device=device)).bfloat16() for _ in range(models)]
+    shifts = 0.003 * torch.randn(models, COLUMNS, generator=generator, device=device)
+    tensors = [(base + shift).bfloat16() for shift in shifts]
     out = torch.empty_like(base)
     per_column = torch.rand(models, COLUMNS, dtype=torch.float64, device=device)
     per_tensor = per_column[:, :1].contiguous()

@@ -91,7 +91,8 @@ def measure(work: Path, geometry: str, rounds: int, mergekit: str | None) -> lis
         for method, spec in specs.items()
     }
     if mergekit is not None:
-        commands |= {f"mergekit {method}": [mergekit, str(specs[method]), "OUT"] for method in SPECS if method != "widen"}
+        both = [method for method in SPECS if method != "widen"]
+        commands |= {f"mergekit {method}": [mergekit, str(specs[method]), "OUT"] for method in both}
     results: dict[str, Measurement] = {}
     for _ in range(rounds):
         for name, command in commands.items():
@@ -128,7 +129,8 @@ def main() -> int:
     for result in results:
         ratio = f"{result.seconds / peer:.2f}" if peer else "mergekit is not installed"
         table.add_row(result.name, f"{result.seconds:.1f}", f"{result.peak_rss / 2**20:.0f} MiB", ratio)
-    Console(width=None if sys.stdout.isatty() else 120).print(f"three {options.geometry} bf16 checkpoints, --memory {MEMORY}", table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(f"three {options.geometry} bf16 checkpoints, mergecore with --memory {MEMORY}", table)
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from .errors import CheckpointError, InputFault
+from mergecore.errors import CheckpointError, InputFault
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -76,7 +76,8 @@ class Checkpoint:
         """Collects `tensors`; CheckpointError when two files hold a tensor of the same name."""
         tensors: dict[str, TensorInfo] = {}
         for weight in self.weights:
-            for info in weight.tensors:
+            # Empty tensors share an offset, and the library lists those in no fixed order.
+            for info in sorted(weight.tensors, key=lambda info: (info.offset, info.nbytes, info.name)):
                 if info.name in tensors:
                     raise CheckpointError(
                         f"{self.path}: tensor {info.name} is in both {tensors[info.name].file.name} and "

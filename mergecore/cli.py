@@ -260,7 +260,7 @@ def _jobs(planned: MergePlan) -> list[dict[str, Any]]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from mergecore.verify import verify_output
+    from mergecore.output.verify import verify_output
 
     with _bar() as show:
         problems = verify_output(options.out, lambda done, total: show("checked", done, total))

@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergecore import manifest, ops
+from mergecore import ops
 from mergecore._stream import ReadFault, WindowStream
 from mergecore.checkpoint import TensorInfo
 from mergecore.device import Device, HostWindow, open_device
 from mergecore.errors import InputFault, Interrupted, NonFiniteError
 from mergecore.methods.base import Coefficients, Moments, Statistics
+from mergecore.output import manifest
+from mergecore.output.writer import OutputWriter
 from mergecore.planning import FLOATS, MergePlan, TensorJob, plan, with_run
 from mergecore.spec import MergeSpec, load_spec
-from mergecore.writer import OutputWriter
 
 log = logging.getLogger(__name__)
 

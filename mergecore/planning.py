@@ -28,11 +28,11 @@ from mergecore.architecture import (
 )
 from mergecore.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mergecore.errors import CheckpointError, SpecError
-from mergecore.layout import ITEM_BYTES, OutputLayout, plan_layout
 from mergecore.methods import METHODS
 from mergecore.methods.base import Method, Moments, Parameter, Statistics, TensorView
-from mergecore.problems import Keys, near
+from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
 from mergecore.spec import MergeSpec, Run
+from mergecore.spec.problems import Keys, near
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 WHOLE_NUMBERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
@@ -295,9 +295,7 @@ class _Matching:
         self.keys |= {model.path: ("models", i, "model") for model, i in members if i is not None}
         self.tied = all(is_tied(model.config, model.tensors) for model in self.everyone)
         self.warnings: list[str] = []
-        # Empty tensors share their offset with the next one; the library lists them in random order.
-        place = {name: (info.file, info.offset, info.nbytes, name) for name, info in reference.tensors.items()}
-        self.names = sorted(place, key=place.__getitem__)
+        self.names = list(reference.tensors)
         for model in self.models:
             self._add_names(model)
         if self.tied and HEAD in self.names:

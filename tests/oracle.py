@@ -338,7 +338,9 @@ def _sum(start: Longs, coefficients: Sequence[Any], terms: Sequence[Longs]) -> E
     for coefficient, term in zip(coefficients, terms, strict=True):
         values = values + coefficient * term
         scale = scale + np.abs(coefficient) * (np.abs(term) + np.abs(start))
-    return Exact(values, scale)
+    # Coefficients that add up to 3/2 often make exact ties: the long doubles' own noise, 2**-62 of the scale, goes.
+    _, exponent = np.frexp(scale)
+    return Exact(np.ldexp(np.rint(np.ldexp(values, 56 - exponent)), exponent - 56), scale)
 
 
 def _long(value: Fraction | Decimal) -> np.longdouble:
@@ -411,6 +413,19 @@ def _widen_matrix(
     scale: Fraction,
 ) -> Exact:
     kinds = importances(base, models, settings, vector=vector, kept=kept, scale=scale)
+    return weighted(base, models, kinds, weights=weights, kept=kept, scale=scale)
+
+
+def weighted(
+    base: Floats,
+    models: Sequence[Floats],
+    kinds: Sequence[Importance],
+    *,
+    weights: Sequence[str] | None = None,
+    kept: Sequence[Bools] | None = None,
+    scale: Fraction = Fraction(1),
+) -> Exact:
+    """Eq. 7 for a matrix (out, in): the base plus every delta times the mean of its column's importances."""
     weights = weights or ["1"] * len(models)
     with localcontext(_EXACT):
         coefficients = [

@@ -182,7 +182,8 @@ def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
 
 HELD = """
 import sys
-from mergecore import cli, engine, writer
+from mergecore import cli, engine
+from mergecore.output import writer
 writer.CHECKPOINT_SECONDS = 0  # every finished tensor is in the journal at once
 hold_after, count = int(sys.argv.pop(1)), engine._Merge._count
 def counted(merge, read, written):
@@ -272,7 +273,7 @@ def test_an_interrupt_outside_the_merge_is_no_traceback(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mergecore.verify.verify_output", interrupt)
+    monkeypatch.setattr("mergecore.output.verify.verify_output", interrupt)
     assert run_here("verify", folder / "out") == 3
     assert capsys.readouterr().err == "mergecore: interrupted\n"
 

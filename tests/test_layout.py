@@ -11,7 +11,7 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergecore.layout import ITEM_BYTES, OutputLayout, plan_layout
+from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
 
 Tensors = list[tuple[str, str, tuple[int, ...]]]
 

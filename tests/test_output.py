@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mergecore import load_spec, merge
-from mergecore.verify import verify_output
+from mergecore.output.verify import verify_output
 from tests.models import LLAMA, llama, load_tensors, moved, spec_dict, tensor_bytes, write_model, write_trio
 
 transformers = pytest.importorskip("transformers")

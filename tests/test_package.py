@@ -28,7 +28,7 @@ def python(code: str) -> str:
         "import mergecore",
         "import mergecore.cli",
         "from mergecore import load_spec",
-        "import mergecore.checkpoint, mergecore.layout, mergecore.verify",
+        "import mergecore.checkpoint, mergecore.output.layout, mergecore.output.verify",
         "import service.daemon",
         "import service.commands",
         "import service.worker",

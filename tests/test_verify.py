@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from mergecore import verify as verify_module
-from mergecore.layout import INDEX_NAME, plan_layout
-from mergecore.verify import MANIFEST_NAME, verify_output
-from mergecore.writer import OutputWriter
+from mergecore.output import verify as verify_module
+from mergecore.output.layout import INDEX_NAME, plan_layout
+from mergecore.output.verify import MANIFEST_NAME, verify_output
+from mergecore.output.writer import OutputWriter
 
 TENSORS = [("a", "BF16", (40, 10)), ("none", "F32", (0,)), ("b", "F32", (5, 5)), ("scale", "F32", ())]
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

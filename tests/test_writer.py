@@ -30,8 +30,8 @@ from safetensors import safe_open
 
 from mergecore import writer as writer_module
 from mergecore.errors import Interrupted, OutputError, OutputExistsError
-from mergecore.layout import INDEX_NAME, OutputLayout, plan_layout
-from mergecore.writer import OutputWriter
+from mergecore.output.layout import INDEX_NAME, OutputLayout, plan_layout
+from mergecore.output.writer import OutputWriter
 
 # The crashes happen in forked children. They use neither torch nor any lock that another thread may hold.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -882,6 +882,6 @@ def test_the_limit_holds_for_a_real_disk_and_python_is_not_blocked(tmp_path: Pat
 
 
 def test_planning_and_verifying_import_neither_torch_nor_compiled_code() -> None:
-    check = "import sys, mergecore.writer; print(sorted({'torch', 'mergecore._stream'} & set(sys.modules)))"
+    check = "import sys, mergecore.output.writer; print(sorted({'torch', 'mergecore._stream'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []

@@ -62,7 +62,7 @@ def _widen(view: TensorView) -> Coefficients:
 
 WIDEN = Method(
     name="widen",
-    summary="W0 + sum 0.5 (M_n + D_n) d_n with importances ranked per column: merges fine-tuned and further pre-trained models",
+    summary="W0 + sum 0.5 (M_n + D_n) d_n, importances ranked per column: fine-tuned and further pre-trained models",
     reference="Yu et al. 2024, Extend model merging from fine-tuned to pre-trained LLMs via weight disentanglement",
     coefficients=_widen,
     parameters=(

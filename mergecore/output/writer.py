@@ -22,8 +22,8 @@ from types import TracebackType
 import xxhash
 
 from mergecore.errors import Interrupted, OutputError, OutputExistsError
-from mergecore.layout import INDEX_NAME, OutputLayout, TensorSlot
-from mergecore.staging import Staging, remove_all, reporting, sync_path
+from mergecore.output.layout import INDEX_NAME, OutputLayout, TensorSlot
+from mergecore.output.staging import Staging, remove_all, reporting, sync_path
 
 RING = 2  # one buffer is filled while the other is written
 WRITE_STEP = 16 << 20  # bytes written before their write-back starts

@@ -18,10 +18,8 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic.fields import FieldInfo
 
-from .errors import SpecError
-from .problems import UNREAD, Keys, Problem, either, near
-from .settings import Condition, Setting, evaluate, number_or_same
-from .spec_fields import (
+from mergecore.errors import SpecError
+from mergecore.spec.fields import (
     Dtype,
     ModelPath,
     OnNonfinite,
@@ -34,8 +32,10 @@ from .spec_fields import (
     parse_size,
     table,
 )
-from .spec_tables import ModelEntry, Parameters, Run, Sparsify, Table
-from .yaml_lines import MAX_BYTES, Document, read_yaml
+from mergecore.spec.problems import UNREAD, Keys, Problem, either, near
+from mergecore.spec.settings import Condition, Setting, evaluate, number_or_same
+from mergecore.spec.tables import ModelEntry, Parameters, Run, Sparsify, Table
+from mergecore.spec.yaml_lines import MAX_BYTES, Document, read_yaml
 
 __all__ = [
     "MergeSpec",

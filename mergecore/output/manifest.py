@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergecore import __version__
+from mergecore.output.verify import MANIFEST_NAME
 from mergecore.planning import MergePlan
-from mergecore.verify import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from mergecore.engine import MergeResult
-    from mergecore.writer import OutputWriter
+    from mergecore.output.writer import OutputWriter
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",

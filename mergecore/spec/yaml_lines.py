@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .problems import UNREAD, Keys, Problem
+from mergecore.spec.problems import UNREAD, Keys, Problem
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50

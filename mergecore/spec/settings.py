@@ -13,7 +13,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag, WithJsonSchema
 from typing_extensions import TypedDict  # pydantic takes typing's own only from Python 3.12 on
 
-from .spec_fields import expected
+from mergecore.spec.fields import expected
 
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 

@@ -14,7 +14,7 @@ import xxhash
 
 from mergecore.checkpoint import TensorInfo, read_header
 from mergecore.errors import CheckpointError
-from mergecore.layout import INDEX_NAME
+from mergecore.output.layout import INDEX_NAME
 
 MANIFEST_NAME = "mergecore_manifest.json"
 READ_STEP = 8 << 20

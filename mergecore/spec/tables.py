@@ -10,8 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .settings import Setting
-from .spec_fields import (
+from mergecore.spec.fields import (
     Device,
     DropRate,
     Memory,
@@ -26,6 +25,7 @@ from .spec_fields import (
     expected,
     table,
 )
+from mergecore.spec.settings import Setting
 
 Parameters = Annotated[dict[str, Setting], table("a mapping of parameters such as {weight: 0.5}")]
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from .problems import either, near, show
+from mergecore.spec.problems import either, near, show
 
 MIN_MEMORY = 16 << 20
 _UNITS = {"": 1, "b": 1}

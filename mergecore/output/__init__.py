@@ -1,0 +1,1 @@
+"""The output directory: its layout, how it is written and published, what lies beside the weights, its check."""
