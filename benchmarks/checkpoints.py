@@ -74,8 +74,8 @@ GEOMETRIES = {
     "tiny": Geometry(256, 688, 4, vocabulary=4096),
     "0.5b": Geometry(1024, 2816, 24, tied=True),
     "1.8b": Geometry(2048, 5504, 24),
-    # The same bytes in tensors four times as large.
-    "1.8b-wide": Geometry(4096, 11008, 4),
+    # Tensors four times as large, in few layers.
+    "1.8b-wide": Geometry(4096, 11008, 2, vocabulary=303_872),
     "7b": Geometry(4096, 11008, 32),
     "14b": Geometry(5120, 13696, 40),
 }

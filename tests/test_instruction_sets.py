@@ -10,7 +10,7 @@ import ctypes
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,12 +208,11 @@ def test_scores(compiled: ctypes.CDLL) -> None:
     random = torch.Generator().manual_seed(3)
     values = torch.randn(3, 10_001, dtype=torch.float64, generator=random).round(decimals=3)
     values[0, 5], values[1, 6], values[2, 7] = torch.nan, -torch.inf, -0.0
-    average: Callable[[bool], Tensor] = lambda share: ops.rank(values, average=share)  # noqa: E731
     for share in (False, True):
         found = torch.empty_like(values)
         for n in range(3):
             compiled.rank(pointer(values[n]), pointer(found[n]), ctypes.c_int64(10_001), ctypes.c_bool(share))
-        assert same(found, average(share))
+        assert same(found, ops.rank(values, average=share))
     thresholds = torch.tensor([0.5, 0.0, torch.inf], dtype=torch.float64)
     scores = torch.rand(3, 10_001, dtype=torch.float64, generator=random) * 30
     found = torch.empty_like(scores)

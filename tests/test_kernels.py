@@ -310,6 +310,27 @@ def test_threads_change_no_bit() -> None:
         assert torch.equal(oracle.bits(one), oracle.bits(two))
 
 
+def at_odd_address(tensor: Tensor) -> Tensor:
+    """The same numbers at an address that no load of several bytes is aligned to."""
+    memory = bytearray(tensor.numel() * tensor.element_size() + 1)
+    moved = torch.frombuffer(memory, dtype=tensor.dtype, offset=1).view(tensor.shape)
+    assert moved.data_ptr() % 2 == 1
+    return moved.copy_(tensor)
+
+
+def test_windows_may_lie_at_any_address() -> None:
+    """Files need not align their tensors."""
+    made = large()
+    assert made.base is not None
+    moved = Inputs(at_odd_address(made.base), [at_odd_address(model) for model in made.models], made.drops)
+    coefficients = torch.rand(3, 2049, dtype=torch.float64)
+    assert torch.equal(made.column_moments(), moved.column_moments())
+    assert torch.equal(made.row_moments(), moved.row_moments())
+    assert torch.equal(
+        made.blend(coefficients, ops.Axis.COLUMNS, BF16), moved.blend(coefficients, ops.Axis.COLUMNS, BF16)
+    )
+
+
 def test_a_window_without_rows_changes_nothing() -> None:
     made = plain(2, 3, 5, BF16, BF16)
     sums, pending = torch.zeros(2, 4, 5, dtype=torch.float64).unbind()

@@ -98,7 +98,7 @@ def of(models: Sequence[Tensors], name: str) -> list[Tensor]:
 
 
 def assert_same_bits(one: Tensor, two: Tensor, inputs: Sequence[Tensor], name: str) -> None:
-    """Equal bits, but for entries that cancel: what is left of them, 2**-44 of the inputs or less, is float64's noise."""
+    """Equal bits, but for entries that cancel: what is left, 2**-44 of the inputs or less, is float64's noise."""
     size = torch.stack([tensor.double().abs() for tensor in inputs]).sum(0) * 2.0**-44
     noise = (one.double().abs() <= size) & (two.double().abs() <= size)
     differ = (oracle.bits(one) != oracle.bits(two)) & ~noise

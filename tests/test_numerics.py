@@ -1,0 +1,182 @@
+"""How exact merges are: divergences of ordinary and of odd columns; ranks, decisions and entries of whole WIDEN merges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal, localcontext
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from benchmarks import accuracy
+from mergecore import ops
+from mergecore.methods.base import Moments
+from tests import oracle
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def moments(base: Tensor, models: Sequence[Tensor]) -> Moments:
+    sums = torch.zeros(ops.moment_count(len(models)), base.shape[1], dtype=torch.float64)
+    pending = torch.zeros_like(sums)
+    ops.column_moments(base.contiguous(), [model.contiguous() for model in models], sums, pending)
+    return Moments.of(sums + pending)
+
+
+def normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def assert_ranked_right(base: Tensor, models: Sequence[Tensor]) -> None:
+    """Both divergences rank as in exact arithmetic, ties included."""
+    magnitudes, directions = oracle.divergences(oracle.floats(base), [oracle.floats(model) for model in models])
+    found = moments(base, models)
+    for divergence, exact in ((found.magnitude_divergence(), magnitudes), (found.direction_divergence(), directions)):
+        wanted = [[float(place) for place in oracle.ranks(row, "stable")] for row in exact]
+        assert ops.rank(divergence).tolist() == wanted
+
+
+# Divergences --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("delta_std", [1e-6, 3e-5, 3e-4, 4e-3, 2e-2])
+@pytest.mark.parametrize("rows", [2, 16, 300])
+def test_ordinary_columns_rank_as_in_exact_arithmetic(rows: int, delta_std: float, dtype: torch.dtype) -> None:
+    base = normal(1, rows, 250, scale=0.02).to(dtype)
+    models = [(base.float() + normal(seed, rows, 250, scale=delta_std)).to(dtype) for seed in (2, 3)]
+    assert_ranked_right(base, models)
+
+
+@pytest.mark.parametrize("rows", [64, 1000])
+def test_no_ordinary_delta_counts_as_parallel(rows: int) -> None:
+    for delta_std in (1e-6, 3e-5, 3e-4, 4e-3):
+        base = normal(4, rows, 500, scale=0.02)
+        found = moments(base, [base + normal(5, rows, 500, scale=delta_std)])
+        numerator = found.dd - found.magnitude_divergence() ** 2
+        assert bool((numerator > 1000 * 2.0**-40 * found.dd).all())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 65, 20_000])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_parallel_and_opposite_columns_have_divergence_0_and_2(dtype: torch.dtype, rows: int) -> None:
+    """Equal divergences rank in index order: rounding noise must not tell them apart."""
+    factors = torch.tensor([1.5, -1.0, 3.0, -0.25, 1.0, -7.0, 129 / 128, 1e-3]).repeat(25 if rows < 1000 else 2)
+    base, factors = normal(6, rows, len(factors), scale=0.02).to(BF16), factors.to(BF16)
+    base = base.to(dtype)
+    model = base.float() * factors  # exact
+    found = moments(base, [model]).direction_divergence()[0]
+    assert found.tolist() == [0.0 if factor > 0 else 2.0 for factor in factors.tolist()]
+    assert_ranked_right(base, [model])
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_the_columns_of_a_single_row_are_parallel_or_opposite(dtype: torch.dtype) -> None:
+    """A score head has one row; its entries may differ by any factor and change their signs."""
+    base = normal(7, 1, 2000, scale=0.02).to(dtype)
+    models = [normal(seed, 1, 2000, scale=0.02).to(dtype) for seed in (8, 9)]
+    base[0, :5], models[0][0, 3:9] = 0.0, 0.0
+    found = moments(base, models).direction_divergence()
+    for row, model in zip(found, models, strict=True):
+        product = base[0].double() * model[0].double()
+        wanted = torch.where(product == 0, (base[0] != model[0]).double(), 1 - product.sign())
+        assert row.tolist() == wanted.tolist()
+    assert_ranked_right(base, models)
+
+
+def test_zero_columns_have_divergence_0_beside_zeros_and_1_beside_others() -> None:
+    base, model = normal(10, 5, 3), normal(11, 5, 3)
+    base[:, :2], model[:, 1:] = 0.0, 0.0
+    found = moments(base, [model])
+    assert found.direction_divergence().tolist() == [[1.0, 0.0, 1.0]]
+    assert found.magnitude_divergence()[0, 1] == 0.0
+    assert bool(found.magnitude_divergence().isfinite().all())
+
+
+@pytest.mark.parametrize("exponent", [10, 20, 30, 38, 44, 100])
+@pytest.mark.parametrize("base_vanishes", [True, False])
+def test_a_vanishing_column_is_judged_as_well_as_float64_can_and_then_as_zero(
+    exponent: int, base_vanishes: bool
+) -> None:
+    """Dead columns decay to almost nothing: their direction gets lost bit by bit, and counts as none in the end."""
+    base, model = normal(12, 64, 100, scale=0.02), normal(13, 64, 100, scale=0.02)
+    tiny = base if base_vanishes else model
+    tiny *= 2.0**-exponent
+    found = moments(base, [model]).direction_divergence()[0]
+    if exponent > 42:
+        assert found.tolist() == [1.0] * 100
+        return
+    _, (exact,) = oracle.divergences(oracle.floats(base), [oracle.floats(model)])
+    for value, right in zip(found.tolist(), exact, strict=True):
+        assert abs(value - float(right)) <= 2.0 ** (exponent - 48)
+
+
+def test_equal_columns_are_ties() -> None:
+    """Also where one is the other times a power of two."""
+    base, model = normal(14, 100, 40), normal(15, 100, 40)
+    for scale in (1.0, 4.0, 2.0**-20):
+        both = [torch.cat([tensor, tensor * scale], 1) for tensor in (base, model)]
+        directions = moments(both[0], [both[1]]).direction_divergence()[0]
+        assert torch.equal(directions[:40], directions[40:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 3, 70]),
+    seed=st.integers(0, 2**32),
+    spread=st.integers(0, 30),
+    nearly=st.sampled_from([None, 1.0, 2.0, -1.0, -3.0]),
+    noise=st.integers(-40, 0),
+)
+def test_divergences_of_odd_columns_are_as_exact_as_their_deltas_allow(
+    rows: int, seed: int, spread: int, nearly: float | None, noise: int
+) -> None:
+    """Entries of many magnitudes, columns nearly parallel or opposite: errors are 2**-40 of d.d at most."""
+    random = torch.Generator().manual_seed(seed)
+    base, other = (
+        torch.randn(rows, 30, generator=random) * torch.exp2(torch.randint(-spread, 1, (rows, 30), generator=random))
+        for _ in range(2)
+    )
+    model = other if nearly is None else base * nearly + other * 2.0**noise
+    found = moments(base, [model])
+    (magnitudes,), (directions,) = oracle.divergences(oracle.floats(base), [oracle.floats(model)])
+    a, x = oracle.floats(base), oracle.floats(model)
+    aa, ax, xx = oracle.column_dots(a, a), oracle.column_dots(a, x), oracle.column_dots(x, x)
+    for j in range(30):
+        dd = aa[j] - 2 * ax[j] + xx[j]
+        with localcontext() as context:
+            context.prec = 60
+            length, product = root(dd), root(aa[j]) * root(xx[j])
+            assert abs(Decimal(found.magnitude_divergence()[0, j].item()) - magnitudes[j]) <= length / 2**49
+            error = abs(Decimal(found.direction_divergence()[0, j].item()) - directions[j])
+            if 4 * product > length**2 / 2**38:
+                assert error <= length**2 / (2 * product) / 2**40 * Decimal("1.001")
+                if Decimal("1e-3") < directions[j] < Decimal("1.999"):
+                    assert error <= length**2 / (2 * product) / 2**48 + Decimal(2) ** -50
+
+
+def root(value: Fraction) -> Decimal:
+    return (Decimal(value.numerator) / Decimal(value.denominator)).sqrt()
+
+
+# Whole merges -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delta_std", accuracy.DELTA_STDS)
+def test_every_rank_decision_and_entry_of_widen_is_right(delta_std: float) -> None:
+    """bf16, further pre-trained and fine-tuned models: what benchmarks/accuracy.py prints."""
+    scores = accuracy.measure(delta_std, hidden=128, layers=2, vocabulary=1024)
+    ours = scores["mergecore"]
+    assert ours.ranks > 10_000
+    assert ours.decisions > ours.ranks
+    assert ours.wrong_ranks == 0
+    assert ours.wrong_decisions == 0
+    assert ours.entries > 400_000
+    assert ours.wrong_entries < ours.entries / 100_000
+    assert ours.largest_ulps <= 1
+    assert scores["float32"].wrong_ranks > 0  # the measure sees what whole-tensor float32 gets wrong
+    assert scores["float32"].wrong_entries > 0
