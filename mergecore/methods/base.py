@@ -131,7 +131,9 @@ class Gram:
         vectors = math.isqrt(2 * sums.shape[0])
         products = torch.empty(vectors, vectors, sums.shape[1], dtype=torch.float64)
         i, j = torch.triu_indices(vectors, vectors)
-        products[i, j] = products[j, i] = sums.cpu()
+        # One product that is not finite leaves no angle of its tensor (row, column) known.
+        known = torch.isfinite(sums).all(dim=0)
+        products[i, j] = products[j, i] = torch.where(known, sums, math.nan).cpu()
         return cls(products, anchored)
 
 

@@ -57,7 +57,7 @@ class Span:
     def unit(self, v: Tensor) -> Tensor:
         """v / |v|; zeros stay zeros."""
         norm = self.norm(v)
-        return torch.where(norm > 0, v / norm, torch.zeros_like(v))
+        return torch.where(norm == 0, torch.zeros_like(v), v / norm)
 
     def angle(self, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """The angle between v and w, and whether they are opposite up to float64's noise."""
@@ -72,8 +72,8 @@ def _arc(angle: Tensor, t: float) -> tuple[Tensor, Tensor]:
     """sin((1-t) angle) / sin(angle) and sin(t angle) / sin(angle), in the limit at 0."""
     sine = torch.sin(angle)
     return (
-        torch.where(angle > 0, torch.sin((1.0 - t) * angle) / sine, 1.0 - t),
-        torch.where(angle > 0, torch.sin(t * angle) / sine, t),
+        torch.where(angle == 0, 1.0 - t, torch.sin((1.0 - t) * angle) / sine),
+        torch.where(angle == 0, t, torch.sin(t * angle) / sine),
     )
 
 
@@ -288,7 +288,7 @@ def _model_stock(view: TensorView) -> Coefficients:
     for i in range(count):
         for j in range(i + 1, count):
             both = norms[i] * norms[j]
-            total = total + torch.where(both > 0, products[i, j] / both, torch.zeros_like(both)).clamp(-1.0, 1.0)
+            total = total + torch.where(both == 0, torch.zeros_like(both), products[i, j] / both).clamp(-1.0, 1.0)
     cosine = total / (count * (count - 1) / 2)
     # N c / (1 + (N-1) c) runs from 0 (c = 0) to 1 (c = 1); below c = 0 it turns to its pole at -1/(N-1).
     positive = cosine.clamp(min=0.0)
