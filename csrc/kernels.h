@@ -1,4 +1,4 @@
-// The kernels' raw-pointer signatures, free of torch. CPU and CUDA implement the same four
+// The kernels' raw-pointer signatures, free of torch. CPU and CUDA implement the same
 // families.
 //
 // Terms. A *window* is a run of whole rows of one tensor seen as a matrix (rows x columns,
@@ -40,6 +40,12 @@ constexpr int kMaxModels = 64;
 
 // Moments per column: rows 0 of `sums` is a.a, rows 1+3n.. are d.d, d.(x+a), x.x of model n.
 inline int64_t moment_count(int models) { return 1 + 3 * static_cast<int64_t>(models); }
+
+// Dot products of all pairs of v_0 = a and v_n = d_n: (0,0), (0,1), ... (0,N), (1,1), ...
+constexpr int kGramBlock = 4096;  // entries of a whole tensor that are summed by themselves
+inline int64_t gram_count(int models) {
+  return (static_cast<int64_t>(models) + 1) * (static_cast<int64_t>(models) + 2) / 2;
+}
 
 struct Inputs {
   Window window;
@@ -101,8 +107,13 @@ namespace cpu {
 void column_moments(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end);
 // Window rows [begin, end) into sums[moments][total_rows] at the tensor's row.
 void row_moments(const Inputs& in, double* sums, int64_t total_rows, int64_t begin, int64_t end);
-// Entries [begin, end) of the window, counted row by row; adds to non-finite results, overflowed
-// results.
+// Runs [begin, end) of `length` consecutive entries of the window (the last may be shorter): the products
+// of a run in out[pair * pair_stride + run * run_stride].
+void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_stride,
+               int64_t run_stride, int64_t begin, int64_t end);
+// Columns [begin, end) of sums[pairs][columns] (finished tiles) and pending[pairs][columns].
+void column_gram(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end);
+// Entries [begin, end) of the window, counted row by row; adds to non-finite results, overflowed results.
 void blend(const Blend& blend, int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow);
 // Rank of every entry among its model's `count` values, ascending from 1, ties by index or
 // averaged.
@@ -117,14 +128,20 @@ namespace cuda {
 
 using Stream = void*;  // cudaStream_t
 
-// Bytes of device memory that column_moments and rank need beside their arguments.
+// Bytes of device memory that some kernels need beside their arguments.
 int64_t column_moments_scratch(const Inputs& in);
+int64_t gram_scratch(const Inputs& in);
+int64_t column_gram_scratch(const Inputs& in);
 int64_t rank_scratch(int models, int64_t count);
 
 // `in.models` and `in.drops` are host pointers everywhere; all other pointers are device pointers.
 // Each returns a cudaError_t (0 is success).
 int column_moments(const Inputs& in, double* sums, double* pending, void* scratch, Stream stream);
 int row_moments(const Inputs& in, double* sums, int64_t total_rows, Stream stream);
+// sums[pairs] += the products of the whole window, blocks of kGramBlock entries in order.
+int gram(const Inputs& in, double* sums, void* scratch, Stream stream);
+int row_gram(const Inputs& in, double* sums, int64_t total_rows, Stream stream);
+int column_gram(const Inputs& in, double* sums, double* pending, void* scratch, Stream stream);
 int blend(const Blend& blend, int64_t* counts, Stream stream);  // counts[2] += non-finite, overflow
 int rank(const double* values, double* ranks, int models, int64_t count, bool average,
          void* scratch, Stream stream);

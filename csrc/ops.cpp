@@ -145,6 +145,26 @@ double* moments_of(const Tensor& tensor, const Tensors& models, const char* what
   return float64(tensor, models[0], 0, what);
 }
 
+double* gram_of(const Tensor& tensor, const Tensors& models, int64_t columns, const char* what) {
+  check(tensor.dim() == 2 && tensor.size(0) == gram_count(static_cast<int>(models.size())) &&
+            tensor.size(1) == columns,
+        std::string(what) + " must be ((models + 1) * (models + 2) / 2, columns)");
+  return float64(tensor, models[0], 0, what);
+}
+
+double* flat_gram_of(const Tensor& sums, const Tensors& models, const Window& w) {
+  check(w.first_row * w.columns % kGramBlock == 0,
+        "windows of a whole tensor's Gram matrix must start at a multiple of " +
+            std::to_string(kGramBlock) + " entries");
+  return gram_of(sums, models, 1, "sums");
+}
+
+double* row_gram_of(const Tensor& sums, const Tensors& models, const Window& w) {
+  check(sums.dim() == 2 && sums.size(1) >= w.first_row + w.rows,
+        "sums must have as many columns as the tensor has rows");
+  return gram_of(sums, models, sums.size(1), "sums");
+}
+
 // Work is split over threads in whole cache lines of the narrowest dtype.
 constexpr int64_t kGrainEntries = 1 << 15;
 constexpr int64_t kLine = 32;
@@ -183,6 +203,47 @@ void row_moments_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, in
                               [&](int64_t begin, int64_t end) {
                                 cpu::row_moments(a.inputs, out, sums.size(1), begin, end);
                               });
+}
+
+void gram_cpu(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t first_row,
+              int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  const Window& w = a.inputs.window;
+  double* total = flat_gram_of(sums, models, w);
+  const int64_t pairs = gram_count(a.inputs.count);
+  const int64_t blocks = (w.rows * w.columns + kGramBlock - 1) / kGramBlock;
+  std::vector<double> partial(static_cast<size_t>(blocks * pairs));
+  torch::stable::parallel_for(0, blocks, kGrainEntries / kGramBlock,
+                              [&](int64_t begin, int64_t end) {
+                                cpu::run_grams(a.inputs, kGramBlock, partial.data(), 1, pairs,
+                                               begin, end);
+                              });
+  for (int64_t i = 0; i < blocks * pairs; ++i) total[i % pairs] += partial[static_cast<size_t>(i)];
+}
+
+void row_gram_cpu(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t first_row,
+                  int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  const Window& w = a.inputs.window;
+  double* out = row_gram_of(sums, models, w) + w.first_row;
+  torch::stable::parallel_for(0, w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
+                              [&](int64_t begin, int64_t end) {
+                                cpu::run_grams(a.inputs, w.columns, out, sums.size(1), 1, begin,
+                                               end);
+                              });
+}
+
+void column_gram_cpu(Tensor sums, Tensor pending, std::optional<Tensor> base, Tensors models,
+                     int64_t first_row, int64_t first_entry, Integers keys, Integers thresholds,
+                     Reals scales) {
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  const Window& w = a.inputs.window;
+  double* total = gram_of(sums, models, w.columns, "sums");
+  double* tile = gram_of(pending, models, w.columns, "pending");
+  parallel_lines(w.columns, kGrainEntries / std::max<int64_t>(1, w.rows),
+                 [&](int64_t begin, int64_t end) {
+                   cpu::column_gram(a.inputs, total, tile, begin, end);
+                 });
 }
 
 void blend_cpu(Tensor out, std::optional<Tensor> base, Tensors models, Tensor coefficients,
@@ -311,6 +372,32 @@ void row_moments_cuda(std::optional<Tensor> base, Tensors models, Tensor sums, i
           "row_moments");
 }
 
+void gram_cuda(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t first_row,
+               int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  double* total = flat_gram_of(sums, models, a.inputs.window);
+  Tensor space = scratch(sums, cuda::gram_scratch(a.inputs));
+  succeed(cuda::gram(a.inputs, total, space.data_ptr(), current_stream(sums)), "gram");
+}
+
+void row_gram_cuda(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t first_row,
+                   int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  double* out = row_gram_of(sums, models, a.inputs.window);
+  succeed(cuda::row_gram(a.inputs, out, sums.size(1), current_stream(sums)), "row_gram");
+}
+
+void column_gram_cuda(Tensor sums, Tensor pending, std::optional<Tensor> base, Tensors models,
+                      int64_t first_row, int64_t first_entry, Integers keys, Integers thresholds,
+                      Reals scales) {
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  double* total = gram_of(sums, models, a.inputs.window.columns, "sums");
+  double* tile = gram_of(pending, models, a.inputs.window.columns, "pending");
+  Tensor space = scratch(sums, cuda::column_gram_scratch(a.inputs));
+  succeed(cuda::column_gram(a.inputs, total, tile, space.data_ptr(), current_stream(sums)),
+          "column_gram");
+}
+
 void blend_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Tensor coefficients,
                 double base_coefficient, int64_t axis, int64_t first_row, int64_t first_entry,
                 Integers keys, Integers thresholds, Reals scales, Tensor counts) {
@@ -350,6 +437,16 @@ STABLE_TORCH_LIBRARY(mergecore, m) {
       "row_moments(Tensor? base, Tensor[] models, Tensor(a!) sums, int first_row, "
       "int first_entry, int[] drop_keys, int[] drop_thresholds, float[] drop_scales) -> ()");
   m.def(
+      "gram(Tensor(a!) sums, Tensor? base, Tensor[] models, int first_row, int first_entry, "
+      "int[] drop_keys, int[] drop_thresholds, float[] drop_scales) -> ()");
+  m.def(
+      "row_gram(Tensor(a!) sums, Tensor? base, Tensor[] models, int first_row, int first_entry, "
+      "int[] drop_keys, int[] drop_thresholds, float[] drop_scales) -> ()");
+  m.def(
+      "column_gram(Tensor(a!) sums, Tensor(b!) pending, Tensor? base, Tensor[] models, "
+      "int first_row, int first_entry, int[] drop_keys, int[] drop_thresholds, "
+      "float[] drop_scales) -> ()");
+  m.def(
       "blend(Tensor(a!) out, Tensor? base, Tensor[] models, Tensor coefficients, "
       "float base_coefficient, int axis, int first_row, int first_entry, int[] drop_keys, "
       "int[] drop_thresholds, float[] drop_scales, Tensor(b!) counts) -> ()");
@@ -362,6 +459,9 @@ STABLE_TORCH_LIBRARY(mergecore, m) {
 STABLE_TORCH_LIBRARY_IMPL(mergecore, CPU, m) {
   m.impl("column_moments", TORCH_BOX(&mergecore::column_moments_cpu));
   m.impl("row_moments", TORCH_BOX(&mergecore::row_moments_cpu));
+  m.impl("gram", TORCH_BOX(&mergecore::gram_cpu));
+  m.impl("row_gram", TORCH_BOX(&mergecore::row_gram_cpu));
+  m.impl("column_gram", TORCH_BOX(&mergecore::column_gram_cpu));
   m.impl("blend", TORCH_BOX(&mergecore::blend_cpu));
   m.impl("rank", TORCH_BOX(&mergecore::rank_cpu));
   m.impl("calibrated_softmax", TORCH_BOX(&mergecore::calibrated_softmax_cpu));
@@ -371,6 +471,9 @@ STABLE_TORCH_LIBRARY_IMPL(mergecore, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(mergecore, CUDA, m) {
   m.impl("column_moments", TORCH_BOX(&mergecore::column_moments_cuda));
   m.impl("row_moments", TORCH_BOX(&mergecore::row_moments_cuda));
+  m.impl("gram", TORCH_BOX(&mergecore::gram_cuda));
+  m.impl("row_gram", TORCH_BOX(&mergecore::row_gram_cuda));
+  m.impl("column_gram", TORCH_BOX(&mergecore::column_gram_cuda));
   m.impl("blend", TORCH_BOX(&mergecore::blend_cuda));
   m.impl("rank", TORCH_BOX(&mergecore::rank_cuda));
   m.impl("calibrated_softmax", TORCH_BOX(&mergecore::calibrated_softmax_cuda));

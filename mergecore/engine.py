@@ -24,8 +24,8 @@ from mergecore import ops
 from mergecore._stream import ReadFault, WindowStream
 from mergecore.checkpoint import TensorInfo
 from mergecore.device import Device, HostWindow, open_device
-from mergecore.errors import InputFault, Interrupted, NonFiniteError
-from mergecore.methods.base import Coefficients, Moments, Statistics
+from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
+from mergecore.methods.base import Coefficients, Gram, Moments, Statistics
 from mergecore.output import manifest
 from mergecore.output.writer import OutputWriter
 from mergecore.planning import FLOATS, MergePlan, TensorJob, plan, with_run
@@ -199,8 +199,10 @@ class _Merge:
         self, job: TensorJob, matrix: int, windows: Iterator[tuple[_Window, list[memoryview]]]
     ) -> Coefficients:
         method, on = self.plan.method, self.device.torch_device
-        moments = None
-        if method.statistics is Statistics.COLUMNS:
+        moments = gram = None
+        if job.statistics.is_gram:
+            gram = self._gram(job, matrix, windows)
+        if job.statistics is Statistics.COLUMNS:
             by_rows = job.orientation == "rows"
             shape = (ops.moment_count(len(job.models)), job.rows if by_rows else job.columns)
             sums = torch.zeros(shape, dtype=torch.float64, device=on)
@@ -218,7 +220,36 @@ class _Merge:
             if not bool(torch.isfinite(sums).all()):
                 self._check_finite(job, 1, 0)
             moments = Moments.of(sums)
-        return method.coefficients(job.view(moments))
+        try:
+            return method.coefficients(job.view(moments, gram))
+        except ValueError as error:
+            raise MergecoreError(f"{job.name}: {error}") from error
+
+    def _gram(self, job: TensorJob, matrix: int, windows: Iterator[tuple[_Window, list[memoryview]]]) -> Gram:
+        count = len(job.models)
+        anchored = not job.has_base and count > 1
+        length = {Statistics.GRAM: 1, Statistics.ROW_GRAM: job.rows, Statistics.COLUMN_GRAM: job.columns}
+        shape = (ops.gram_count(count - 1 if anchored else count), length[job.statistics])
+        sums = torch.zeros(shape, dtype=torch.float64, device=self.device.torch_device)
+        pending = torch.zeros_like(sums) if job.statistics is Statistics.COLUMN_GRAM else sums
+        drops, entry = self._drops(job), matrix * job.rows * job.columns
+        for first_row, _ in job.windows():
+            window, views = next(windows)
+            base, models = self._upload(window, views)
+            if anchored:
+                base, *models = models
+            place: dict[str, Any] = {"first_row": first_row, "first_entry": entry, "drops": drops}
+            if job.statistics is Statistics.GRAM:
+                ops.gram(sums, base, models, **place)
+            elif job.statistics is Statistics.ROW_GRAM:
+                ops.row_gram(sums, base, models, **place)
+            else:
+                ops.column_gram(sums, pending, base, models, **place)
+            self._count(sum(map(len, views)), 0)
+        sums = sums + pending if pending is not sums else sums
+        if not bool(torch.isfinite(sums).all()):
+            self._check_finite(job, 1, 0)
+        return Gram.of(sums, anchored)
 
     def _blend(
         self,
@@ -298,10 +329,9 @@ class _Merge:
             yield ahead.pop(0), stream.next()
 
     def _order(self) -> Iterator[_Window]:
-        two_passes = self.plan.method.statistics is not Statistics.NONE
         for job in self.jobs:
             for matrix in range(job.matrices):
-                for blends in (False, True) if two_passes and job.parameters is not None else (True,):
+                for blends in (False, True) if job.passes > 1 else (True,):
                     for first_row, rows in job.windows():
                         yield _Window(job, matrix, first_row, rows, blends)
 
@@ -317,7 +347,7 @@ class _Merge:
         ]
 
     def _bytes_to_read(self, job: TensorJob) -> int:
-        return job.input_bytes * (self.plan.passes if job.parameters is not None else 1)
+        return job.input_bytes * job.passes
 
     def _count(self, read: int, written: int) -> None:
         self.read += read

@@ -36,6 +36,8 @@ def _seconds_per_entry(plan: MergePlan) -> float:
     counts = torch.zeros(2, dtype=torch.int64)
     sums = torch.zeros(ops.moment_count(len(models)), COLUMNS, dtype=torch.float64)
     pending = torch.zeros_like(sums)
+    products = torch.zeros(ops.gram_count(len(models)), 1, dtype=torch.float64)
+    grams = any(job.statistics.is_gram for job in plan.jobs)
     runs = -1
     started = time.perf_counter()
     while runs < 1 or time.perf_counter() - started < MEASURE_SECONDS:
@@ -43,6 +45,8 @@ def _seconds_per_entry(plan: MergePlan) -> float:
             started = time.perf_counter()
         if plan.method.statistics is Statistics.COLUMNS:
             ops.column_moments(base, models, sums, pending)
+        if grams:
+            ops.gram(products, base, models)
         ops.blend(out, base, models, coefficients, counts)
         runs += 1
     return (time.perf_counter() - started) / runs / (ROWS * COLUMNS)

@@ -63,6 +63,10 @@ def _drop_arguments(drops: Sequence[Drop]) -> tuple[list[int], list[int], list[f
     return signed, [drop.threshold for drop in drops], [drop.scale for drop in drops]
 
 
+GRAM_BLOCK = 4096
+"""Entries of a whole tensor that `gram` sums by themselves: its windows are cut between them."""
+
+
 def moment_count(models: int) -> int:
     """Rows of a moments tensor: a.a, then d.d, d.(x + a) and x.x of each model."""
     return 1 + 3 * models
@@ -103,6 +107,56 @@ def row_moments(
     `sums` is float64 (1 + 3 * models, rows of the matrix); the window's rows are filled in.
     """
     torch.ops.mergecore.row_moments(base, list(models), sums, first_row, first_entry, *_drop_arguments(drops))
+
+
+def gram_count(models: int) -> int:
+    """Rows of a Gram tensor: the products of all pairs of the base and the deltas, (0, 0), (0, 1), ... (1, 1), ..."""
+    return (models + 1) * (models + 2) // 2
+
+
+def gram(
+    sums: Tensor,
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    *,
+    first_row: int = 0,
+    first_entry: int = 0,
+    drops: Sequence[Drop] = (),
+) -> None:
+    """Adds a window of a whole tensor to the dot products of base and deltas.
+
+    `sums` is float64 (gram_count(models), 1), zero before a tensor's first window; windows come in order
+    and start at multiples of GRAM_BLOCK entries.
+    """
+    torch.ops.mergecore.gram(sums, base, list(models), first_row, first_entry, *_drop_arguments(drops))
+
+
+def row_gram(
+    sums: Tensor,
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    *,
+    first_row: int = 0,
+    first_entry: int = 0,
+    drops: Sequence[Drop] = (),
+) -> None:
+    """Writes the same products of each stored row: `sums` is float64 (gram_count(models), rows of the matrix)."""
+    torch.ops.mergecore.row_gram(sums, base, list(models), first_row, first_entry, *_drop_arguments(drops))
+
+
+def column_gram(
+    sums: Tensor,
+    pending: Tensor,
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    *,
+    first_row: int = 0,
+    first_entry: int = 0,
+    drops: Sequence[Drop] = (),
+) -> None:
+    """Adds a window to the same products of each stored column; `sums` and `pending` as in `column_moments`,
+    float64 (gram_count(models), columns)."""
+    torch.ops.mergecore.column_gram(sums, pending, base, list(models), first_row, first_entry, *_drop_arguments(drops))
 
 
 def blend(
@@ -158,7 +212,8 @@ def calibrated_softmax(scores: Tensor, thresholds: Tensor, *, divisor: float, s:
 
 def _register_fakes() -> None:
     # Every op only writes into its arguments: there is nothing to infer.
-    for name in ("column_moments", "row_moments", "blend", "rank", "calibrated_softmax"):
+    grams = ("gram", "row_gram", "column_gram")
+    for name in (*grams, "column_moments", "row_moments", "blend", "rank", "calibrated_softmax"):
         torch.library.register_fake(f"mergecore::{name}", lambda *args: None)
 
 

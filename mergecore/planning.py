@@ -29,8 +29,9 @@ from mergecore.architecture import (
 from mergecore.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mergecore.errors import CheckpointError, SpecError
 from mergecore.methods import METHODS
-from mergecore.methods.base import Method, Moments, Parameter, Statistics, TensorView
+from mergecore.methods.base import Gram, Method, Moments, Parameter, Statistics, TensorView
 from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
+from mergecore.ops import GRAM_BLOCK, gram_count
 from mergecore.spec import MergeSpec, Run
 from mergecore.spec.problems import Keys, near
 
@@ -64,6 +65,7 @@ class TensorJob:
     window_rows: int
     keep: bool
     """Whether the inputs stay mapped between the statistics pass and the blend pass."""
+    statistics: Statistics = Statistics.NONE
 
     @property
     def inputs(self) -> tuple[TensorInfo | None, ...]:
@@ -74,10 +76,15 @@ class TensorJob:
     def input_bytes(self) -> int:
         return sum(info.nbytes for info in self.inputs if info is not None)
 
-    def view(self, moments: Moments | None = None) -> TensorView:
+    @property
+    def passes(self) -> int:
+        """How often the inputs are read: for statistics, and for the blend or the copy."""
+        return 1 if self.statistics is Statistics.NONE else 2
+
+    def view(self, moments: Moments | None = None, gram: Gram | None = None) -> TensorView:
         """This tensor as its method sees it."""
         assert self.parameters is not None
-        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments)
+        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, gram)
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each window of one matrix, in order."""
@@ -104,12 +111,12 @@ class MergePlan:
 
     @property
     def passes(self) -> int:
-        return 1 if self.method.statistics is Statistics.NONE else 2
+        return max((job.passes for job in self.jobs), default=1)
 
     @property
     def bytes_to_read(self) -> int:
         """Bytes of windows read, both passes counted (the second usually comes from memory)."""
-        return sum(job.input_bytes * (self.passes if job.parameters is not None else 1) for job in self.jobs)
+        return sum(job.input_bytes * job.passes for job in self.jobs)
 
     @property
     def bytes_to_write(self) -> int:
@@ -127,7 +134,7 @@ class MergePlan:
     @property
     def held_bytes(self) -> int:
         """Memory held at most, beside the process itself: windows, output buffers, statistics."""
-        return max((_held(job, len(self.models), self.method) for job in self.jobs), default=0)
+        return max((_held(job, len(self.models)) for job in self.jobs), default=0)
 
     def identity(self) -> str:
         """Equal exactly when the output's tensors are equal: spec, inputs and version (hex, 128 bits)."""
@@ -159,12 +166,14 @@ def plan(spec: MergeSpec, *, resolve: Callable[[str], Path] | None = None) -> Me
     members: list[tuple[Checkpoint, int | None]] = [
         (model, i) for i, model in enumerate(listed) if not (method.deltas and base is model)
     ]
-    if not method.deltas and base is not None and base not in listed and "weight" in spec.parameters:
+    weighted = method.parameter("weight") is None or "weight" in spec.parameters
+    if not method.deltas and base is not None and base not in listed and weighted:
         members.append((base, None))
     if not members:
         raise spec.error("every model listed is the base itself: there is nothing to merge", "models")
     if len(members) > MAX_MODELS:
         raise spec.error(f"found {len(members)} models, expected at most {MAX_MODELS}; merge in two steps", "models")
+    _check_count(spec, method, len(members))
     reference = base or listed[0]
     source = spec.tokenizer_source
     tokenizer = reference if source in (None, "base") else open_once(str(source), "tokenizer_source")
@@ -204,8 +213,12 @@ def with_run(spec: MergeSpec, **settings: Any) -> MergeSpec:
 
 def _check_coefficients(job: TensorJob, method: Method, spec: MergeSpec) -> None:
     """Coefficients that need no statistics are computed once now, so that what is wrong shows before reading."""
-    if method.statistics is Statistics.NONE and job.parameters is not None:
+    if job.parameters is not None:
         try:
+            if method.check is not None:
+                method.check(job.view())
+            if job.statistics is not Statistics.NONE:
+                return
             values = method.coefficients(job.view()).values
         except ValueError as error:
             raise spec.error(f"{job.name}: {error}", "parameters") from None
@@ -220,11 +233,19 @@ def _method(spec: MergeSpec) -> Method:
             f"unknown method {spec.merge_method!r}{near(spec.merge_method, METHODS)}; `mergecore methods` lists them",
             "merge_method",
         )
-    if method.deltas and spec.base_model is None:
+    if method.deltas and not method.base_optional and spec.base_model is None:
         raise spec.error(f"{method.name} moves away from a base: base_model is missing", "merge_method")
     if spec.sparsify is not None and spec.base_model is None:
         raise spec.error("dropping deltas needs a base: base_model is missing", "sparsify")
     return method
+
+
+def _check_count(spec: MergeSpec, method: Method, found: int) -> None:
+    if method.least <= found and (method.most is None or found <= method.most):
+        return
+    number = f"{method.least}" if method.least == method.most else f"at least {method.least}"
+    beside = " beside the base" if method.deltas and spec.base_model is not None else ""
+    raise spec.error(f"{method.name} merges {number} model(s){beside}; found {found}", "models")
 
 
 class _Parameters:
@@ -437,9 +458,14 @@ def _job(
     wanted = spec.out_dtype or spec.dtype
     dtype = STORED[wanted] if wanted is not None else (reference or some).dtype
     matrices, rows, columns = architecture.matrices(name, some.shape)
-    if method.statistics is Statistics.NONE:
-        # Entries do not know of each other: a window may be cut anywhere.
+    settings = parameters.of(name)
+    statistics = method.needs(TensorView(len(models), len(some.shape) < 2, settings))
+    if statistics in (Statistics.NONE, Statistics.GRAM):
+        # Entries do not know of each other: a window may be cut anywhere (or between the Gram matrix's blocks).
         matrices, rows, columns = 1, matrices * rows * columns, 1
+    orientation = architecture.orientation(name, some.shape)
+    if statistics.is_gram:
+        orientation = "rows" if statistics is Statistics.ROW_GRAM else "columns"
     job = TensorJob(
         name=name,
         shape=some.shape,
@@ -450,12 +476,13 @@ def _job(
         matrices=matrices,
         rows=rows,
         columns=columns,
-        orientation=architecture.orientation(name, some.shape),
-        parameters=parameters.of(name),
+        orientation=orientation,
+        parameters=settings,
         window_rows=max(1, rows),
         keep=False,
+        statistics=statistics,
     )
-    return _windowed(job, spec, method)
+    return _windowed(job, spec)
 
 
 def _row_bytes(job: TensorJob) -> tuple[int, int]:
@@ -464,28 +491,33 @@ def _row_bytes(job: TensorJob) -> tuple[int, int]:
     return job.columns * inputs, job.columns * FLOATS.get(job.dtype, 1)
 
 
-def _statistics_bytes(job: TensorJob, models: int, method: Method) -> int:
-    if method.statistics is Statistics.NONE or job.parameters is None:
-        return 0
+def _statistics_bytes(job: TensorJob, models: int) -> int:
     length = job.columns if job.orientation == "columns" or len(job.shape) < 2 else job.rows
-    # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
-    return 8 * length * (2 * (1 + 3 * models) + 8 * models)
+    if job.statistics is Statistics.COLUMNS:
+        # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
+        return 8 * length * (2 * (1 + 3 * models) + 8 * models)
+    if job.statistics.is_gram:
+        # Totals, the pending tile, and both triangles; then points and coefficients.
+        return 8 * length * (4 * gram_count(models) + 8 * models)
+    return 0
 
 
-def _held(job: TensorJob, models: int, method: Method) -> int:
+def _held(job: TensorJob, models: int) -> int:
     if job.parameters is None:
         return 4 * job.window_rows
     inputs, output = (job.window_rows * size for size in _row_bytes(job))
     kept = job.input_bytes // job.matrices if job.keep else 0
-    return max(kept, inputs) + inputs + 2 * output + _statistics_bytes(job, models, method)
+    return max(kept, inputs) + inputs + 2 * output + _statistics_bytes(job, models)
 
 
-def _windowed(job: TensorJob, spec: MergeSpec, method: Method) -> TensorJob:
+def _windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
     """Two windows of inputs (one in use, one read ahead) and two of output fit the memory beside the statistics."""
     models, memory = len(job.models), spec.run.memory
     inputs, output = _row_bytes(job)
-    room = memory - _statistics_bytes(job, models, method)
-    smallest = 2 * (inputs + output)
+    room = memory - _statistics_bytes(job, models)
+    flat = job.statistics is Statistics.GRAM
+    step = max(1, min(GRAM_BLOCK, job.rows)) if flat else 1
+    smallest = 2 * (inputs + output) * step + (8 * gram_count(models) if flat else 0)
     if room < smallest:
         needed = memory - room + smallest
         raise spec.error(
@@ -494,7 +526,7 @@ def _windowed(job: TensorJob, spec: MergeSpec, method: Method) -> TensorJob:
             "run",
             "memory",
         )
-    rows = min(job.rows, max(1, min(room, 2 * WINDOW_BYTES) // smallest))
+    rows = min(job.rows, step * max(1, min(room, 2 * WINDOW_BYTES) // smallest))
     windowed = replace(job, window_rows=max(1, rows))
-    kept = replace(windowed, keep=method.statistics is not Statistics.NONE)
-    return kept if kept.keep and _held(kept, models, method) <= memory else windowed
+    kept = replace(windowed, keep=job.passes > 1)
+    return kept if kept.keep and _held(kept, models) <= memory else windowed

@@ -1,15 +1,11 @@
 // Per-column and per-row moments of base and deltas in one read. A block serves one model and adds
 // the base's own moment when that model is the first; blocks of a window's models are neighbours in
 // the grid, so that the base comes from the L2 cache for all but one of them.
-#include "window.cuh"
+#include "sums.cuh"
 
 namespace mergecore::cuda {
 
 namespace {
-
-constexpr int kColumnThreads = 64;  // 512 columns, one tile
-constexpr int kRowThreads = 128;    // 16 rows
-constexpr int kThreadsPerRow = kLanes / kEntries;
 
 // A thread's share of the sums: one lane or column per entry.
 struct Lanes {
@@ -71,38 +67,6 @@ __device__ __forceinline__ void add_steps(const DeviceInputs& in, int m, int64_t
   }
 }
 
-template <bool kVector>
-__device__ __forceinline__ void store(double* to, const double (&from)[kEntries], int n) {
-  if (kVector) {
-#pragma unroll
-    for (int j = 0; j < kEntries; j += 2) {
-      reinterpret_cast<double2*>(to)[j / 2] = make_double2(from[j], from[j + 1]);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kEntries; ++j) {
-      if (j < n) to[j] = from[j];
-    }
-  }
-}
-
-__device__ __forceinline__ void load(const double* from, int n, double (&to)[kEntries]) {
-#pragma unroll
-  for (int j = 0; j < kEntries; ++j) {
-    if (j < n) to[j] = from[j];
-  }
-}
-
-// Tiles are counted from the one that the window's first row lies in.
-struct Tiles {
-  int64_t count, complete;  // of them; all but perhaps the last are complete
-  explicit Tiles(const Window& w) {
-    const int64_t before = w.first_row / kTileRows;
-    count = divide_up(w.first_row + w.rows, kTileRows) - before;
-    complete = (w.first_row + w.rows) / kTileRows - before;
-  }
-};
-
 // partial[tile][moment][column]; the first tile goes on from `pending`.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kColumnThreads)
@@ -125,10 +89,10 @@ __global__ void __launch_bounds__(kColumnThreads)
   Lanes sums;
   const int64_t first = 1 + 3 * static_cast<int64_t>(m);
   if (tile == 0) {
-    if (m == 0) load(pending + column, n, sums.aa);
-    load(pending + first * w.columns + column, n, sums.dd);
-    load(pending + (first + 1) * w.columns + column, n, sums.dg);
-    load(pending + (first + 2) * w.columns + column, n, sums.xx);
+    if (m == 0) load_sums(pending + column, n, sums.aa);
+    load_sums(pending + first * w.columns + column, n, sums.dd);
+    load_sums(pending + (first + 1) * w.columns + column, n, sums.dg);
+    load_sums(pending + (first + 2) * w.columns + column, n, sums.xx);
   }
   constexpr int kSteps = kInFlight<T>;
   for (; row + kSteps <= end; row += kSteps) {
@@ -138,42 +102,10 @@ __global__ void __launch_bounds__(kColumnThreads)
     add_steps<T, kVector, 1>(in, m, row * w.columns + column, w.columns, n, sums);
   }
   double* to = partial + tile * moments * w.columns + column;
-  if (m == 0) store<kVector>(to, sums.aa, n);
-  store<kVector>(to + first * w.columns, sums.dd, n);
-  store<kVector>(to + (first + 1) * w.columns, sums.dg, n);
-  store<kVector>(to + (first + 2) * w.columns, sums.xx, n);
-}
-
-// Adds the complete tiles to `sums` in order and leaves the rest of the window in `pending`: a
-// launch of its own, because sum_tiles still reads `pending` while its last tile is done.
-__global__ void __launch_bounds__(kRowThreads)
-    add_tiles(const double* partial, int64_t size, int64_t complete, bool open, double* sums,
-              double* pending) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
-  if (i >= size) return;
-  double sum = sums[i];
-#pragma unroll 8
-  for (int64_t tile = 0; tile < complete; ++tile) sum += partial[tile * size + i];
-  sums[i] = sum;
-  pending[i] = open ? partial[complete * size + i] : 0.0;
-}
-
-// lane[i] += lane[i + half] for half = 32, 16, 8 (threads 4, 2, 1 apart) and 4, 2, 1 (in the
-// thread).
-__device__ __forceinline__ double halve(double (&lane)[kEntries]) {
-#pragma unroll
-  for (int apart = kThreadsPerRow / 2; apart > 0; apart /= 2) {
-#pragma unroll
-    for (int j = 0; j < kEntries; ++j) {
-      lane[j] += __shfl_down_sync(kAllLanes, lane[j], apart, kThreadsPerRow);
-    }
-  }
-#pragma unroll
-  for (int half = kEntries / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
-  }
-  return lane[0];
+  if (m == 0) store_sums<kVector>(to, sums.aa, n);
+  store_sums<kVector>(to + first * w.columns, sums.dd, n);
+  store_sums<kVector>(to + (first + 1) * w.columns, sums.dg, n);
+  store_sums<kVector>(to + (first + 2) * w.columns, sums.xx, n);
 }
 
 template <class T, bool kVector>
@@ -209,8 +141,6 @@ __global__ void __launch_bounds__(kRowThreads)
   to[(first + 1) * total_rows] = dg;
   to[(first + 2) * total_rows] = xx;
 }
-
-bool vectors(const DeviceInputs& in) { return in.aligned && in.window.columns % kEntries == 0; }
 
 }  // namespace
 

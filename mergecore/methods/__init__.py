@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from mergecore.methods.base import Method
+from mergecore.methods.geometry import KARCHER, MODEL_STOCK, MULTISLERP, NUSLERP, SLERP
 from mergecore.methods.linear import LINEAR, TASK_ARITHMETIC
 from mergecore.methods.widen import WIDEN
 
-METHODS: dict[str, Method] = {method.name: method for method in (WIDEN, LINEAR, TASK_ARITHMETIC)}
+GEOMETRY = (SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK)
+METHODS: dict[str, Method] = {method.name: method for method in (WIDEN, LINEAR, TASK_ARITHMETIC, *GEOMETRY)}

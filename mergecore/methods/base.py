@@ -57,6 +57,13 @@ class Statistics(Enum):
 
     NONE = "none"
     COLUMNS = "columns"
+    GRAM = "Gram matrix"
+    ROW_GRAM = "Gram matrix per row"
+    COLUMN_GRAM = "Gram matrix per column"
+
+    @property
+    def is_gram(self) -> bool:
+        return self in (Statistics.GRAM, Statistics.ROW_GRAM, Statistics.COLUMN_GRAM)
 
 
 # This share of d.d is the rounding noise of 1 - cos's numerator, with a margin for many rows.
@@ -107,6 +114,30 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Gram:
+    """All dot products of base a and deltas d_n: float64 (vectors, vectors, n), vector 0 is a.
+
+    n is 1 for a whole tensor, else its stored rows or columns. Where no base is read, a is the first
+    model and the deltas of the others are counted from it (`anchored`), so that models that are nearly
+    equal are compared by their difference.
+    """
+
+    products: Tensor
+    anchored: bool = False
+
+    @classmethod
+    def of(cls, sums: Tensor, anchored: bool) -> Gram:
+        """From the kernels' (pairs, n), i <= j in order."""
+        vectors = math.isqrt(2 * sums.shape[0])
+        products = torch.empty(vectors, vectors, sums.shape[1], dtype=torch.float64)
+        i, j = torch.triu_indices(vectors, vectors)
+        # One product that is not finite leaves no angle of its tensor (row, column) known.
+        known = torch.isfinite(sums).all(dim=0)
+        products[i, j] = products[j, i] = torch.where(known, sums, math.nan).cpu()
+        return cls(products, anchored)
+
+
+@dataclass(frozen=True)
 class TensorView:
     """What a method sees of one tensor (or of one expert of a fused one)."""
 
@@ -115,11 +146,13 @@ class TensorView:
     parameters: Mapping[str, Any]
     """Each parameter's value here: a scalar, or a tuple with one scalar per model."""
     moments: Moments | None = None
+    gram: Gram | None = None
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """out = base * a + sum_n values[n] * d_n; `values` is float64 (models, 1) or (models, columns)."""
+    """out = base * a + sum_n values[n] * d_n; `values` is float64 (models, 1), or (models, n) with one per
+    stored column or row, whichever the statistics are of. Without a base out = sum_n values[n] * W_n."""
 
     values: Tensor
     base: float = 1.0
@@ -134,8 +167,9 @@ def per_model(values: Sequence[float]) -> Tensor:
 class Method:
     """A merge method: its name, parameters, the statistics it needs, and its coefficients.
 
-    `deltas` methods move away from a base, which the spec must name; others average the models
-    themselves, and a base that carries a weight takes part like a model.
+    `deltas` methods move away from a base, which the spec must name unless `base_optional`; others average
+    the models themselves, and a base that carries a weight (where the method has none: any base) takes part
+    like a model. `statistics` may depend on the parameters of a tensor, and on whether it is a vector.
     """
 
     name: str
@@ -143,10 +177,20 @@ class Method:
     reference: str
     coefficients: Callable[[TensorView], Coefficients]
     parameters: tuple[Parameter, ...] = ()
-    statistics: Statistics = Statistics.NONE
+    statistics: Statistics | Callable[[TensorView], Statistics] = Statistics.NONE
     deltas: bool = True
+    base_optional: bool = False
+    least: int = 1
+    """Models at least, the base not counted where deltas are taken from it; `most`: at most."""
+    most: int | None = None
+    check: Callable[[TensorView], None] | None = None
+    """Raises ValueError for parameters that do not go together; called before anything is read."""
     ignored: tuple[str, ...] = field(default=())
     """Names that mergekit configs carry for this method and that change nothing here."""
+
+    def needs(self, view: TensorView) -> Statistics:
+        """The statistics of one tensor."""
+        return self.statistics if isinstance(self.statistics, Statistics) else self.statistics(view)
 
     def parameter(self, name: str) -> Parameter | None:
         return next((parameter for parameter in self.parameters if parameter.name == name), None)

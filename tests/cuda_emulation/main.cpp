@@ -78,13 +78,15 @@ struct Case {
   std::vector<Matrix> matrices;  // the base first
   std::vector<Drop> drops;
 
-  explicit Case(int64_t most_rows) {
+  // `one_column`: that many rows of one column.
+  explicit Case(int64_t most_rows, int64_t one_column = 0) {
     static constexpr int kShares[] = {1, 8, 64, 512, 1024};  // of columns to threads, warps, blocks
     rows = draw(1, chance(50) ? 20 : most_rows);
     columns = chance(50) ? 8 * draw(1, 20) : draw(1, 150);
     if (chance(20)) columns = kShares[draw(0, 4)] + 8 * draw(0, 2) - (chance(50) ? draw(0, 7) : 0);
     columns = std::max<int64_t>(columns, 1);
     if (columns > 200) rows = std::min<int64_t>(rows, draw(1, 70));
+    if (one_column > 0) rows = one_column, columns = 1;
     models = static_cast<int>(draw(1, 5));
     if (chance(5)) models = static_cast<int>(draw(60, kMaxModels)), rows = draw(1, 3);
     first_row = chance(30) ? 0 : draw(1, 200);
@@ -217,6 +219,81 @@ std::string row_moments() {
   return "";
 }
 
+// A tensor's Gram matrix is summed in blocks from its start: the case is one window, or windows of whole
+// blocks of one column.
+std::string gram() {
+  Case c(200);
+  c.first_row = 0;
+  if (chance(30)) {
+    c = Case(3 * kGramBlock, draw(1, 3 * kGramBlock));
+    c.first_row = 0;
+  }
+  const int64_t pairs = gram_count(c.models), entries = c.rows * c.columns;
+  const int64_t blocks = (entries + kGramBlock - 1) / kGramBlock;
+  const Memory sums = numbers(pairs, false), cuda_sums = sums.copy(), partial(pairs * blocks * 8);
+  try {
+    std::vector<Matrix> views;
+    cpu::run_grams(c.window(0, c.rows, views), kGramBlock, partial.as<double>(), 1, pairs, 0,
+                   blocks);
+    for (int64_t i = 0; i < pairs * blocks; ++i) {
+      sums.as<double>()[i % pairs] += partial.as<double>()[i];
+    }
+    for (int64_t begin = 0; begin < c.rows;) {
+      const int64_t blocks_here = c.columns == 1 ? draw(1, 2) * kGramBlock : c.rows;
+      const int64_t end = std::min(c.rows, begin + blocks_here);
+      const Inputs in = c.window(begin, end, views);
+      const Memory scratch(cuda::gram_scratch(in));
+      succeed(cuda::gram(in, cuda_sums.as<double>(), scratch.as<void>(), nullptr));
+      begin = end;
+    }
+    equal("sums", sums.as<double>(), cuda_sums.as<double>(), pairs);
+  } catch (const std::string& problem) {
+    return c.text() + ": " + problem;
+  }
+  return "";
+}
+
+std::string row_gram() {
+  const Case c(40);
+  const int64_t total_rows = c.first_row + c.rows + draw(0, 3);
+  const int64_t size = gram_count(c.models) * total_rows;
+  const Memory sums = numbers(size, false), cuda_sums = sums.copy();
+  try {
+    std::vector<Matrix> views;
+    cpu::run_grams(c.window(0, c.rows, views), c.columns, sums.as<double>() + c.first_row,
+                   total_rows, 1, 0, c.rows);
+    c.windows([&](int64_t, const Inputs& in) {
+      succeed(cuda::row_gram(in, cuda_sums.as<double>(), total_rows, nullptr));
+    });
+    equal("sums", sums.as<double>(), cuda_sums.as<double>(), size);
+  } catch (const std::string& problem) {
+    return c.text() + ": " + problem;
+  }
+  return "";
+}
+
+std::string column_gram() {
+  const Case c(200);
+  const int64_t size = gram_count(c.models) * c.columns, offset = chance(20) ? 8 : 0;
+  const Memory sums = numbers(size, false), pending = numbers(size, false, offset);
+  const Memory cuda_sums = sums.copy(), cuda_pending = pending.copy();
+  try {
+    std::vector<Matrix> views;
+    cpu::column_gram(c.window(0, c.rows, views), sums.as<double>(), pending.as<double>(), 0,
+                     c.columns);
+    c.windows([&](int64_t, const Inputs& in) {
+      const Memory scratch(cuda::column_gram_scratch(in));
+      succeed(cuda::column_gram(in, cuda_sums.as<double>(), cuda_pending.as<double>(),
+                                scratch.as<void>(), nullptr));
+    });
+    equal("sums", sums.as<double>(), cuda_sums.as<double>(), size);
+    equal("pending", pending.as<double>(), cuda_pending.as<double>(), size);
+  } catch (const std::string& problem) {
+    return c.text() + ": " + problem;
+  }
+  return "";
+}
+
 template <class T>
 void equal_stored(const Memory& cpu, const Memory& cuda, int64_t count) {
   std::vector<float> a, b;
@@ -313,6 +390,9 @@ int main(int, char** arguments) {
   const std::string op = arguments[1];
   auto* run = op == "column_moments" ? column_moments
               : op == "row_moments"  ? row_moments
+              : op == "gram"         ? gram
+              : op == "row_gram"     ? row_gram
+              : op == "column_gram"  ? column_gram
               : op == "blend"        ? blend
               : op == "rank"         ? rank
                                      : calibrated_softmax;

@@ -1,0 +1,140 @@
+// All dot products of the base a and the deltas d_n, in one read: the Gram matrix of the geometry
+// methods.
+//
+// Whole tensors, rows and columns are the same loop: pieces of up to 64 entries are added lane by
+// lane, in order. Along a run of entries the pieces are consecutive and the lanes are halved at its
+// end; for columns across rows a piece is one row's share of 64 columns, and every lane is a
+// column's sum.
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "chunk.h"
+
+namespace mergecore::cpu {
+
+constexpr int kPieces = kChunk / kLanes;  // pieces held at once
+
+MERGECORE_CLONES
+void delta_chunk(const void* model, Dtype dtype, const double* base, int n, double* delta) {
+  with_dtype(dtype, [&](auto type) __attribute__((always_inline)) {
+    using T = decltype(type);
+    const auto* bits = static_cast<const typename T::Bits*>(model);
+    for (int i = 0; i < n; ++i) delta[i] = T::load(bits[i]) - base[i];
+  });
+}
+
+template <int... P>
+inline __attribute__((always_inline)) void add_pieces(const double* v, const double* w, int n,
+                                                      double* sums,
+                                                      std::integer_sequence<int, P...>) {
+#pragma GCC ivdep
+  for (int i = 0; i < n; ++i) {
+    double sum = sums[i];
+    ((sum = fma(v[P * kLanes + i], w[P * kLanes + i], sum)), ...);
+    sums[i] = sum;
+  }
+}
+
+// sums[i] += v[p][i] * w[p][i] over the pieces p, in order.
+MERGECORE_CLONES
+void add_products(const double* v, const double* w, int pieces, int n, double* sums) {
+  if (pieces == kPieces && n == kLanes) {
+    return add_pieces(v, w, kLanes, sums, std::make_integer_sequence<int, kPieces>());
+  }
+  for (int p = 0; p < pieces; ++p) {
+    add_pieces(v + p * kLanes, w + p * kLanes, n, sums, std::make_integer_sequence<int, 1>());
+  }
+}
+
+// vectors[v][p][i]: the base (v = 0) and the deltas at pieces of n entries, `stride` entries apart.
+void load_vectors(const Inputs& in, int64_t entry, int64_t stride, int pieces, int n,
+                  double* vectors) {
+  alignas(64) double keep[kChunk];
+  const Window& w = in.window;
+  const bool joined = stride == kLanes && n == kLanes;  // one run
+  const int parts = joined ? 1 : pieces, length = joined ? pieces * kLanes : n;
+  for (int p = 0; p < parts; ++p) {
+    const int64_t here = entry + p * stride, ahead = here + kPieces * stride;
+    double* base = vectors + p * kLanes;
+    if (in.base.data != nullptr) {
+      prefetch(at(in.base, ahead), length * dtype_size(in.base.dtype));
+      load_chunk(at(in.base, here), in.base.dtype, length, base);
+    }
+    for (int m = 0; m < in.count; ++m) {
+      const Matrix& model = in.models[m];
+      double* delta = base + (m + 1) * kChunk;
+      prefetch(at(model, ahead), length * dtype_size(model.dtype));
+      if (in.drops == nullptr || in.drops[m].threshold == 0) {
+        delta_chunk(at(model, here), model.dtype, base, length, delta);
+        continue;
+      }
+      const int64_t index = w.first_entry + w.first_row * w.columns + here;
+      keep_chunk(in.drops[m], static_cast<uint64_t>(index), length, keep);
+      dropped_delta_chunk(at(model, here), model.dtype, base, keep, length, delta);
+    }
+  }
+}
+
+// Adds the products of all pairs of vectors: sums[pair][0 .. n), pairs `stride` numbers apart.
+void add_pairs(const double* vectors, int count, int pieces, int n, double* sums, int64_t stride) {
+  for (int i = 0; i < count; ++i) {
+    for (int j = i; j < count; ++j, sums += stride) {
+      add_products(vectors + i * kChunk, vectors + j * kChunk, pieces, n, sums);
+    }
+  }
+}
+
+void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_stride,
+               int64_t run_stride, int64_t begin, int64_t end) {
+  const int64_t entries = in.window.rows * in.window.columns, pairs = gram_count(in.count);
+  const int count = in.count + 1;
+  std::vector<double> vectors(static_cast<size_t>(count) * kChunk);  // zeros where there is no base
+  std::vector<double> lanes(static_cast<size_t>(pairs) * kLanes);
+  for (int64_t run = begin; run < end; ++run) {
+    const int64_t last = std::min((run + 1) * length, entries);
+    std::fill(lanes.begin(), lanes.end(), 0.0);
+    for (int64_t entry = run * length; entry < last;) {
+      const int64_t whole = (last - entry) / kLanes;
+      const int pieces = static_cast<int>(std::clamp<int64_t>(whole, 1, kPieces));
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, last - entry));
+      load_vectors(in, entry, kLanes, pieces, n, vectors.data());
+      add_pairs(vectors.data(), count, pieces, n, lanes.data(), kLanes);
+      entry += static_cast<int64_t>(pieces - 1) * kLanes + n;
+    }
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      double* lane = lanes.data() + pair * kLanes;
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+      }
+      out[pair * pair_stride + run * run_stride] = lane[0];
+    }
+  }
+}
+
+void column_gram(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end) {
+  const Window& w = in.window;
+  const int64_t pairs = gram_count(in.count);
+  const int count = in.count + 1;
+  std::vector<double> vectors(static_cast<size_t>(count) * kChunk);
+  for (int64_t row = 0; row < w.rows;) {
+    const int64_t in_tile = (w.first_row + row) % kTileRows;
+    const int64_t left = std::min(w.rows - row, kTileRows - in_tile);
+    const int pieces = static_cast<int>(std::min<int64_t>(kPieces, left));
+    for (int64_t column = begin; column < end; column += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, end - column));
+      load_vectors(in, row * w.columns + column, w.columns, pieces, n, vectors.data());
+      add_pairs(vectors.data(), count, pieces, n, pending + column, w.columns);
+    }
+    row += pieces;
+    if ((w.first_row + row) % kTileRows != 0) continue;
+    for (int64_t pair = 0; pair < pairs; ++pair) {  // a tile is complete
+      for (int64_t i = pair * w.columns + begin; i < pair * w.columns + end; ++i) {
+        sums[i] += pending[i];
+        pending[i] = 0.0;
+      }
+    }
+  }
+}
+
+}  // namespace mergecore::cpu
