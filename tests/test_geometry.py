@@ -465,6 +465,18 @@ def test_model_stock_stays_between_base_and_mean_where_its_formula_diverges() ->
         assert torch.allclose(found, base, atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "based"), [case for case in CASES if case[0] != "multislerp"])
+def test_angles_do_not_depend_on_scale(name: str, based: bool) -> None:
+    """Powers of two: the same bits, but for the exponent."""
+    base, models = checkpoints(QWEN, count_of(name), 40, [F32, F32])
+    scale = 2.0**-40
+    small = [{key: v * scale for key, v in tensors.items()} for tensors in (base, *models)]
+    found = merge(base if based else None, models, **SPECS[name])
+    scaled = merge(small[0] if based else None, small[1:], **SPECS[name])
+    for key in QWEN:
+        assert torch.equal(found[key] * scale, scaled[key]), key
+
+
 def test_slerp_takes_the_base_where_it_is_listed_too(tmp_path: Path) -> None:
     base, models = checkpoints(QWEN, 1, 35, [F32, F32])
     config = {"model_type": "qwen2", "tie_word_embeddings": False}
