@@ -1,4 +1,4 @@
-"""mergekit configs run unchanged and give mergekit's tensors (float32, within 1e-6); differences are named in docs/peers.md.
+"""mergekit configs run unchanged and give mergekit's tensors (float32, within 1e-6); docs/peers.md names what differs.
 
 Runs only where MERGEKIT_PYTHON names the interpreter of an environment with mergekit 0.1.5.
 """
@@ -88,7 +88,11 @@ def config(method: str, *names: str, base: str | None = None, weights: tuple[flo
     return found | ({"parameters": keys} if keys else {})
 
 
-GRADIENT = [{"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]}, {"filter": "mlp", "value": [1, 0.5]}, {"value": 0.5}]
+GRADIENT = [
+    {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+    {"filter": "mlp", "value": [1, 0.5]},
+    {"value": 0.5},
+]
 TWO, THREE = ("near", "nearest"), ("near", "nearer", "nearest")
 EQUAL = {
     "slerp": config("slerp", "base", "far", base="base", t=0.3),
