@@ -134,6 +134,27 @@ def check_row_moments(m: Matrices, height: int) -> None:
     assert_same_bits(sums, gpu_sums)
 
 
+def check_grams(m: Matrices, height: int) -> None:
+    """Of the whole window as one tensor, of rows and of columns."""
+    pairs = ops.gram_count(len(m.models))
+    sums = torch.randn(pairs, 1, dtype=torch.float64)
+    gpu_sums = sums.to(GPU)
+    ops.gram(sums, m.base, m.models, first_entry=m.first_entry, drops=m.drops)
+    ops.gram(gpu_sums, m.gpu_base, m.gpu_models, first_entry=m.first_entry, drops=m.drops)
+    assert_same_bits(sums, gpu_sums)
+    by_row = torch.randn(pairs, m.first_row + m.rows + 2, dtype=torch.float64)
+    by_column, pending = torch.randn(2, pairs, m.columns, dtype=torch.float64).unbind()
+    gpu_by_row, gpu_by_column, gpu_pending = by_row.to(GPU), by_column.to(GPU), pending.to(GPU)
+    ops.row_gram(by_row, m.base, m.models, drops=m.drops, **m.place)
+    ops.column_gram(by_column, pending, m.base, m.models, drops=m.drops, **m.place)
+    for _, base, models, place in m.windows(height):
+        ops.row_gram(gpu_by_row, base, models, drops=m.drops, **place)
+        ops.column_gram(gpu_by_column, gpu_pending, base, models, drops=m.drops, **place)
+    assert_same_bits(by_row, gpu_by_row)
+    assert_same_bits(by_column, gpu_by_column)
+    assert_same_bits(pending, gpu_pending)
+
+
 def check_blend(m: Matrices, height: int, axis: Axis, out_dtype: torch.dtype, base_coefficient: float = 1.0) -> None:
     width = {Axis.TENSOR: 1, Axis.COLUMNS: m.columns, Axis.ROWS: m.first_row + m.rows}[axis]
     coefficients = torch.randn(len(m.models), width, dtype=torch.float64)
@@ -187,6 +208,9 @@ class TestEveryKernel:
     def test_row_moments(self, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], drops: bool) -> None:
         check_row_moments(self.matrices(shape, dtypes, drops), height=100)
 
+    def test_grams(self, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], drops: bool) -> None:
+        check_grams(self.matrices(shape, dtypes, drops), height=100)
+
     @pytest.mark.parametrize("axis", list(Axis))
     @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
     def test_blend(
@@ -224,6 +248,12 @@ def test_moments_of_any_windows(m: Matrices, height: int) -> None:
     check_row_moments(m, height)
 
 
+@given(m=any_matrices(), height=st.integers(1, 300))
+@settings(max_examples=60, deadline=None)
+def test_grams_of_any_windows(m: Matrices, height: int) -> None:
+    check_grams(m, height)
+
+
 @given(
     m=any_matrices(),
     height=st.integers(1, 300),
@@ -242,6 +272,7 @@ def test_the_greatest_number_of_models() -> None:
     m = matrices(5, 264, (torch.bfloat16,) * 65, drop_rates=(0.5,) * 64, first_row=62)
     check_column_moments(m, height=2)
     check_row_moments(m, height=2)
+    check_grams(m, height=2)
     check_blend(m, 2, Axis.COLUMNS, torch.bfloat16)
 
 
@@ -249,6 +280,7 @@ def test_a_large_window() -> None:
     m = matrices(6000, 5120, (torch.bfloat16,) * 3, first_row=1000)
     check_column_moments(m, height=4097)
     check_row_moments(m, height=4097)
+    check_grams(m, height=4097)
     check_blend(m, 4097, Axis.COLUMNS, torch.bfloat16)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import mergecore
 from mergecore import engine, ops
 from mergecore.errors import SpecError
-from mergecore.planning import MergePlan
+from mergecore.planning import MergePlan, plan
 from tests import oracle
 from tests.models import write_model
 from tests.test_kernels import Inputs, inputs, narrow, plain, threads, windows
@@ -28,7 +28,8 @@ from tests.test_methods import QWEN, checkpoints, merge, of, special
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)
-Longs = oracle.Longs
+Longs = np.ndarray[Any, Any]
+"""Long doubles."""
 Tensors = dict[str, Tensor]
 
 few = settings(max_examples=30, deadline=None)
@@ -64,8 +65,9 @@ def column_gram(made: Inputs, cuts: Sequence[int] = (), first_entry: int = 0) ->
     pending = torch.zeros_like(sums)
     for first, last in windows(made.shape[0], cuts):
         part = made.rows(first, last)
-        place = {"first_row": first, "first_entry": first_entry, "drops": part.drops}
-        ops.column_gram(sums, pending, part.base, part.models, **place)
+        ops.column_gram(
+            sums, pending, part.base, part.models, first_row=first, first_entry=first_entry, drops=part.drops
+        )
     return sums + pending
 
 
@@ -160,16 +162,16 @@ def test_the_gram_ops_pass_opcheck_and_refuse_what_does_not_fit() -> None:
 # Methods against their definitions ------------------------------------------------------------------
 
 
-def length(v: Longs) -> np.longdouble:
+def length(v: Longs) -> Any:
     return np.sqrt((v * v).sum())
 
 
-def cosine(v: Longs, w: Longs) -> np.longdouble:
+def cosine(v: Longs, w: Longs) -> Any:
     both = length(v) * length(w)
     return np.clip((v * w).sum() / both, -1, 1) if both > 0 else np.longdouble(0)
 
 
-def along_arc(v: Longs, w: Longs, t: float, linear_from: float) -> Longs:
+def along_arc(v: Longs, w: Longs, t: Any, linear_from: float) -> Longs:
     """Shoemake 1985: from v to w along the arc between them, or along the line if |cos| is large."""
     share = np.longdouble(t)
     angle = np.arccos(cosine(v, w))
@@ -195,11 +197,11 @@ def multislerp(vectors: Sequence[Longs], weights: Sequence[float], normalize: bo
     shares = shares / shares.sum() if normalize else shares
     norms = [length(v) for v in vectors]
     units = [v / (norm + eps) for v, norm in zip(vectors, norms, strict=True)]
-    mean = sum(share * unit for share, unit in zip(shares, units, strict=True))
+    mean: Any = sum(share * unit for share, unit in zip(shares, units, strict=True))
     if length(mean) < eps:
         return sum(share * v for share, v in zip(shares, vectors, strict=True))
     mean = mean / length(mean)
-    tangent = sum(share * (unit - (unit * mean).sum() * mean) for share, unit in zip(shares, units, strict=True))
+    tangent: Any = sum(share * (unit - (unit * mean).sum() * mean) for share, unit in zip(shares, units, strict=True))
     far = length(tangent)
     there = mean * np.cos(far) + (tangent * np.sin(far) / far if far > 0 else 0)
     return there * sum(share * norm for share, norm in zip(shares, norms, strict=True))
@@ -211,7 +213,7 @@ def karcher(vectors: Sequence[Longs], max_iter: int = 10, tol: float = 1e-5) -> 
     units = [v / norm for v, norm in zip(vectors, norms, strict=True) if norm > 0]
     if len(vectors) == 1 or not units:
         return vectors[0]
-    mean = sum(units) / np.longdouble(len(units))
+    mean: Any = sum(units) / np.longdouble(len(units))
     mean = units[0] if length(mean) < tol else mean / length(mean)
     for _ in range(max_iter):
         step = np.zeros_like(mean)
@@ -231,10 +233,11 @@ def karcher(vectors: Sequence[Longs], max_iter: int = 10, tol: float = 1e-5) -> 
 def model_stock(deltas: Sequence[Longs]) -> Longs:
     """Jang et al. 2024, section 4: t = N cos / (1 + (N-1) cos); the cosine is the mean over all pairs."""
     count = len(deltas)
-    cos = np.mean([cosine(v, w) for v, w in itertools.combinations(deltas, 2)])
+    cos: Any = np.mean([cosine(v, w) for v, w in itertools.combinations(deltas, 2)])
     denominator = 1 + (count - 1) * cos
     t = 0 if cos <= 0 else count * cos / denominator
-    return min(t, np.longdouble(1)) * sum(deltas) / np.longdouble(count)
+    total: Any = sum(deltas)
+    return min(t, np.longdouble(1)) * total / np.longdouble(count)
 
 
 def longs(tensor: Tensor) -> Longs:
@@ -324,10 +327,11 @@ def test_multislerp_is_the_mean_on_the_sphere(based: bool, distant: bool, count:
     base, models = checkpoints(QWEN, count, 25, [F16, F32, F16])
     models = far(models, 26) if distant else models
     weights = [0.6, 1.1, 0.2, 0.7, 2.0][:count]
+    parameters: dict[str, Any]
     for parameters in ({}, {"normalize_weights": False, "eps": 1e-6}):
         spec: dict[str, Any] = {"merge_method": "multislerp", "parameters": parameters, "each": each_of(weights)}
         found = merge(base if based else None, models, **spec)
-        more = (parameters.get("normalize_weights", True), parameters.get("eps", 1e-8))
+        more: Any = (parameters.get("normalize_weights", True), parameters.get("eps", 1e-8))
         for name in QWEN:
             if based:
                 wanted = exact(
@@ -344,14 +348,14 @@ def test_multislerp_is_the_mean_on_the_sphere(based: bool, distant: bool, count:
 def test_karcher_is_the_mean_of_the_directions(distant: bool, count: int) -> None:
     base, models = checkpoints(QWEN, count, 27, [F32, F32, F16])
     models = far(models, 28) if distant else models
-    parameters: dict[str, Any]
-    for parameters in ({}, {"max_iter": 2, "tol": 1e-3}):
-        found = merge(None, models, merge_method="karcher", parameters=parameters)
-        with_base = merge(base, models, merge_method="karcher", parameters=parameters)
+    each: list[dict[str, Any]] = [{}, {"max_iter": 2, "tol": 1e-3}]
+    for options in each:
+        found = merge(None, models, merge_method="karcher", parameters=options)
+        with_base = merge(base, models, merge_method="karcher", parameters=options)
         for name in QWEN:
-            assert_right(found, name, exact(lambda v: karcher(v, **parameters), of(models, name)))  # noqa: B023
+            assert_right(found, name, exact(lambda v: karcher(v, **options), of(models, name)))  # noqa: B023
             everyone = [*of(models, name), base[name]]
-            assert_right(with_base, name, exact(lambda v: karcher(v, **parameters), everyone))  # noqa: B023
+            assert_right(with_base, name, exact(lambda v: karcher(v, **options), everyone))  # noqa: B023
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
@@ -445,10 +449,11 @@ def test_opposite_models_meet_on_the_line_between_them() -> None:
     key = "model.layers.0.mlp.up_proj.weight"
     values = torch.randn(40, 50, generator=torch.Generator().manual_seed(34))
     base, models = {key: values}, [{key: values}, {key: -values}]
-    for spec in (
+    specs: list[dict[str, Any]] = [
         {"merge_method": "nuslerp", "each": each_of([3.0, 1.0])},
         {"merge_method": "multislerp", "each": each_of([0.5, 0.5])},
-    ):
+    ]
+    for spec in specs:
         found = merge(None, models, **spec)[key]
         assert torch.equal(found, values * (0.5 if spec["merge_method"] == "nuslerp" else 0.0))
     assert torch.equal(merge(base, models[1:], merge_method="slerp", parameters={"t": 0.25})[key], values * 0.5)
@@ -465,11 +470,23 @@ def test_model_stock_stays_between_base_and_mean_where_its_formula_diverges() ->
         assert torch.allclose(found, base, atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "based"), [case for case in CASES if case[0] != "multislerp"])
+def test_angles_do_not_depend_on_scale(name: str, based: bool) -> None:
+    """Powers of two: the same bits, but for the exponent."""
+    base, models = checkpoints(QWEN, count_of(name), 40, [F32, F32])
+    scale = 2.0**-40
+    small = [{key: v * scale for key, v in tensors.items()} for tensors in (base, *models)]
+    found = merge(base if based else None, models, **SPECS[name])
+    scaled = merge(small[0] if based else None, small[1:], **SPECS[name])
+    for key in QWEN:
+        assert torch.equal(found[key] * scale, scaled[key]), key
+
+
 def test_slerp_takes_the_base_where_it_is_listed_too(tmp_path: Path) -> None:
     base, models = checkpoints(QWEN, 1, 35, [F32, F32])
     config = {"model_type": "qwen2", "tie_word_embeddings": False}
     paths = [str(write_model(tmp_path / name, tensors, config)) for name, tensors in (("a", base), ("b", models[0]))]
-    outputs = []
+    outputs: list[Tensors] = []
     for listed in ([paths[1]], paths, paths[::-1]):
         entries = [{"model": path} for path in listed]
         spec = {"merge_method": "slerp", "base_model": paths[0], "models": entries, "parameters": {"t": 0.25}}
@@ -485,7 +502,6 @@ def test_windows_of_any_size_and_any_number_of_threads_give_the_same_bytes(
 ) -> None:
     shapes: Mapping[str, Any] = {**QWEN, "model.layers.0.mlp.gate_proj.weight": ((200, 130), "columns")}
     base, models = checkpoints(shapes, count_of(name), 36, [F32, F32, BF16])
-    plan = engine.plan
     results = []
     for rows, count in ((1 << 20, 1), (1, 2), (3, 2), (70, 1)):
 
