@@ -107,13 +107,14 @@ namespace cpu {
 void column_moments(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end);
 // Window rows [begin, end) into sums[moments][total_rows] at the tensor's row.
 void row_moments(const Inputs& in, double* sums, int64_t total_rows, int64_t begin, int64_t end);
-// Runs [begin, end) of `length` consecutive entries of the window (the last may be shorter): the products
-// of a run in out[pair * pair_stride + run * run_stride].
+// Runs [begin, end) of `length` consecutive entries of the window (the last may be shorter): the
+// products of a run in out[pair * pair_stride + run * run_stride].
 void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_stride,
                int64_t run_stride, int64_t begin, int64_t end);
 // Columns [begin, end) of sums[pairs][columns] (finished tiles) and pending[pairs][columns].
 void column_gram(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end);
-// Entries [begin, end) of the window, counted row by row; adds to non-finite results, overflowed results.
+// Entries [begin, end) of the window, counted row by row; adds to non-finite results, overflowed
+// results.
 void blend(const Blend& blend, int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow);
 // Rank of every entry among its model's `count` values, ascending from 1, ties by index or
 // averaged.

@@ -213,11 +213,10 @@ void gram_cpu(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t f
   const int64_t pairs = gram_count(a.inputs.count);
   const int64_t blocks = (w.rows * w.columns + kGramBlock - 1) / kGramBlock;
   std::vector<double> partial(static_cast<size_t>(blocks * pairs));
-  torch::stable::parallel_for(0, blocks, kGrainEntries / kGramBlock,
-                              [&](int64_t begin, int64_t end) {
-                                cpu::run_grams(a.inputs, kGramBlock, partial.data(), 1, pairs,
-                                               begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, blocks, kGrainEntries / kGramBlock, [&](int64_t begin, int64_t end) {
+        cpu::run_grams(a.inputs, kGramBlock, partial.data(), 1, pairs, begin, end);
+      });
   for (int64_t i = 0; i < blocks * pairs; ++i) total[i % pairs] += partial[static_cast<size_t>(i)];
 }
 
@@ -240,10 +239,9 @@ void column_gram_cpu(Tensor sums, Tensor pending, std::optional<Tensor> base, Te
   const Window& w = a.inputs.window;
   double* total = gram_of(sums, models, w.columns, "sums");
   double* tile = gram_of(pending, models, w.columns, "pending");
-  parallel_lines(w.columns, kGrainEntries / std::max<int64_t>(1, w.rows),
-                 [&](int64_t begin, int64_t end) {
-                   cpu::column_gram(a.inputs, total, tile, begin, end);
-                 });
+  parallel_lines(
+      w.columns, kGrainEntries / std::max<int64_t>(1, w.rows),
+      [&](int64_t begin, int64_t end) { cpu::column_gram(a.inputs, total, tile, begin, end); });
 }
 
 void blend_cpu(Tensor out, std::optional<Tensor> base, Tensors models, Tensor coefficients,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from mergecore import ops
 from tests import oracle
+from tests.conftest import require_tool
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cpu"
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror"]
@@ -116,9 +116,9 @@ def features() -> set[str]:
 @pytest.fixture(scope="module", params=VARIANTS)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags, needed = VARIANTS[request.param]
-    compiler = shutil.which("g++")
-    if platform.machine() != "x86_64" or compiler is None:
-        pytest.skip("needs g++ on x86-64")
+    if platform.machine() != "x86_64":
+        pytest.skip("the instruction sets are those of x86-64")
+    compiler = require_tool("g++", package="g++")
     if missing := needed - features():
         pytest.skip(f"this processor has no {', '.join(sorted(missing))}")
     folder = tmp_path_factory.mktemp("kernels")

@@ -124,7 +124,7 @@ WIDENS = {
 
 def widen_settings(parameters: Mapping[str, Any]) -> oracle.Widen:
     """Numbers as they are written."""
-    as_text = {key: str(value) if key in "ts" else value for key, value in parameters.items()}
+    as_text: dict[str, Any] = {key: str(value) if key in "ts" else value for key, value in parameters.items()}
     return oracle.Widen(**as_text)
 
 
@@ -257,7 +257,8 @@ SPECS: dict[str, dict[str, Any]] = {
     "linear": {"merge_method": "linear"},
     "task arithmetic": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.3}},
 }
-DARE = {"sparsify": {"method": "dare", "drop_rate": 0.4}}
+NOTHING: dict[str, Any] = {}
+DARE: dict[str, Any] = {"sparsify": {"method": "dare", "drop_rate": 0.4}}
 
 
 def special(dtype: torch.dtype) -> Tensors:
@@ -281,7 +282,7 @@ def special(dtype: torch.dtype) -> Tensors:
 @pytest.mark.parametrize("count", [1, 3])
 def test_copies_of_the_base_give_the_base_bit_for_bit(spec: dict[str, Any], dtype: torch.dtype, count: int) -> None:
     base = special(dtype)
-    for more in ({}, DARE):
+    for more in (NOTHING, DARE):
         found = merge(base, [base] * count, **spec, **more)
         for name, tensor in base.items():
             assert torch.equal(oracle.bits(found[name]), oracle.bits(tensor)), name
@@ -296,7 +297,7 @@ def test_the_order_of_models_changes_no_bit(spec: dict[str, Any]) -> None:
             assert_same_bits(results[0][name], other[name], [base[name], *of(models, name)], name)
 
 
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=8, deadline=None)
 parameters = {
     "seed": st.integers(0, 2**32),
     "dtypes": st.lists(st.sampled_from(DTYPES), min_size=2, max_size=4),
@@ -325,7 +326,7 @@ def test_widen_with_negative_t_is_task_arithmetic_bit_for_bit(
     """Remark 2 of the paper; with models weighted and deltas dropped too."""
     base, models = checkpoints(QWEN, 3, seed, dtypes)
     each = [{"weight": weight} for weight in (1.0, 0.3, -0.5)]
-    for more in ({}, DARE):
+    for more in (NOTHING, DARE):
         common = {"each": each, "out_dtype": out, **more}
         widen = merge(base, models, merge_method="widen", parameters={"t": -0.5, "s": scale}, **common)
         arithmetic = merge(base, models, merge_method="task_arithmetic", parameters={"lambda": scale}, **common)
