@@ -372,28 +372,30 @@ void row_moments_cuda(std::optional<Tensor> base, Tensors models, Tensor sums, i
 
 void gram_cuda(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t first_row,
                int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  const OnDevice on(sums);
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   double* total = flat_gram_of(sums, models, a.inputs.window);
   Tensor space = scratch(sums, cuda::gram_scratch(a.inputs));
-  succeed(cuda::gram(a.inputs, total, space.data_ptr(), current_stream(sums)), "gram");
+  succeed(cuda::gram(a.inputs, total, space.data_ptr(), on.stream), "gram");
 }
 
 void row_gram_cuda(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t first_row,
                    int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  const OnDevice on(sums);
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   double* out = row_gram_of(sums, models, a.inputs.window);
-  succeed(cuda::row_gram(a.inputs, out, sums.size(1), current_stream(sums)), "row_gram");
+  succeed(cuda::row_gram(a.inputs, out, sums.size(1), on.stream), "row_gram");
 }
 
 void column_gram_cuda(Tensor sums, Tensor pending, std::optional<Tensor> base, Tensors models,
                       int64_t first_row, int64_t first_entry, Integers keys, Integers thresholds,
                       Reals scales) {
+  const OnDevice on(sums);
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   double* total = gram_of(sums, models, a.inputs.window.columns, "sums");
   double* tile = gram_of(pending, models, a.inputs.window.columns, "pending");
   Tensor space = scratch(sums, cuda::column_gram_scratch(a.inputs));
-  succeed(cuda::column_gram(a.inputs, total, tile, space.data_ptr(), current_stream(sums)),
-          "column_gram");
+  succeed(cuda::column_gram(a.inputs, total, tile, space.data_ptr(), on.stream), "column_gram");
 }
 
 void blend_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Tensor coefficients,

@@ -30,8 +30,8 @@ from mergecore.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mergecore.errors import CheckpointError, SpecError
 from mergecore.methods import METHODS
 from mergecore.methods.base import Gram, Method, Moments, Parameter, Statistics, TensorView
-from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
 from mergecore.ops import GRAM_BLOCK, gram_count
+from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
 from mergecore.spec import MergeSpec, Run
 from mergecore.spec.problems import Keys, near
 
