@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=2048)
     options = vars(parser.parse_args())
-    console = Console()
+    console = Console(width=100)
     table = Table("delta std", "", "wrong ranks", "wrong decisions", "wrong entries", "largest error", box=None)
     for delta_std in DELTA_STDS:
         for name, score in measure(delta_std, **options).items():

@@ -245,50 +245,45 @@ def test_row_moments_are_the_column_moments_of_the_transposed_tensor(made: Input
     assert torch.equal(oracle.bits(whole), oracle.bits(made.row_moments(cuts, first_entry=6)))
 
 
-def terms(made: Inputs) -> Iterator[oracle.Floats]:
-    """What each moment sums."""
+def terms(made: Inputs) -> Iterator[tuple[oracle.Floats, oracle.Floats]]:
+    """The two factors of what each moment adds up."""
     a = made.start()
-    yield a * a
+    yield a, a
     for model in made.models:
         x = oracle.floats(model)
-        yield (x - a) ** 2
-        yield (x - a) * (x + a)
-        yield x * x
+        yield from ((x - a, x - a), (x - a, x + a), (x, x))
 
 
-def with_exact_terms(seed: int, rows: int, columns: int) -> Inputs:
-    """bf16 entries between 2**-17 and 1: products fit float64, sums do not, so that their order shows."""
-    random = torch.Generator().manual_seed(seed)
-    numbers = torch.rand(3, rows, columns, generator=random) + 1
-    signs = torch.randn(3, rows, columns, generator=random).sign()
-    base, *models = (numbers * signs * torch.exp2(torch.randint(-17, -1, numbers.shape, generator=random))).to(BF16)
-    return Inputs(base, models)
+def chain(one: oracle.Floats, two: oracle.Floats) -> float:
+    """The products added up in order, each product and sum rounded together (a fused multiply-add)."""
+    total = 0.0
+    for x, y in zip(one.tolist(), two.tolist(), strict=True):
+        total = float(Fraction(x) * Fraction(y) + Fraction(total))
+    return total
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 300])
 def test_rows_are_added_one_by_one_in_tiles_of_64_and_tiles_in_order(rows: int) -> None:
-    made = with_exact_terms(rows, rows, 70)
-    for found, term in zip(made.column_moments().numpy(), terms(made), strict=True):
-        total = np.zeros(70)
-        for first in range(0, rows, 64):
-            tile = np.zeros(70)
-            for row in term[first : first + 64]:
-                tile = tile + row
-            total = total + tile
-        assert found.tolist() == total.tolist()
+    made = plain(rows, rows, 5, F32, F32, BF16)
+    for found, (one, two) in zip(made.column_moments(), terms(made), strict=True):
+        for column, value in enumerate(found.tolist()):
+            tiles = [chain(one[i : i + 64, column], two[i : i + 64, column]) for i in range(0, rows, 64)]
+            total = 0.0
+            for tile in tiles:
+                total = total + tile
+            assert value == total
 
 
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 2049])
 def test_a_row_is_added_in_64_lanes_which_are_halved(columns: int) -> None:
-    made = with_exact_terms(columns, 3, columns)
-    for found, term in zip(made.row_moments().numpy(), terms(made), strict=True):
-        lanes = np.zeros((3, 64))
-        for column in range(columns):
-            lanes[:, column % 64] = lanes[:, column % 64] + term[:, column]
-        while lanes.shape[1] > 1:
-            half = lanes.shape[1] // 2
-            lanes = lanes[:, :half] + lanes[:, half:]
-        assert found.tolist() == lanes[:, 0].tolist()
+    made = plain(columns, 2, columns, F32, F32, BF16)
+    for found, (one, two) in zip(made.row_moments(), terms(made), strict=True):
+        for row, value in enumerate(found.tolist()):
+            lanes = [chain(one[row, lane::64], two[row, lane::64]) for lane in range(64)]
+            while len(lanes) > 1:
+                half = len(lanes) // 2
+                lanes = [lanes[i] + lanes[i + half] for i in range(half)]
+            assert value == lanes[0]
 
 
 def test_threads_change_no_bit() -> None:
