@@ -30,9 +30,10 @@ from mergecore.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mergecore.errors import CheckpointError, SpecError
 from mergecore.layout import ITEM_BYTES, OutputLayout, plan_layout
 from mergecore.methods import METHODS
-from mergecore.methods.base import Method, Moments, Parameter, Statistics, TensorView
+from mergecore.methods.base import Keep, Method, Moments, Parameter, Statistics, TensorView
 from mergecore.problems import Keys, near
-from mergecore.spec import MergeSpec, Run
+from mergecore.selecting import BLOCK, held_bytes, planned_reads
+from mergecore.spec import MergeSpec, Run, Sparsify
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 WHOLE_NUMBERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
@@ -63,6 +64,19 @@ class TensorJob:
     window_rows: int
     keep: bool
     """Whether the inputs stay mapped between the statistics pass and the blend pass."""
+    sparsify: tuple[Keep, ...] = ()
+    """What is kept of each model's deltas in front of the method; empty where everything is."""
+    keeps: tuple[Keep, ...] = ()
+    """What the method keeps of what is left; empty where it keeps everything."""
+    method_reads: int = 0
+    """Reads of each matrix for the method's statistics, beside those of `keeps`."""
+    block_rows: int = 1
+    """Windows are cut at multiples of it."""
+
+    @property
+    def statistics_reads(self) -> int:
+        """How often everything is read before the blend."""
+        return planned_reads(self.sparsify) + planned_reads(self.keeps) + self.method_reads
 
     @property
     def inputs(self) -> tuple[TensorInfo | None, ...]:
@@ -73,10 +87,10 @@ class TensorJob:
     def input_bytes(self) -> int:
         return sum(info.nbytes for info in self.inputs if info is not None)
 
-    def view(self, moments: Moments | None = None) -> TensorView:
+    def view(self, moments: Moments | None = None, squares: tuple[float, ...] | None = None) -> TensorView:
         """This tensor as its method sees it."""
         assert self.parameters is not None
-        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments)
+        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, squares)
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each window of one matrix, in order."""
@@ -103,12 +117,13 @@ class MergePlan:
 
     @property
     def passes(self) -> int:
-        return 1 if self.method.statistics is Statistics.NONE else 2
+        """Passes over the inputs, of the tensors that take most."""
+        return 1 + max((job.statistics_reads for job in self.jobs), default=0)
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of windows read, both passes counted (the second usually comes from memory)."""
-        return sum(job.input_bytes * (self.passes if job.parameters is not None else 1) for job in self.jobs)
+        """Bytes of windows read, every pass counted (all but the first usually come from memory)."""
+        return sum(job.input_bytes * (1 + job.statistics_reads) for job in self.jobs)
 
     @property
     def bytes_to_write(self) -> int:
@@ -206,6 +221,28 @@ def _check_coefficients(job: TensorJob, method: Method, spec: MergeSpec) -> None
             method.coefficients(job.view())
         except ValueError as error:
             raise spec.error(f"{job.name}: {error}", "parameters") from None
+
+
+def _keeps(name: str, view: TensorView, spec: MergeSpec, method: Method) -> tuple[tuple[Keep, ...], tuple[Keep, ...]]:
+    """What is kept in front of the method, and by it."""
+    before = (_sparsified(spec.sparsify),) * view.models if spec.sparsify is not None else ()
+    try:
+        chosen = method.keeps(view) if method.keeps is not None else ()
+    except ValueError as error:
+        raise spec.error(f"{name}: {error}", "parameters") from None
+    drops_before, drops = (any(keep.drops for keep in keeps) for keeps in (before, chosen))
+    return before if drops_before else (), chosen if drops else ()
+
+
+def _sparsified(sparsify: Sparsify) -> Keep:
+    if sparsify.method == "dare":
+        assert sparsify.drop_rate is not None
+        return Keep(drop_rate=sparsify.drop_rate, rescale="probability" if sparsify.rescale else "none")
+    assert sparsify.density is not None
+    outliers = 0.0
+    if sparsify.method == "breadcrumbs" and sparsify.density < 1:
+        outliers = 0.01 if sparsify.gamma is None else sparsify.gamma
+    return Keep(density=sparsify.density, outliers=outliers)
 
 
 def _method(spec: MergeSpec) -> Method:
@@ -431,10 +468,17 @@ def _job(
         )
     wanted = spec.out_dtype or spec.dtype
     dtype = STORED[wanted] if wanted is not None else (reference or some).dtype
+    resolved = parameters.of(name)
+    squares = method.statistics is Statistics.SQUARES
+    view = TensorView(len(models), len(some.shape) < 2, resolved)
+    sparsify, keeps = _keeps(name, view, spec, method)
     matrices, rows, columns = architecture.matrices(name, some.shape)
-    if method.statistics is Statistics.NONE:
+    if method.statistics in (Statistics.NONE, Statistics.SQUARES):
         # Entries do not know of each other: a window may be cut anywhere.
         matrices, rows, columns = 1, matrices * rows * columns, 1
+        if any(keep.by_row for keep in keeps) and rows:
+            columns = some.shape[-1] if some.shape else 1
+            rows //= columns
     job = TensorJob(
         name=name,
         shape=some.shape,
@@ -446,9 +490,13 @@ def _job(
         rows=rows,
         columns=columns,
         orientation=architecture.orientation(name, some.shape),
-        parameters=parameters.of(name),
+        parameters=resolved,
         window_rows=max(1, rows),
         keep=False,
+        sparsify=sparsify,
+        keeps=keeps,
+        method_reads=int(method.statistics is not Statistics.NONE),
+        block_rows=-(-BLOCK // max(1, columns)) if planned_reads(sparsify) or planned_reads(keeps) or squares else 1,
     )
     return _windowed(job, spec, method)
 
@@ -460,11 +508,17 @@ def _row_bytes(job: TensorJob) -> tuple[int, int]:
 
 
 def _statistics_bytes(job: TensorJob, models: int, method: Method) -> int:
-    if method.statistics is Statistics.NONE or job.parameters is None:
+    if job.parameters is None:
         return 0
+    entries = job.matrices * job.rows * job.columns
+    choosing = max(held_bytes(keeps, entries, job.columns) for keeps in (job.sparsify, job.keeps))
+    if method.statistics is Statistics.SQUARES:
+        choosing = max(choosing, 48 * models * (entries // BLOCK + 1))
+    if method.statistics is not Statistics.COLUMNS:
+        return choosing
     length = job.columns if job.orientation == "columns" or len(job.shape) < 2 else job.rows
     # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
-    return 8 * length * (2 * (1 + 3 * models) + 8 * models)
+    return choosing + 8 * length * (2 * (1 + 3 * models) + 8 * models)
 
 
 def _held(job: TensorJob, models: int, method: Method) -> int:
@@ -480,7 +534,7 @@ def _windowed(job: TensorJob, spec: MergeSpec, method: Method) -> TensorJob:
     models, memory = len(job.models), spec.run.memory
     inputs, output = _row_bytes(job)
     room = memory - _statistics_bytes(job, models, method)
-    smallest = 2 * (inputs + output)
+    smallest = 2 * (inputs + output) * job.block_rows
     if room < smallest:
         needed = memory - room + smallest
         raise spec.error(
@@ -489,7 +543,7 @@ def _windowed(job: TensorJob, spec: MergeSpec, method: Method) -> TensorJob:
             "run",
             "memory",
         )
-    rows = min(job.rows, max(1, min(room, 2 * WINDOW_BYTES) // smallest))
+    rows = min(job.rows, max(1, min(room, 2 * WINDOW_BYTES) // smallest) * job.block_rows)
     windowed = replace(job, window_rows=max(1, rows))
-    kept = replace(windowed, keep=method.statistics is not Statistics.NONE)
+    kept = replace(windowed, keep=job.statistics_reads > 0)
     return kept if kept.keep and _held(kept, models, method) <= memory else windowed
