@@ -142,10 +142,12 @@ MERGECORE_INLINE bool kept_by_odds(uint32_t number, double odds) {
   return static_cast<double>(number) >= (1.0 - odds) * 0x1p32;
 }
 
-// What is added to the base, from the weighted sum of the agreeing deltas and the sum of their weights.
-MERGECORE_INLINE double elected(double sum, double divisor, bool normalize, double scale) {
-  const double mean = normalize && divisor != 0.0 ? sum / divisor : sum;
-  return scale * mean;
+// What is added to the base, from the weighted sum of the agreeing deltas, the sum of their weights and
+// of the weights' absolute values. Weights that cancel to rounding noise divide by nothing.
+MERGECORE_INLINE double elected(double sum, double divisor, double absolute, bool normalize,
+                                double scale) {
+  const bool divides = normalize && fabs(divisor) > 0x1p-40 * absolute;
+  return scale * (divides ? sum / divisor : sum);
 }
 
 // Order-preserving bits of a float64 for radix sorting: -0 counts as 0, NaN is larger than all.

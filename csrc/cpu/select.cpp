@@ -246,7 +246,7 @@ void mix_chunk(const Election& e, Deltas* values, const Deltas* factors, int n, 
     }
     return;
   }
-  double sum[kRun] = {}, absolute[kRun] = {}, divisor[kRun] = {};
+  double sum[kRun] = {}, absolute[kRun] = {}, divisor[kRun] = {}, weight[kRun] = {};
   for (int m = 0; m < count; ++m) {
     const double w = e.elect == Elect::weighted ? e.weights[m] : 1.0;
     for (int i = 0; i < n; ++i) {
@@ -264,9 +264,12 @@ void mix_chunk(const Election& e, Deltas* values, const Deltas* factors, int n, 
       const bool agrees = !(sided <= 0.0);  // NaN stays in
       mixed[i] = agrees ? fma(w, v, mixed[i]) : mixed[i];
       divisor[i] += agrees ? w : 0.0;
+      weight[i] += agrees ? fabs(w) : 0.0;
     }
   }
-  for (int i = 0; i < n; ++i) mixed[i] = elected(mixed[i], divisor[i], e.normalize, e.scale);
+  for (int i = 0; i < n; ++i) {
+    mixed[i] = elected(mixed[i], divisor[i], weight[i], e.normalize, e.scale);
+  }
 }
 
 void store_run(const double* base, const double* mixed, int n, Dtype dtype, void* out,

@@ -223,7 +223,7 @@ __device__ __forceinline__ double mixed_at(const DeviceElection& e, double base,
     }
     return mixed;
   }
-  double sum = 0.0, absolute = 0.0, divisor = 0.0;
+  double sum = 0.0, absolute = 0.0, divisor = 0.0, weight = 0.0;
   for (int m = 0; m < kept.in.count; ++m) {
     const double w = e.elect == Elect::weighted ? e.weights[m] : 1.0;
     const double term = w * value_of(kept, m, base, spread, entry);
@@ -238,8 +238,9 @@ __device__ __forceinline__ double mixed_at(const DeviceElection& e, double base,
     if ((negative ? -side : side) <= 0.0) continue;  // NaN stays in
     mixed = fma(w, v, mixed);
     divisor += w;
+    weight += fabs(w);
   }
-  return elected(mixed, divisor, e.normalize, e.scale);
+  return elected(mixed, divisor, weight, e.normalize, e.scale);
 }
 
 template <class Out>
