@@ -48,7 +48,10 @@ if with_cuda:
         "mergecore._kernels",
         sources + sorted(glob.glob("csrc/cuda/*.cu")),
         define_macros=[*STABLE_ABI, ("MERGECORE_CUDA", "1"), ("USE_CUDA", "1")],
-        extra_compile_args={"cxx": HOST, "nvcc": ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-ffp-contract=off", "-lineinfo"]},
+        extra_compile_args={
+            "cxx": HOST,
+            "nvcc": ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-ffp-contract=off", "-lineinfo"],
+        },
         py_limited_api=True,
     )
 else:

@@ -29,10 +29,11 @@ from mergecore.architecture import (
 from mergecore.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mergecore.errors import CheckpointError, SpecError
 from mergecore.methods import METHODS
-from mergecore.methods.base import Gram, Method, Moments, Parameter, Statistics, TensorView
+from mergecore.methods.base import Gram, Keep, Method, Moments, Parameter, Statistics, TensorView
+from mergecore.ops import gram_count
 from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
-from mergecore.ops import GRAM_BLOCK, gram_count
-from mergecore.spec import MergeSpec, Run
+from mergecore.selecting import BLOCK, held_bytes, planned_reads
+from mergecore.spec import MergeSpec, Run, Sparsify
 from mergecore.spec.problems import Keys, near
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
@@ -66,6 +67,12 @@ class TensorJob:
     keep: bool
     """Whether the inputs stay mapped between the statistics pass and the blend pass."""
     statistics: Statistics = Statistics.NONE
+    sparsify: tuple[Keep, ...] = ()
+    """What is kept of each model's deltas in front of the method; empty where everything is."""
+    keeps: tuple[Keep, ...] = ()
+    """What the method keeps of what is left; empty where it keeps everything."""
+    block_rows: int = 1
+    """Windows are cut at multiples of it."""
 
     @property
     def inputs(self) -> tuple[TensorInfo | None, ...]:
@@ -77,14 +84,24 @@ class TensorJob:
         return sum(info.nbytes for info in self.inputs if info is not None)
 
     @property
-    def passes(self) -> int:
-        """How often the inputs are read: for statistics, and for the blend or the copy."""
-        return 1 if self.statistics is Statistics.NONE else 2
+    def choosing_reads(self) -> int:
+        """How often everything is read to tell which deltas are kept."""
+        return planned_reads(self.sparsify) + planned_reads(self.keeps)
 
-    def view(self, moments: Moments | None = None, gram: Gram | None = None) -> TensorView:
+    @property
+    def passes(self) -> int:
+        """How often the inputs are read: for what is kept, for statistics, and for the blend or the copy."""
+        return self.choosing_reads + int(self.statistics is not Statistics.NONE) + 1
+
+    def view(
+        self,
+        moments: Moments | None = None,
+        gram: Gram | None = None,
+        squares: tuple[float, ...] | None = None,
+    ) -> TensorView:
         """This tensor as its method sees it."""
         assert self.parameters is not None
-        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, gram)
+        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, gram, squares)
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each window of one matrix, in order."""
@@ -111,11 +128,12 @@ class MergePlan:
 
     @property
     def passes(self) -> int:
+        """Passes over the inputs, of the tensors that take most."""
         return max((job.passes for job in self.jobs), default=1)
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of windows read, both passes counted (the second usually comes from memory)."""
+        """Bytes of windows read, every pass counted (all but the first usually come from memory)."""
         return sum(job.input_bytes * job.passes for job in self.jobs)
 
     @property
@@ -219,11 +237,33 @@ def _check_coefficients(job: TensorJob, method: Method, spec: MergeSpec) -> None
                 method.check(job.view())
             if job.statistics is not Statistics.NONE:
                 return
-            values = method.coefficients(job.view()).values
+            coefficients = method.coefficients(job.view())
         except ValueError as error:
             raise spec.error(f"{job.name}: {error}", "parameters") from None
-        if not values.isfinite().all():
+        if not coefficients.finite:
             raise spec.error(f"{job.name}: the weights are too large, their products overflow", "parameters")
+
+
+def _keeps(name: str, view: TensorView, spec: MergeSpec, method: Method) -> tuple[tuple[Keep, ...], tuple[Keep, ...]]:
+    """What is kept in front of the method, and by it."""
+    before = (_sparsified(spec.sparsify),) * view.models if spec.sparsify is not None else ()
+    try:
+        chosen = method.keeps(view) if method.keeps is not None else ()
+    except ValueError as error:
+        raise spec.error(f"{name}: {error}", "parameters") from None
+    drops_before, drops = (any(keep.drops for keep in keeps) for keeps in (before, chosen))
+    return before if drops_before else (), chosen if drops else ()
+
+
+def _sparsified(sparsify: Sparsify) -> Keep:
+    if sparsify.method == "dare":
+        assert sparsify.drop_rate is not None
+        return Keep(drop_rate=sparsify.drop_rate, rescale="probability" if sparsify.rescale else "none")
+    assert sparsify.density is not None
+    outliers = 0.0
+    if sparsify.method == "breadcrumbs" and sparsify.density < 1:
+        outliers = 0.01 if sparsify.gamma is None else sparsify.gamma
+    return Keep(density=sparsify.density, outliers=outliers)
 
 
 def _method(spec: MergeSpec) -> Method:
@@ -457,15 +497,23 @@ def _job(
         )
     wanted = spec.out_dtype or spec.dtype
     dtype = STORED[wanted] if wanted is not None else (reference or some).dtype
+    resolved = parameters.of(name)
+    view = TensorView(len(models), len(some.shape) < 2, resolved)
+    sparsify, keeps = _keeps(name, view, spec, method)
     matrices, rows, columns = architecture.matrices(name, some.shape)
-    settings = parameters.of(name)
-    statistics = method.needs(TensorView(len(models), len(some.shape) < 2, settings))
-    if statistics in (Statistics.NONE, Statistics.GRAM):
-        # Entries do not know of each other: a window may be cut anywhere (or between the Gram matrix's blocks).
+    statistics = method.needs(view)
+    if statistics in (Statistics.NONE, Statistics.GRAM, Statistics.SQUARES):
+        # Entries do not know of each other: a window may be cut anywhere, or between blocks.
         matrices, rows, columns = 1, matrices * rows * columns, 1
+        if any(keep.by_row for keep in keeps) and rows:
+            columns = some.shape[-1] if some.shape else 1
+            rows //= columns
+    elif 0 in some.shape:
+        matrices, rows, columns = 1, 0, 1
     orientation = architecture.orientation(name, some.shape)
     if statistics.is_gram:
         orientation = "rows" if statistics is Statistics.ROW_GRAM else "columns"
+    in_blocks = planned_reads(sparsify) or planned_reads(keeps) or statistics in (Statistics.GRAM, Statistics.SQUARES)
     job = TensorJob(
         name=name,
         shape=some.shape,
@@ -477,10 +525,13 @@ def _job(
         rows=rows,
         columns=columns,
         orientation=orientation,
-        parameters=settings,
+        parameters=resolved,
         window_rows=max(1, rows),
         keep=False,
         statistics=statistics,
+        sparsify=sparsify,
+        keeps=keeps,
+        block_rows=-(-BLOCK // columns) if in_blocks else 1,
     )
     return _windowed(job, spec)
 
@@ -492,14 +543,18 @@ def _row_bytes(job: TensorJob) -> tuple[int, int]:
 
 
 def _statistics_bytes(job: TensorJob, models: int) -> int:
+    entries = job.matrices * job.rows * job.columns
+    choosing = max(held_bytes(keeps, entries, job.columns) for keeps in (job.sparsify, job.keeps))
     length = job.columns if job.orientation == "columns" or len(job.shape) < 2 else job.rows
+    if job.statistics is Statistics.SQUARES:
+        return max(choosing, 48 * models * (entries // BLOCK + 1))
     if job.statistics is Statistics.COLUMNS:
         # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
-        return 8 * length * (2 * (1 + 3 * models) + 8 * models)
+        return choosing + 8 * length * (2 * (1 + 3 * models) + 8 * models)
     if job.statistics.is_gram:
         # Totals, the pending tile, and both triangles; then points and coefficients.
-        return 8 * length * (4 * gram_count(models) + 8 * models)
-    return 0
+        return choosing + 8 * length * (4 * gram_count(models) + 8 * models)
+    return choosing
 
 
 def _held(job: TensorJob, models: int) -> int:
@@ -515,9 +570,9 @@ def _windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
     models, memory = len(job.models), spec.run.memory
     inputs, output = _row_bytes(job)
     room = memory - _statistics_bytes(job, models)
-    flat = job.statistics is Statistics.GRAM
-    step = max(1, min(GRAM_BLOCK, job.rows)) if flat else 1
-    smallest = 2 * (inputs + output) * step + (8 * gram_count(models) if flat else 0)
+    step = max(1, min(job.block_rows, job.rows))
+    of_block = 8 * gram_count(models) if job.statistics is Statistics.GRAM else 0
+    smallest = 2 * (inputs + output) * step + of_block
     if room < smallest:
         needed = memory - room + smallest
         raise spec.error(

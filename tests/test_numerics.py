@@ -1,4 +1,4 @@
-"""How exact merges are: divergences of ordinary and of odd columns; ranks, decisions and entries of whole WIDEN merges."""
+"""How exact merges are: divergences of ordinary and odd columns; ranks, decisions and entries of whole WIDEN merges."""
 
 from __future__ import annotations
 

@@ -219,8 +219,8 @@ std::string row_moments() {
   return "";
 }
 
-// A tensor's Gram matrix is summed in blocks from its start: the case is one window, or windows of whole
-// blocks of one column.
+// A tensor's Gram matrix is summed in blocks from its start: the case is one window, or windows of
+// whole blocks of one column.
 std::string gram() {
   Case c(200);
   c.first_row = 0;
