@@ -145,7 +145,7 @@ MERGECORE_INLINE double spread_of(double distances, double squares, int count) {
 
 // The sign that the sum elects: negative only where it is so beyond the noise of its terms.
 MERGECORE_INLINE bool elects_negative(double sum, double absolute) {
-  return sum < -0x1p-40 * absolute;
+  return sum < 0.0 && sum <= -0x1p-40 * absolute;
 }
 
 // `number` is one of 2^32, each as likely.

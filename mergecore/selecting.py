@@ -52,9 +52,15 @@ class Part:
 class Reads(Protocol):
     """The entries of one tensor, to be read again and again."""
 
-    entries: int
-    block: int
-    device: torch.device
+    @property
+    def entries(self) -> int: ...
+
+    @property
+    def block(self) -> int:
+        """Entries of which ties are counted and sums are taken together."""
+
+    @property
+    def device(self) -> torch.device: ...
 
     def planned(self) -> Iterator[Part]:
         """Windows of whole blocks (but for the last), in order: one of the reads that were planned."""

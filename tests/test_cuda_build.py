@@ -55,6 +55,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("column_gram", 120, 4 * 2 + 1),
         ("blend", 400, 4 * 2 * 3),  # to three dtypes
         ("rank", 150, 2),
+        ("selection", 200, 3 + 4),  # elections to three dtypes; sums, magnitudes, counting, collecting
         ("calibrated_softmax", 150, 1),
     ],
 )

@@ -48,6 +48,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "sparsify": {**DARE, "rescale": False},
         "parameters": {"lambda": 0.4},
     },
+    "ties": {"merge_method": "ties", "parameters": {"density": 0.3}},
+    "widen after trimming": {"merge_method": "widen", "sparsify": {"method": "magnitude", "density": 0.4}},
+    "dare_ties after breadcrumbs": {
+        "merge_method": "dare_ties",
+        "sparsify": {"method": "breadcrumbs", "density": 0.6},
+        "parameters": {"density": 0.5},
+    },
+    "della": {"merge_method": "della", "parameters": {"density": 0.5}},
 }
 
 
@@ -262,8 +270,8 @@ def test_widen_without_calibration_limits_is_task_arithmetic(trio: list[Path], t
 
 def test_models_that_equal_the_base_change_nothing(trio: list[Path], tmp_path: Path) -> None:
     copies = [shutil.copytree(trio[0], tmp_path / name) for name in ("a", "b")]
-    for keys in METHODS.values():
-        out = tmp_path / f"out-{keys['merge_method']}-{'sparsify' in keys}"
+    for method, keys in METHODS.items():
+        out = tmp_path / f"out {method}"
         assert merged(spec_of([trio[0], *copies], **keys), out) == tensor_bytes(trio[0])
 
 

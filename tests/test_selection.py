@@ -68,13 +68,17 @@ def elected(
     normalize: bool = True,
 ) -> oracle.Exact:
     """base + scale * the (mean or) sum of the values whose sign is that of the weighted or plain sum."""
-    terms = [np.longdouble(w) * v for w, v in zip(weights, values, strict=True)]
+    terms: list[Any] = [np.longdouble(w) * v for w, v in zip(weights, values, strict=True)]
+    mixed: Any
+    divisor: Any
+    size: Any
     if elect == "none":
         mixed, divisor = sum(terms), np.longdouble(math.fsum(weights))
         agreeing = np.abs(np.stack(terms)).sum(axis=0)
     else:
-        sided = terms if elect == "weighted" else list(values)
-        total, size = sum(sided), sum(np.abs(side) for side in sided)
+        sided: list[Any] = terms if elect == "weighted" else list(values)
+        total: Any = sum(sided)
+        size = sum(np.abs(side) for side in sided)
         sign = np.where(total < -np.ldexp(size, -40), -1, 1)
         agree = [side * sign > 0 for side in sided]
         mixed = sum(np.where(a, term, 0) for a, term in zip(agree, terms, strict=True))
@@ -266,6 +270,7 @@ def test_elect_is_the_exact_result_rounded(
         out, counts = torch.empty(made.entries, 1, dtype=dtype), torch.zeros(2, dtype=torch.int64)
         with threads(workers):
             for part in replace(made, cuts=cuts).further():
+                assert part.base is not None
                 ops.elect(
                     out[part.first_entry : part.first_entry + part.models[0].numel()],
                     part.base, part.models, weights, counts, scale=0.7, elect=Elect[elect.upper()],
@@ -302,18 +307,21 @@ def test_every_op_passes_opcheck() -> None:
     base, models = window[0], window[1:]
     none: tuple[Any, ...] = ([], [], [])
     keeps: tuple[Any, ...] = ([1, -2], [1 << 30, 3, 0, 0, 0, 0], [1.0, 0.2, math.inf, 2.0, -1.0, 0.7])
-    whole = {"dtype": torch.int64}
-    odds, counts = torch.full((2, 35), 0.5, dtype=torch.float64), torch.zeros(2, **whole)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.int64)
+
+    odds, counts = torch.full((2, 35), 0.5, dtype=torch.float64), whole(2)
     check, registered = torch.library.opcheck, torch.ops.mergecore
     for drops in (none, keeps):
         check(
             registered.count_magnitudes.default,
-            (base, models, torch.zeros(2, 64, **whole), 42, [1 << 20, 0], True, 0, 0, 9, *drops),
+            (base, models, whole(2, 64), 42, [1 << 20, 0], True, 0, 0, 9, *drops),
         )
-        collected = (torch.zeros(1, 6, **whole), torch.zeros(1, 6, **whole), torch.zeros(1, **whole))
+        collected = (whole(1, 6), whole(1, 6), whole(1))
         check(
             registered.collect_magnitudes.default,
-            (base, models, [1], [0], [1 << 62], *collected, torch.zeros(1, 5, **whole), 8, 0, 0, 9, *drops),
+            (base, models, [1], [0], [1 << 62], *collected, whole(1, 5), 8, 0, 0, 9, *drops),
         )
         sums = torch.zeros(2, 3, 5, dtype=torch.float64)
         check(registered.kept_sums.default, (base, models, sums, 8, 1, 0, 9, *drops, *keeps, odds))
@@ -592,7 +600,7 @@ def test_shares_outside_of_0_to_1_are_refused(spec: dict[str, Any], message: str
 def test_inputs_that_are_not_finite_are_named(method: str, value: float) -> None:
     base, models = checkpoints(2, 3, F32, F32)
     models[1]["model.embed_tokens.weight"][3, 4] = value
-    spec = {"merge_method": method, "parameters": SOME[method]}
+    spec: dict[str, Any] = {"merge_method": method, "parameters": SOME[method]}
     with pytest.raises(NonFiniteError, match=r"model\.embed_tokens\.weight holds NaN or Inf"):
         merge(base, models, **spec)
     merge(base, models, on_nonfinite="warn", **spec)

@@ -159,32 +159,54 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kLanes)
+constexpr int kWarp = 32;
+
+struct Sums {
+  double total = 0.0;
+  double magnitude = 0.0;
+  double square = 0.0;
+};
+
+// One lane of a block's sums.
+__device__ __forceinline__ Sums sum_lane(const DeviceKept& kept, int m, int64_t entry,
+                                         int64_t last) {
+  Sums sums;
+  for (; entry < last; entry += kLanes) {
+    const double base = base_at(kept.in, entry);
+    const double d = delta_of(kept.in, m, base, entry);
+    const double v =
+        factor_of(kept, m, d, spread_if_used(kept, base, entry), entry) != 0.0 ? d : 0.0;
+    sums.total += fabs(d);
+    sums.magnitude += fabs(v);
+    sums.square = fma(v, v, sums.square);
+  }
+  return sums;
+}
+
+__device__ __forceinline__ double add_lanes(double low, double high) {
+  double sum = low + high;  // lanes i and i + 32
+  for (int half = kWarp / 2; half > 0; half /= 2)
+    sum += __shfl_down_sync(kAllLanes, sum, half, kWarp);
+  return sum;
+}
+
+// One warp per block of entries; a thread has two of the 64 lanes.
+__global__ void __launch_bounds__(kWarp)
     sum_blocks(const __grid_constant__ DeviceKept kept, int64_t entries, int64_t blocks,
                int64_t block, double* sums) {
-  __shared__ double lanes[kLanes];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * block;
   const int64_t last = first + block < entries ? first + block : entries;
   for (int m = 0; m < kept.in.count; ++m) {
-    double total = 0.0, magnitude = 0.0, square = 0.0;
-    for (int64_t entry = first + threadIdx.x; entry < last; entry += kLanes) {
-      const double base = base_at(kept.in, entry);
-      const double d = delta_of(kept.in, m, base, entry);
-      const double v =
-          factor_of(kept, m, d, spread_if_used(kept, base, entry), entry) != 0.0 ? d : 0.0;
-      total += fabs(d);
-      magnitude += fabs(v);
-      square = fma(v, v, square);
-    }
-    for (int s = 0; s < 3; ++s) {
-      __syncthreads();
-      lanes[threadIdx.x] = s == 0 ? total : s == 1 ? magnitude : square;
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) lanes[threadIdx.x] += lanes[threadIdx.x + half];
-      }
-      if (threadIdx.x == 0) sums[(3 * m + s) * blocks + blockIdx.x] = lanes[0];
-    }
+    const Sums low = sum_lane(kept, m, first + threadIdx.x, last);
+    const Sums high = sum_lane(kept, m, first + threadIdx.x + kWarp, last);
+    const double total = add_lanes(low.total, high.total);
+    const double magnitude = add_lanes(low.magnitude, high.magnitude);
+    const double square = add_lanes(low.square, high.square);
+    if (threadIdx.x != 0) continue;
+    double* out = sums + 3 * m * blocks + blockIdx.x;
+    out[0] = total;
+    out[blocks] = magnitude;
+    out[2 * blocks] = square;
   }
 }
 
@@ -289,7 +311,7 @@ int kept_sums(const Kept& kept, double* sums, int64_t block, Stream stream) {
   const int64_t entries = entries_of(kept);
   if (entries == 0) return cudaSuccess;
   const int64_t blocks = divide_up(entries, block);
-  return launch(&sum_blocks, blocks, kLanes, stream, kept_by_value(kept), entries, blocks, block,
+  return launch(&sum_blocks, blocks, kWarp, stream, kept_by_value(kept), entries, blocks, block,
                 sums);
 }
 
