@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,7 @@ def decided(base: Tensor, models: Sequence[Tensor], by_rows: bool) -> Iterator[t
         sums += pending
     moments = Moments.of(sums)
     # A softmax stays below 1: with s = 2 the importances tell what was essential.
-    parameters = {parameter.name: parameter.default for parameter in METHODS["widen"].parameters}
+    parameters: dict[str, Any] = {parameter.name: parameter.default for parameter in METHODS["widen"].parameters}
     parameters |= {"s": 2.0, "weight": (1.0,) * len(models)}
     both = TensorView(len(models), vector, parameters, moments)
     importance = importances(both)
@@ -166,8 +167,8 @@ def whole_tensor_float32(base: Tensor, models: Sequence[Tensor]) -> tuple[Tensor
     ]
     weight = torch.stack(importance).mean(dim=0)
     result = start + sum(w * (other - start) for w, other in zip(weight, others, strict=True))
-    ranks = [(score * base.shape[-1]).round().double() for score in scores]
-    return result.to(base.dtype), list(zip(ranks, essential, strict=True))
+    whole = [(score * base.shape[-1]).round().double() for score in scores]
+    return result.to(base.dtype), list(zip(whole, essential, strict=True))
 
 
 def measure(delta_std: float, *, hidden: int, layers: int, vocabulary: int, seed: int = 0) -> dict[str, Score]:

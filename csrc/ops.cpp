@@ -589,28 +589,30 @@ void row_moments_cuda(std::optional<Tensor> base, Tensors models, Tensor sums, i
 
 void gram_cuda(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t first_row,
                int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  const OnDevice on(sums);
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   double* total = flat_gram_of(sums, models, a.inputs.window);
   Tensor space = scratch(sums, cuda::gram_scratch(a.inputs));
-  succeed(cuda::gram(a.inputs, total, space.data_ptr(), current_stream(sums)), "gram");
+  succeed(cuda::gram(a.inputs, total, space.data_ptr(), on.stream), "gram");
 }
 
 void row_gram_cuda(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t first_row,
                    int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  const OnDevice on(sums);
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   double* out = row_gram_of(sums, models, a.inputs.window);
-  succeed(cuda::row_gram(a.inputs, out, sums.size(1), current_stream(sums)), "row_gram");
+  succeed(cuda::row_gram(a.inputs, out, sums.size(1), on.stream), "row_gram");
 }
 
 void column_gram_cuda(Tensor sums, Tensor pending, std::optional<Tensor> base, Tensors models,
                       int64_t first_row, int64_t first_entry, Integers keys, Integers thresholds,
                       Reals scales) {
+  const OnDevice on(sums);
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   double* total = gram_of(sums, models, a.inputs.window.columns, "sums");
   double* tile = gram_of(pending, models, a.inputs.window.columns, "pending");
   Tensor space = scratch(sums, cuda::column_gram_scratch(a.inputs));
-  succeed(cuda::column_gram(a.inputs, total, tile, space.data_ptr(), current_stream(sums)),
-          "column_gram");
+  succeed(cuda::column_gram(a.inputs, total, tile, space.data_ptr(), on.stream), "column_gram");
 }
 
 void blend_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Tensor coefficients,
@@ -643,10 +645,11 @@ void count_magnitudes_cuda(std::optional<Tensor> base, Tensors models, Tensor hi
                            int64_t shift, Integers offsets, bool clamp, int64_t measure,
                            int64_t first_row, int64_t first_entry, Integers keys,
                            Integers thresholds, Reals scales) {
+  const OnDevice on(histogram);
   CountArguments a(base, models, histogram, shift, offsets, measure, first_row, first_entry, keys,
                    thresholds, scales);
   succeed(cuda::count_magnitudes(a.kept, static_cast<int>(shift), offsets.data(), clamp, a.bins,
-                                 a.histogram, current_stream(histogram)),
+                                 a.histogram, on.stream),
           "count_magnitudes");
 }
 
@@ -655,29 +658,30 @@ void collect_magnitudes_cuda(std::optional<Tensor> base, Tensors models, Integer
                              Tensor found, Tensor equal, int64_t block, int64_t measure,
                              int64_t first_row, int64_t first_entry, Integers keys,
                              Integers thresholds, Reals scales) {
+  const OnDevice on(found);
   CollectArguments a(base, models, which, lows, highs, keys_out, indices, found, equal, block,
                      measure, first_row, first_entry, keys, thresholds, scales);
-  succeed(cuda::collect_magnitudes(a.kept, a.ranges.data(), static_cast<int>(a.ranges.size()),
-                                   a.keys, a.indices, a.capacity, a.found, a.equal, block,
-                                   current_stream(found)),
-          "collect_magnitudes");
+  succeed(
+      cuda::collect_magnitudes(a.kept, a.ranges.data(), static_cast<int>(a.ranges.size()), a.keys,
+                               a.indices, a.capacity, a.found, a.equal, block, on.stream),
+      "collect_magnitudes");
 }
 
 void kept_sums_cuda(std::optional<Tensor> base, Tensors models, Tensor sums, int64_t block,
                     int64_t measure, int64_t first_row, int64_t first_entry, Integers keys,
                     Integers thresholds, Reals scales, Integers keep_keys, Integers keep_thresholds,
                     Reals keep_scales, std::optional<Tensor> odds) {
+  const OnDevice on(sums);
   KeptArguments a(base, models, first_row, first_entry, keys, thresholds, scales, measure);
   a.choose(keep_keys, keep_thresholds, keep_scales, odds, false);
-  succeed(cuda::kept_sums(a.kept, block_sums(a, sums, block), block, current_stream(sums)),
-          "kept_sums");
+  succeed(cuda::kept_sums(a.kept, block_sums(a, sums, block), block, on.stream), "kept_sums");
 }
 
 void magnitudes_cuda(std::optional<Tensor> base, Tensors models, Tensor out, int64_t first_row,
                      int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  const OnDevice on(out);
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
-  succeed(cuda::magnitudes(a.inputs, magnitudes_of(out, models), current_stream(out)),
-          "magnitudes");
+  succeed(cuda::magnitudes(a.inputs, magnitudes_of(out, models), on.stream), "magnitudes");
 }
 
 void elect_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Reals weights, double scale,
@@ -685,11 +689,11 @@ void elect_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Reals we
                 int64_t first_entry, Integers keys, Integers thresholds, Reals scales,
                 Integers keep_keys, Integers keep_thresholds, Reals keep_scales,
                 std::optional<Tensor> odds, bool divide_by_odds, Tensor counts) {
+  const OnDevice on(out);
   ElectArguments a(out, base, models, weights, scale, elect, normalize, measure, first_row,
                    first_entry, keys, thresholds, scales, keep_keys, keep_thresholds, keep_scales,
                    odds, divide_by_odds, counts);
-  succeed(cuda::elect(a.election, static_cast<int64_t*>(counts.data_ptr()), current_stream(out)),
-          "elect");
+  succeed(cuda::elect(a.election, static_cast<int64_t*>(counts.data_ptr()), on.stream), "elect");
 }
 
 #endif  // MERGECORE_CUDA

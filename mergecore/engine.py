@@ -10,7 +10,7 @@ import logging
 import re
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergecore import ops
+from mergecore import ops, statistics
 from mergecore._stream import ReadFault, WindowStream
 from mergecore.checkpoint import TensorInfo
 from mergecore.device import Device, HostWindow, open_device
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
-from mergecore.methods.base import Coefficients, Election, Gram, Keep, Moments, Statistics
+from mergecore.matching import FLOATS
+from mergecore.methods.base import Coefficients, Election, Statistics, TensorView
 from mergecore.output import manifest
 from mergecore.output.writer import OutputWriter
-from mergecore.planning import FLOATS, MergePlan, TensorJob, plan, with_run
-from mergecore.selecting import Part, choose, kept_sums, row_odds, row_pieces
+from mergecore.planning import MergePlan, TensorJob, plan, with_run
+from mergecore.selecting import Part, row_odds, row_pieces
 from mergecore.spec import MergeSpec, load_spec
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,9 @@ class _Window:
     blends: bool
 
 
+_Windows = Iterator[tuple[_Window, list[memoryview]]]
+
+
 class _Merge:
     """The state of one running merge."""
 
@@ -136,7 +140,7 @@ class _Merge:
         skipped = [job for job in planned.jobs if job.name in writer.finished]
         self.done = len(skipped)
         self.read = 0
-        self.read_before = sum(self._bytes_to_read(job) for job in skipped)
+        self.read_before = sum(job.bytes_to_read for job in skipped)
         self.written = sum(planned.layout.slots[job.name].nbytes for job in skipped)
         self.file_numbers = {path: number for number, path in enumerate(planned.files)}
         self.started = time.monotonic()
@@ -171,20 +175,21 @@ class _Merge:
         self.writer.publish()
         return result
 
-    def _run_job(
-        self, job: TensorJob, windows: Iterator[tuple[_Window, list[memoryview]]], stream: WindowStream
-    ) -> None:
+    def _run_job(self, job: TensorJob, windows: _Windows, stream: WindowStream) -> None:
         if job.parameters is None:
             self._copy(job, windows)
         else:
             counts = torch.zeros(2, dtype=torch.int64, device=self.device.torch_device)
-            drops = self._drops(job, windows)
+            reads = _Reads(self, job, windows)
+            seed = self.plan.spec.seed
+            drops = statistics.chosen(job, job.sparsify, reads, ops.Place(), seed) if job.sparsify else []
             if self.plan.method.keeps is not None:
-                self._elect(job, drops, counts, windows)
+                self._elect(job, drops, counts, reads)
             else:
                 for matrix in range(job.matrices):
-                    coefficients = self._coefficients(job, matrix, drops, windows)
-                    self._blend(job, matrix, coefficients, drops, counts, windows)
+                    coefficients = self._solve(statistics.of_matrix(job, matrix, reads, drops), job)
+                    assert isinstance(coefficients, Coefficients)
+                    self._blend(job, matrix, coefficients, drops, counts, reads)
             self.device.flush()
             stream.check()
             self._check_finite(job, *counts.tolist())
@@ -193,7 +198,7 @@ class _Merge:
         self.done += 1
         self._progress()
 
-    def _copy(self, job: TensorJob, windows: Iterator[tuple[_Window, list[memoryview]]]) -> None:
+    def _copy(self, job: TensorJob, windows: _Windows) -> None:
         for first_row, rows in job.windows():
             _, (data,) = next(windows)
             buffer = self.writer.acquire(rows)
@@ -201,68 +206,11 @@ class _Merge:
             self.writer.write(job.name, first_row, buffer)
             self._count(rows, rows)
 
-    def _coefficients(
-        self, job: TensorJob, matrix: int, drops: list[ops.Drop], windows: Iterator[tuple[_Window, list[memoryview]]]
-    ) -> Coefficients:
-        on = self.device.torch_device
-        moments = gram = None
-        if job.statistics.is_gram:
-            gram = self._gram(job, matrix, drops, windows)
-        if job.statistics is Statistics.COLUMNS:
-            by_rows = job.orientation == "rows"
-            shape = (ops.moment_count(len(job.models)), job.rows if by_rows else job.columns)
-            sums = torch.zeros(shape, dtype=torch.float64, device=on)
-            pending = sums if by_rows else torch.zeros_like(sums)
-            entry = matrix * job.rows * job.columns
-            for first_row, _ in job.windows():
-                window, views = next(windows)
-                base, models = self._upload(window, views)
-                if by_rows:
-                    ops.row_moments(base, models, sums, first_row=first_row, first_entry=entry, drops=drops)
-                else:
-                    ops.column_moments(base, models, sums, pending, first_row=first_row, first_entry=entry, drops=drops)
-                self._count(sum(map(len, views)), 0)
-            sums = sums if by_rows else sums + pending
-            if not bool(torch.isfinite(sums).all()):
-                self._check_finite(job, 1, 0)
-            moments = Moments.of(sums)
-        coefficients = self._solve(job, moments=moments, gram=gram)
-        assert isinstance(coefficients, Coefficients)
-        return coefficients
-
-    def _solve(self, job: TensorJob, **statistics: Any) -> Coefficients | Election:
+    def _solve(self, view: TensorView, job: TensorJob) -> Coefficients | Election:
         try:
-            return self.plan.method.coefficients(job.view(**statistics))
+            return self.plan.method.coefficients(view)
         except ValueError as error:
             raise MergecoreError(f"{job.name}: {error}") from error
-
-    def _gram(
-        self, job: TensorJob, matrix: int, drops: list[ops.Drop], windows: Iterator[tuple[_Window, list[memoryview]]]
-    ) -> Gram:
-        count = len(job.models)
-        anchored = not job.has_base and count > 1
-        length = {Statistics.GRAM: 1, Statistics.ROW_GRAM: job.rows, Statistics.COLUMN_GRAM: job.columns}
-        shape = (ops.gram_count(count - 1 if anchored else count), length[job.statistics])
-        sums = torch.zeros(shape, dtype=torch.float64, device=self.device.torch_device)
-        pending = torch.zeros_like(sums) if job.statistics is Statistics.COLUMN_GRAM else sums
-        entry = matrix * job.rows * job.columns
-        for first_row, _ in job.windows():
-            window, views = next(windows)
-            base, models = self._upload(window, views)
-            if anchored:
-                base, *models = models
-            place: dict[str, Any] = {"first_row": first_row, "first_entry": entry, "drops": drops}
-            if job.statistics is Statistics.GRAM:
-                ops.gram(sums, base, models, **place)
-            elif job.statistics is Statistics.ROW_GRAM:
-                ops.row_gram(sums, base, models, **place)
-            else:
-                ops.column_gram(sums, pending, base, models, **place)
-            self._count(sum(map(len, views)), 0)
-        sums = sums + pending if pending is not sums else sums
-        if not bool(torch.isfinite(sums).all()):
-            self._check_finite(job, 1, 0)
-        return Gram.of(sums, anchored)
 
     def _blend(
         self,
@@ -271,7 +219,7 @@ class _Merge:
         coefficients: Coefficients,
         drops: list[ops.Drop],
         counts: Tensor,
-        windows: Iterator[tuple[_Window, list[memoryview]]],
+        reads: _Reads,
     ) -> None:
         values = coefficients.values.to(self.device.torch_device).contiguous()
         axis = ops.Axis.TENSOR
@@ -293,26 +241,16 @@ class _Merge:
                 drops=drops,
             )
 
-        self._write(job, matrix, compute, windows)
+        self._write(job, matrix, compute, reads)
 
-    def _elect(
-        self,
-        job: TensorJob,
-        drops: list[ops.Drop],
-        counts: Tensor,
-        windows: Iterator[tuple[_Window, list[memoryview]]],
-    ) -> None:
+    def _elect(self, job: TensorJob, drops: list[ops.Drop], counts: Tensor, reads: _Reads) -> None:
         """The blend of methods that keep some of the deltas; what they keep is chosen first."""
-        reads, keeps = _Reads(self, job, windows), job.keeps
+        keeps = job.keeps
         measure = ops.Measure.SPREAD if keeps and keeps[0].spread else ops.Measure.OWN
         place = ops.Place(drops=drops, measure=measure)
-        chosen = self._chosen(job, keeps, reads, place, "kept") if keeps else []
-        squares = None
-        if job.statistics is Statistics.SQUARES:
-            everything = keeps or (Keep(),) * len(job.models)
-            sums = kept_sums(everything, chosen, reads, place)
-            squares = tuple(square / max(1, reads.entries) for _, _, square in sums)
-        election = self._solve(job, squares=squares)
+        kept = statistics.chosen(job, keeps, reads, place, self.plan.spec.seed, "kept") if keeps else []
+        squares = statistics.mean_squares(job, kept, reads, place) if job.statistics is Statistics.SQUARES else None
+        election = self._solve(job.view(squares=squares), job)
         assert isinstance(election, Election)
         divide_by_odds = any(keep.rescale == "probability" for keep in keeps)
 
@@ -331,26 +269,20 @@ class _Merge:
                     scale=election.scale,
                     elect=election.elect,
                     normalize=election.normalize,
-                    keeps=chosen,
+                    keeps=kept,
                     place=here,
                     odds=row_odds(keeps, piece, here),
                     divide_by_odds=divide_by_odds,
                 )
                 done += rows
 
-        self._write(job, 0, compute, windows)
+        self._write(job, 0, compute, reads)
 
-    def _write(
-        self,
-        job: TensorJob,
-        matrix: int,
-        compute: Callable[[Tensor, Part], None],
-        windows: Iterator[tuple[_Window, list[memoryview]]],
-    ) -> None:
+    def _write(self, job: TensorJob, matrix: int, compute: Callable[[Tensor, Part], None], reads: _Reads) -> None:
         """The blend pass over a matrix: `compute` fills the result of each window."""
         dtype = DTYPES[job.dtype]
         for first_row, rows in job.windows():
-            window, views = next(windows)
+            window, views = next(reads.windows)
             base, models = self._upload(window, views)
             nbytes = rows * job.columns * dtype.itemsize
             buffer = self.writer.acquire(nbytes)
@@ -361,22 +293,6 @@ class _Merge:
             offset = first_entry * dtype.itemsize
             self.device.deliver(result, target, partial(self.writer.write, job.name, offset, buffer))
             self._count(sum(map(len, views)), nbytes)
-
-    def _drops(self, job: TensorJob, windows: Iterator[tuple[_Window, list[memoryview]]]) -> list[ops.Drop]:
-        """What is dropped in front of the method."""
-        if not job.sparsify:
-            return []
-        return self._chosen(job, job.sparsify, _Reads(self, job, windows), ops.Place(), "")
-
-    def _chosen(
-        self, job: TensorJob, keeps: Sequence[Keep], reads: _Reads, place: ops.Place, purpose: str
-    ) -> list[ops.Drop]:
-        seed = self.plan.spec.seed
-        keys = [
-            ops.Drop.of(0.0, False, seed=seed, tensor=job.name, model=n, purpose=purpose).key
-            for n in range(len(job.models))
-        ]
-        return choose(keeps, reads, place, keys)
 
     def _upload(self, window: _Window, views: list[memoryview]) -> tuple[Tensor | None, list[Tensor]]:
         job, stored = window.job, iter(views)
@@ -389,7 +305,7 @@ class _Merge:
         tensors = self.device.upload(hosts)
         return (tensors[0], tensors[1:]) if job.has_base else (None, tensors)
 
-    def _windows(self, stream: WindowStream) -> Iterator[tuple[_Window, list[memoryview]]]:
+    def _windows(self, stream: WindowStream) -> _Windows:
         """Every window of every job with its bytes, in the order of the loop; submitted just far enough ahead."""
         order = self._order()
         ahead: list[_Window] = []
@@ -434,9 +350,6 @@ class _Merge:
             for size in (FLOATS[info.dtype] if job.parameters is not None else 1,)
         ]
 
-    def _bytes_to_read(self, job: TensorJob) -> int:
-        return job.input_bytes * job.passes
-
     def _count(self, read: int, written: int) -> None:
         self.read += read
         self.written += written
@@ -477,9 +390,9 @@ class _Merge:
 
 
 class _Reads:
-    """A job's tensor as selecting.py reads it: planned reads from the merge's windows, others from a stream apart."""
+    """A job's tensor as its statistics read it: planned reads from the merge's windows, others from a stream apart."""
 
-    def __init__(self, merge: _Merge, job: TensorJob, windows: Iterator[tuple[_Window, list[memoryview]]]) -> None:
+    def __init__(self, merge: _Merge, job: TensorJob, windows: _Windows) -> None:
         self.merge, self.job, self.windows = merge, job, windows
         self.entries = job.matrices * job.rows * job.columns
         self.block = job.block_rows * job.columns
@@ -489,7 +402,11 @@ class _Reads:
         self.merge._check_finite(self.job, 1, 0)
 
     def planned(self) -> Iterator[Part]:
-        for _ in self.merge._matrix_windows(self.job, range(self.job.matrices), blends=False):
+        for matrix in range(self.job.matrices):
+            yield from self.matrix(matrix)
+
+    def matrix(self, number: int) -> Iterator[Part]:
+        for _ in self.job.windows():
             window, views = next(self.windows)
             yield self._part(window, views)
             self.merge._count(sum(map(len, views)), 0)

@@ -150,7 +150,8 @@ inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long v
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  static_assert((0 + ... + sizeof(Parameters)) <= 32764, "kernel parameters are at most 32764 bytes");
+  static_assert((0 + ... + sizeof(Parameters)) <= 32764,
+                "kernel parameters are at most 32764 bytes");
   if (config->gridDim.x == 0 || config->blockDim.x % emulation::kLanesOfWarp != 0) {
     return cudaErrorInvalidConfiguration;
   }
