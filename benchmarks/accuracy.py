@@ -27,7 +27,7 @@ import mergecore
 from benchmarks.checkpoints import WEIGHT_STD
 from mergecore import ops
 from mergecore.methods import METHODS
-from mergecore.methods.base import Moments, TensorView
+from mergecore.methods.base import Coefficients, Moments, TensorView
 from tests import oracle
 from tests.models import write_model
 
@@ -109,6 +109,12 @@ def merged(models: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         return load_file(folder / "out" / "model.safetensors")
 
 
+def importances(view: TensorView) -> Tensor:
+    coefficients = METHODS["widen"].coefficients(view)
+    assert isinstance(coefficients, Coefficients)
+    return coefficients.values
+
+
 def decided(base: Tensor, models: Sequence[Tensor], by_rows: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Mergecore's ranks and decisions for one tensor, from its kernels and its method."""
     vector = base.dim() == 1
@@ -125,12 +131,12 @@ def decided(base: Tensor, models: Sequence[Tensor], by_rows: bool) -> Iterator[t
     parameters: dict[str, Any] = {parameter.name: parameter.default for parameter in METHODS["widen"].parameters}
     parameters |= {"s": 2.0, "weight": (1.0,) * len(models)}
     both = TensorView(len(models), vector, parameters, moments)
-    importance = METHODS["widen"].coefficients(both).values
+    importance = importances(both)
     if vector:
         yield moments.dd.sqrt(), importance == 2.0
         return
     cosine = TensorView(len(models), vector, parameters | {"disentangle": False}, moments)
-    directions = METHODS["widen"].coefficients(cosine).values
+    directions = importances(cosine)
     yield ops.rank(moments.magnitude_divergence()), 2.0 * importance - directions > 1.5
     yield ops.rank(moments.direction_divergence()), directions == 2.0
 

@@ -19,13 +19,33 @@ struct Matrix {
   Dtype dtype;
 };
 
-// DARE for one model. Entry e (index in the whole tensor) is kept iff its Philox number >=
-// threshold.
+// Which deltas of one model are kept. At random (DARE): entry e (index in the whole tensor) is kept
+// iff its Philox number >= threshold. And by magnitude: entries are ordered by falling |d|, equal
+// ones by rising index; kept is what stands before the place of `least` and not before the place of
+// `most`.
 struct Drop {
   uint64_t key;
-  uint64_t threshold;  // round(drop_rate * 2^32): 0 keeps everything
-  double scale;        // of kept entries, 1 / (1 - drop_rate) when rescaling
+  uint64_t threshold;   // round(drop_rate * 2^32): 0 keeps everything
+  double scale;         // of kept entries, 1 / (1 - drop_rate) when rescaling
+  double least = -1.0;  // |d| == least is kept iff e < least_before
+  int64_t least_before = 0;
+  double most = HUGE_VAL;  // |d| == most is dropped iff e < most_before
+  int64_t most_before = 0;
 };
+
+MERGECORE_INLINE bool selects(const Drop& drop) {
+  return drop.least >= 0.0 || drop.most < HUGE_VAL;
+}
+
+MERGECORE_INLINE bool drops_any(const Drop& drop) { return drop.threshold > 0 || selects(drop); }
+
+// NaN is kept: it has to show in the result.
+MERGECORE_INLINE bool selected(const Drop& drop, double magnitude, int64_t index) {
+  const bool small =
+      magnitude < drop.least || (magnitude == drop.least && index >= drop.least_before);
+  const bool large = magnitude > drop.most || (magnitude == drop.most && index < drop.most_before);
+  return !small && !large;
+}
 
 struct Window {
   int64_t rows;
@@ -69,9 +89,77 @@ struct Blend {
   Dtype out_dtype;
 };
 
-// Decision (lead): values that cancel to float64 noise (1e-17 of their terms) are stored as they
-// are; nothing cleans them. Tests compare such entries with a tolerance of 2^-44 of the terms'
-// magnitudes.
+// What order statistics and masks compare: each model's |d| (own), or one number per entry for all
+// models, the standard deviation of their deltas (spread, SCE).
+enum class Measure : int32_t { own = 0, spread = 1 };
+
+// The deltas after a second choice: `inputs.drops` made them, `keeps` choose among them.
+struct Kept {
+  Inputs inputs;
+  Measure measure;
+  const Drop* keeps;  // [count] or nullptr: everything is kept
+  const double*
+      odds;  // [count][entries of the window] keep-probabilities instead of thresholds, or nullptr
+  bool divide_by_odds;  // kept entries are divided by their probability
+};
+
+// out = cast( base + scale * mixed ): mixed is sum w_n v_n over kept deltas v_n; with an election,
+// over those of the elected sign, and with `normalize` divided by the sum of their w_n.
+enum class Elect : int32_t { none = 0, weighted = 1, unweighted = 2 };
+
+struct Election {
+  Kept kept;
+  Elect elect;
+  bool normalize;
+  double scale;
+  const double* weights;  // [count], host memory
+  void* out;
+  Dtype out_dtype;
+};
+
+// Keys of one order statistic: magnitudes whose bits lie in [low, high) are searched.
+struct KeyRange {
+  int32_t model;  // 0 for Measure::spread
+  int64_t low;
+  int64_t high;
+};
+constexpr int kMaxRanges = 2 * kMaxModels;
+
+// Magnitudes order like their bits.
+MERGECORE_INLINE int64_t magnitude_bits(double magnitude) {
+  return static_cast<int64_t>(bit_cast<uint64_t>(magnitude) & 0x7fffffffffffffffull);
+}
+
+// 40 significant bits: float64 noise must not tell apart what is equal in exact arithmetic.
+MERGECORE_INLINE double snapped(double value) {
+  constexpr double snap = 1.5 * static_cast<double>(1ull << (53 - kSnapBits));
+  const double binade = bit_cast<double>(bit_cast<uint64_t>(value) & 0x7ff0000000000000ull);
+  return value < 0x1p900 ? (value + binade * snap) - binade * snap : value;
+}
+
+// The standard deviation over `count` deltas from their mean, the sum of squared distances from it,
+// and the sum of squares. What is rounding noise counts as 0.
+MERGECORE_INLINE double spread_of(double distances, double squares, int count) {
+  return distances <= 0x1p-80 * squares ? 0.0 : snapped(sqrt(distances / count));
+}
+
+// The sign that the sum elects: negative only where it is so beyond the noise of its terms.
+MERGECORE_INLINE bool elects_negative(double sum, double absolute) {
+  return sum < 0.0 && sum <= -0x1p-40 * absolute;
+}
+
+// `number` is one of 2^32, each as likely.
+MERGECORE_INLINE bool kept_by_odds(uint32_t number, double odds) {
+  return static_cast<double>(number) >= (1.0 - odds) * 0x1p32;
+}
+
+// What is added to the base, from the weighted sum of the agreeing deltas, the sum of their weights
+// and of the weights' absolute values. Weights that cancel to rounding noise divide by nothing.
+MERGECORE_INLINE double elected(double sum, double divisor, double absolute, bool normalize,
+                                double scale) {
+  const bool divides = normalize && fabs(divisor) > 0x1p-40 * absolute;
+  return scale * (divides ? sum / divisor : sum);
+}
 
 // Order-preserving bits of a float64 for radix sorting: -0 counts as 0, NaN is larger than all.
 MERGECORE_INLINE uint64_t sort_key(double value) {
@@ -123,6 +211,26 @@ void rank(const double* values, double* ranks, int64_t count, bool average);
 void calibrated_softmax(const double* scores, const double* thresholds, double divisor, double s,
                         double* out, int models, int64_t count, int64_t begin, int64_t end);
 
+// Counts the magnitudes of window entries [begin, end) in histogram[models or 1][bins]: bin b of
+// model n has the keys whose bits >> shift is offsets[n] + b. Keys beyond go to the end bins with
+// `clamp`, else nowhere. May run at the same time on parts of one window.
+void count_magnitudes(const Kept& kept, int shift, const int64_t* offsets, bool clamp, int64_t bins,
+                      int64_t* histogram, int64_t begin, int64_t end);
+// Appends key and index (in the tensor) of entries whose key lies within (low, high) of a range, in
+// any order and while there is room; found[range] counts all of them. equal[range][entry / block]
+// counts the entries of the window whose key is `low`. May run at the same time on whole blocks.
+void collect_magnitudes(const Kept& kept, const KeyRange* ranges, int count, int64_t* keys,
+                        int64_t* indices, int64_t capacity, int64_t* found, int64_t* equal,
+                        int64_t block, int64_t begin, int64_t end);
+// Blocks [begin, end) of sums[models][3][blocks]: sum of |d|, of |v| and of v * v over a block's
+// entries, where v is d if it is kept and 0 if not, before any rescaling.
+void kept_sums(const Kept& kept, double* sums, int64_t block, int64_t begin, int64_t end);
+// out[models][entries of the window]: |d| of window entries [begin, end).
+void magnitudes(const Inputs& in, double* out, int64_t begin, int64_t end);
+// Window entries [begin, end); adds to non-finite results, overflowed results.
+void elect(const Election& election, int64_t begin, int64_t end, int64_t& nonfinite,
+           int64_t& overflow);
+
 }  // namespace cpu
 
 namespace cuda {
@@ -149,6 +257,15 @@ int rank(const double* values, double* ranks, int models, int64_t count, bool av
 int calibrated_softmax(const double* scores, const double* thresholds, double divisor, double s,
                        double* out, int models, int64_t count, Stream stream);
 const char* error_string(int error);
+// As in cpu, on whole windows. Arrays of offsets, ranges, keeps and weights are host pointers.
+int count_magnitudes(const Kept& kept, int shift, const int64_t* offsets, bool clamp, int64_t bins,
+                     int64_t* histogram, Stream stream);
+int collect_magnitudes(const Kept& kept, const KeyRange* ranges, int count, int64_t* keys,
+                       int64_t* indices, int64_t capacity, int64_t* found, int64_t* equal,
+                       int64_t block, Stream stream);
+int kept_sums(const Kept& kept, double* sums, int64_t block, Stream stream);
+int magnitudes(const Inputs& in, double* out, Stream stream);
+int elect(const Election& election, int64_t* counts, Stream stream);
 
 }  // namespace cuda
 

@@ -58,6 +58,33 @@ double* float64(const Tensor& tensor, const Tensor& like, int64_t least, const c
   return static_cast<double*>(tensor.data_ptr());
 }
 
+// Per model: a key; one threshold, or (threshold, least_before, most_before); one scale, or (scale,
+// least, most). The limits choose by magnitude and may be left out.
+std::vector<Drop> drops_of(const Integers& keys, const Integers& thresholds, const Reals& scales,
+                           int64_t count) {
+  const int64_t dropping = static_cast<int64_t>(keys.size());
+  const int64_t integers = static_cast<int64_t>(thresholds.size());
+  const int64_t each = integers == 3 * dropping ? 3 : 1;
+  check((dropping == 0 || dropping == count) && integers == each * dropping &&
+            scales.size() == thresholds.size(),
+        "drop keys, thresholds and scales must be empty or one per model");
+  std::vector<Drop> drops;
+  for (int64_t i = 0; i < dropping; ++i) {
+    const int64_t* whole = thresholds.data() + each * i;
+    const double* real = scales.data() + each * i;
+    check(whole[0] >= 0 && whole[0] <= (int64_t{1} << 32), "drop thresholds must be 0 to 2^32");
+    Drop drop{static_cast<uint64_t>(keys[i]), static_cast<uint64_t>(whole[0]), real[0]};
+    if (each == 3) {
+      drop.least = real[1];
+      drop.least_before = whole[1];
+      drop.most = real[2];
+      drop.most_before = whole[2];
+    }
+    drops.push_back(drop);
+  }
+  return drops;
+}
+
 // The checked arguments that every streaming kernel shares.
 struct Arguments {
   std::vector<Matrix> models;
@@ -75,17 +102,8 @@ struct Arguments {
     for (const Tensor& model : tensors) models.push_back(matrix(model, shape, "a model's window"));
     Matrix base_matrix{nullptr, Dtype::f32};
     if (base.has_value()) base_matrix = matrix(*base, shape, "the base's window");
-    const int64_t dropping = static_cast<int64_t>(keys.size());
-    check((dropping == 0 || dropping == count) && thresholds.size() == keys.size() &&
-              scales.size() == keys.size(),
-          "drop keys, thresholds and scales must be empty or one per model");
-    check(dropping == 0 || base.has_value(), "dropping deltas needs a base");
-    for (int64_t i = 0; i < dropping; ++i) {
-      check(thresholds[i] >= 0 && thresholds[i] <= (int64_t{1} << 32),
-            "drop thresholds must be 0 to 2^32");
-      drops.push_back(
-          {static_cast<uint64_t>(keys[i]), static_cast<uint64_t>(thresholds[i]), scales[i]});
-    }
+    drops = drops_of(keys, thresholds, scales, count);
+    check(drops.empty() || base.has_value(), "dropping deltas needs a base");
     check(first_row >= 0 && first_entry >= 0, "window positions must not be negative");
     inputs = Inputs{{shape.size(0), shape.size(1), first_row, first_entry},
                     base_matrix,
@@ -136,6 +154,41 @@ struct BlendArguments : Arguments {
                   out.data_ptr(),
                   dtype_of(out, "out")};
   }
+};
+
+int64_t* int64(const Tensor& tensor, const Tensor& like, int64_t count, const char* what) {
+  check_device(tensor, like, what);
+  check(
+      tensor.scalar_type() == ScalarType::Long && tensor.is_contiguous() && tensor.numel() == count,
+      std::string(what) + " must be " + std::to_string(count) + " contiguous int64");
+  return static_cast<int64_t*>(tensor.data_ptr());
+}
+
+struct KeptArguments : Arguments {
+  std::vector<Drop> keeps;
+  Kept kept;
+
+  KeptArguments(const std::optional<Tensor>& base, const Tensors& models, int64_t first_row,
+                int64_t first_entry, const Integers& keys, const Integers& thresholds,
+                const Reals& scales, int64_t measure)
+      : Arguments(base, models, first_row, first_entry, keys, thresholds, scales) {
+    check(measure == 0 || measure == 1, "measure must be 0 (own) or 1 (spread)");
+    kept = Kept{inputs, static_cast<Measure>(measure), nullptr, nullptr, false};
+  }
+
+  void choose(const Integers& keys, const Integers& thresholds, const Reals& scales,
+              const std::optional<Tensor>& odds, bool divide_by_odds) {
+    keeps = drops_of(keys, thresholds, scales, inputs.count);
+    kept.keeps = keeps.empty() ? nullptr : keeps.data();
+    if (!odds.has_value()) return;
+    check(kept.keeps != nullptr, "odds need keeps, whose keys they use");
+    check(odds->numel() == inputs.count * entries(), "odds must be (models, entries)");
+    kept.odds = float64(*odds, *odds, 0, "odds");
+    kept.divide_by_odds = divide_by_odds;
+  }
+
+  int64_t entries() const { return inputs.window.rows * inputs.window.columns; }
+  int64_t sets() const { return kept.measure == Measure::spread ? 1 : inputs.count; }
 };
 
 double* moments_of(const Tensor& tensor, const Tensors& models, const char* what) {
@@ -321,6 +374,170 @@ void calibrated_softmax_cpu(Tensor scores, Tensor thresholds, double divisor, do
   });
 }
 
+namespace {
+
+struct CountArguments : KeptArguments {
+  int64_t* histogram;
+  int64_t bins;
+
+  CountArguments(const std::optional<Tensor>& base, const Tensors& models, const Tensor& counts,
+                 int64_t shift, const Integers& offsets, int64_t measure, int64_t first_row,
+                 int64_t first_entry, const Integers& keys, const Integers& thresholds,
+                 const Reals& scales)
+      : KeptArguments(base, models, first_row, first_entry, keys, thresholds, scales, measure) {
+    check(shift >= 0 && shift < 63, "shift must be 0 to 62");
+    check(static_cast<int64_t>(offsets.size()) == sets(), "there must be one offset per histogram");
+    check(counts.dim() == 2 && counts.size(0) == sets() && counts.size(1) > 0,
+          "histogram must be (models, bins), or (1, bins) of the spread");
+    bins = counts.size(1);
+    histogram = int64(counts, models[0], sets() * bins, "histogram");
+  }
+};
+
+struct CollectArguments : KeptArguments {
+  std::vector<KeyRange> ranges;
+  int64_t* keys;
+  int64_t* indices;
+  int64_t capacity;
+  int64_t* found;
+  int64_t* equal;
+
+  CollectArguments(const std::optional<Tensor>& base, const Tensors& models, const Integers& which,
+                   const Integers& lows, const Integers& highs, const Tensor& keys_out,
+                   const Tensor& indices_out, const Tensor& found_out, const Tensor& equal_out,
+                   int64_t block, int64_t measure, int64_t first_row, int64_t first_entry,
+                   const Integers& drop_keys, const Integers& thresholds, const Reals& scales)
+      : KeptArguments(base, models, first_row, first_entry, drop_keys, thresholds, scales,
+                      measure) {
+    const int64_t count = static_cast<int64_t>(which.size());
+    check(count >= 1 && count <= kMaxRanges && lows.size() == which.size() &&
+              highs.size() == which.size(),
+          "there must be one low and one high per range");
+    for (int64_t r = 0; r < count; ++r) {
+      check(which[r] >= 0 && which[r] < sets(), "a range names no model");
+      ranges.push_back({static_cast<int32_t>(which[r]), lows[r], highs[r]});
+    }
+    check(block >= 1, "block must be positive");
+    check(keys_out.dim() == 2 && keys_out.size(0) == count, "keys must be (ranges, capacity)");
+    capacity = keys_out.size(1);
+    keys = int64(keys_out, models[0], count * capacity, "keys");
+    indices = int64(indices_out, models[0], count * capacity, "indices");
+    found = int64(found_out, models[0], count, "found");
+    equal = int64(equal_out, models[0], count * ((entries() + block - 1) / block), "equal");
+  }
+};
+
+double* block_sums(const KeptArguments& a, const Tensor& sums, int64_t block) {
+  check(block >= 1, "block must be positive");
+  const int64_t blocks = (a.entries() + block - 1) / block;
+  check(sums.numel() == 3 * a.inputs.count * blocks, "sums must be (models, 3, blocks)");
+  return float64(sums, sums, 0, "sums");
+}
+
+double* magnitudes_of(const Tensor& out, const Tensors& models) {
+  check(out.numel() == models[0].numel() * static_cast<int64_t>(models.size()),
+        "out must be (models, entries)");
+  return float64(out, models[0], 0, "out");
+}
+
+struct ElectArguments : KeptArguments {
+  Election election;
+
+  ElectArguments(const Tensor& out, const std::optional<Tensor>& base, const Tensors& models,
+                 const Reals& weights, double scale, int64_t elect, bool normalize, int64_t measure,
+                 int64_t first_row, int64_t first_entry, const Integers& keys,
+                 const Integers& thresholds, const Reals& scales, const Integers& keep_keys,
+                 const Integers& keep_thresholds, const Reals& keep_scales,
+                 const std::optional<Tensor>& odds, bool divide_by_odds, const Tensor& counts)
+      : KeptArguments(base, models, first_row, first_entry, keys, thresholds, scales, measure) {
+    choose(keep_keys, keep_thresholds, keep_scales, odds, divide_by_odds);
+    check(base.has_value(), "choosing among deltas needs a base");
+    check_device(out, models[0], "out");
+    check(out.dim() == 2 && out.numel() == entries() && out.size(0) == inputs.window.rows &&
+              out.is_contiguous(),
+          "out must be contiguous and of the windows' shape");
+    check(elect >= 0 && elect <= 2, "elect must be 0 (none), 1 (weighted) or 2 (unweighted)");
+    check(static_cast<int64_t>(weights.size()) == inputs.count,
+          "there must be one weight per model");
+    int64(counts, models[0], 2, "counts");
+    election = Election{kept,           static_cast<Elect>(elect), normalize, scale, weights.data(),
+                        out.data_ptr(), dtype_of(out, "out")};
+  }
+};
+
+}  // namespace
+
+void count_magnitudes_cpu(std::optional<Tensor> base, Tensors models, Tensor histogram,
+                          int64_t shift, Integers offsets, bool clamp, int64_t measure,
+                          int64_t first_row, int64_t first_entry, Integers keys,
+                          Integers thresholds, Reals scales) {
+  CountArguments a(base, models, histogram, shift, offsets, measure, first_row, first_entry, keys,
+                   thresholds, scales);
+  // Large parts: each goes through all bins once.
+  parallel_lines(a.entries(), int64_t{1} << 20, [&](int64_t begin, int64_t end) {
+    cpu::count_magnitudes(a.kept, static_cast<int>(shift), offsets.data(), clamp, a.bins,
+                          a.histogram, begin, end);
+  });
+}
+
+void collect_magnitudes_cpu(std::optional<Tensor> base, Tensors models, Integers which,
+                            Integers lows, Integers highs, Tensor keys_out, Tensor indices,
+                            Tensor found, Tensor equal, int64_t block, int64_t measure,
+                            int64_t first_row, int64_t first_entry, Integers keys,
+                            Integers thresholds, Reals scales) {
+  CollectArguments a(base, models, which, lows, highs, keys_out, indices, found, equal, block,
+                     measure, first_row, first_entry, keys, thresholds, scales);
+  const int64_t blocks = (a.entries() + block - 1) / block;
+  torch::stable::parallel_for(
+      0, blocks, kGrainEntries / block + 1, [&](int64_t begin, int64_t end) {
+        cpu::collect_magnitudes(a.kept, a.ranges.data(), static_cast<int>(a.ranges.size()), a.keys,
+                                a.indices, a.capacity, a.found, a.equal, block, begin * block,
+                                std::min(end * block, a.entries()));
+      });
+}
+
+void kept_sums_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, int64_t block,
+                   int64_t measure, int64_t first_row, int64_t first_entry, Integers keys,
+                   Integers thresholds, Reals scales, Integers keep_keys, Integers keep_thresholds,
+                   Reals keep_scales, std::optional<Tensor> odds) {
+  KeptArguments a(base, models, first_row, first_entry, keys, thresholds, scales, measure);
+  a.choose(keep_keys, keep_thresholds, keep_scales, odds, false);
+  double* out = block_sums(a, sums, block);
+  const int64_t blocks = (a.entries() + block - 1) / block;
+  torch::stable::parallel_for(
+      0, blocks, kGrainEntries / block + 1,
+      [&](int64_t begin, int64_t end) { cpu::kept_sums(a.kept, out, block, begin, end); });
+}
+
+void magnitudes_cpu(std::optional<Tensor> base, Tensors models, Tensor out, int64_t first_row,
+                    int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  double* values = magnitudes_of(out, models);
+  parallel_lines(models[0].numel(), kGrainEntries, [&](int64_t begin, int64_t end) {
+    cpu::magnitudes(a.inputs, values, begin, end);
+  });
+}
+
+void elect_cpu(Tensor out, std::optional<Tensor> base, Tensors models, Reals weights, double scale,
+               int64_t elect, bool normalize, int64_t measure, int64_t first_row,
+               int64_t first_entry, Integers keys, Integers thresholds, Reals scales,
+               Integers keep_keys, Integers keep_thresholds, Reals keep_scales,
+               std::optional<Tensor> odds, bool divide_by_odds, Tensor counts) {
+  ElectArguments a(out, base, models, weights, scale, elect, normalize, measure, first_row,
+                   first_entry, keys, thresholds, scales, keep_keys, keep_thresholds, keep_scales,
+                   odds, divide_by_odds, counts);
+  std::atomic<int64_t> nonfinite{0}, overflow{0};
+  parallel_lines(a.entries(), kGrainEntries, [&](int64_t begin, int64_t end) {
+    int64_t bad = 0, large = 0;
+    cpu::elect(a.election, begin, end, bad, large);
+    nonfinite += bad;
+    overflow += large;
+  });
+  auto* totals = static_cast<int64_t*>(counts.data_ptr());
+  totals[0] += nonfinite;
+  totals[1] += overflow;
+}
+
 #ifdef MERGECORE_CUDA
 
 namespace {
@@ -424,6 +641,61 @@ void calibrated_softmax_cuda(Tensor scores, Tensor thresholds, double divisor, d
           "calibrated_softmax");
 }
 
+void count_magnitudes_cuda(std::optional<Tensor> base, Tensors models, Tensor histogram,
+                           int64_t shift, Integers offsets, bool clamp, int64_t measure,
+                           int64_t first_row, int64_t first_entry, Integers keys,
+                           Integers thresholds, Reals scales) {
+  const OnDevice on(histogram);
+  CountArguments a(base, models, histogram, shift, offsets, measure, first_row, first_entry, keys,
+                   thresholds, scales);
+  succeed(cuda::count_magnitudes(a.kept, static_cast<int>(shift), offsets.data(), clamp, a.bins,
+                                 a.histogram, on.stream),
+          "count_magnitudes");
+}
+
+void collect_magnitudes_cuda(std::optional<Tensor> base, Tensors models, Integers which,
+                             Integers lows, Integers highs, Tensor keys_out, Tensor indices,
+                             Tensor found, Tensor equal, int64_t block, int64_t measure,
+                             int64_t first_row, int64_t first_entry, Integers keys,
+                             Integers thresholds, Reals scales) {
+  const OnDevice on(found);
+  CollectArguments a(base, models, which, lows, highs, keys_out, indices, found, equal, block,
+                     measure, first_row, first_entry, keys, thresholds, scales);
+  succeed(
+      cuda::collect_magnitudes(a.kept, a.ranges.data(), static_cast<int>(a.ranges.size()), a.keys,
+                               a.indices, a.capacity, a.found, a.equal, block, on.stream),
+      "collect_magnitudes");
+}
+
+void kept_sums_cuda(std::optional<Tensor> base, Tensors models, Tensor sums, int64_t block,
+                    int64_t measure, int64_t first_row, int64_t first_entry, Integers keys,
+                    Integers thresholds, Reals scales, Integers keep_keys, Integers keep_thresholds,
+                    Reals keep_scales, std::optional<Tensor> odds) {
+  const OnDevice on(sums);
+  KeptArguments a(base, models, first_row, first_entry, keys, thresholds, scales, measure);
+  a.choose(keep_keys, keep_thresholds, keep_scales, odds, false);
+  succeed(cuda::kept_sums(a.kept, block_sums(a, sums, block), block, on.stream), "kept_sums");
+}
+
+void magnitudes_cuda(std::optional<Tensor> base, Tensors models, Tensor out, int64_t first_row,
+                     int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  const OnDevice on(out);
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  succeed(cuda::magnitudes(a.inputs, magnitudes_of(out, models), on.stream), "magnitudes");
+}
+
+void elect_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Reals weights, double scale,
+                int64_t elect, bool normalize, int64_t measure, int64_t first_row,
+                int64_t first_entry, Integers keys, Integers thresholds, Reals scales,
+                Integers keep_keys, Integers keep_thresholds, Reals keep_scales,
+                std::optional<Tensor> odds, bool divide_by_odds, Tensor counts) {
+  const OnDevice on(out);
+  ElectArguments a(out, base, models, weights, scale, elect, normalize, measure, first_row,
+                   first_entry, keys, thresholds, scales, keep_keys, keep_thresholds, keep_scales,
+                   odds, divide_by_odds, counts);
+  succeed(cuda::elect(a.election, static_cast<int64_t*>(counts.data_ptr()), on.stream), "elect");
+}
+
 #endif  // MERGECORE_CUDA
 
 }  // namespace mergecore
@@ -454,6 +726,28 @@ STABLE_TORCH_LIBRARY(mergecore, m) {
   m.def(
       "calibrated_softmax(Tensor scores, Tensor thresholds, float divisor, float s, "
       "Tensor(a!) out) -> ()");
+  m.def(
+      "count_magnitudes(Tensor? base, Tensor[] models, Tensor(a!) histogram, int shift, "
+      "int[] offsets, bool clamp, int measure, int first_row, int first_entry, int[] drop_keys, "
+      "int[] drop_thresholds, float[] drop_scales) -> ()");
+  m.def(
+      "collect_magnitudes(Tensor? base, Tensor[] models, int[] which, int[] lows, int[] highs, "
+      "Tensor(a!) keys, Tensor(b!) indices, Tensor(c!) found, Tensor(d!) equal, int block, "
+      "int measure, int first_row, int first_entry, int[] drop_keys, int[] drop_thresholds, "
+      "float[] drop_scales) -> ()");
+  m.def(
+      "kept_sums(Tensor? base, Tensor[] models, Tensor(a!) sums, int block, int measure, "
+      "int first_row, int first_entry, int[] drop_keys, int[] drop_thresholds, "
+      "float[] drop_scales, int[] keep_keys, int[] keep_thresholds, float[] keep_scales, "
+      "Tensor? odds) -> ()");
+  m.def(
+      "magnitudes(Tensor? base, Tensor[] models, Tensor(a!) out, int first_row, int first_entry, "
+      "int[] drop_keys, int[] drop_thresholds, float[] drop_scales) -> ()");
+  m.def(
+      "elect(Tensor(a!) out, Tensor? base, Tensor[] models, float[] weights, float scale, "
+      "int elect, bool normalize, int measure, int first_row, int first_entry, int[] drop_keys, "
+      "int[] drop_thresholds, float[] drop_scales, int[] keep_keys, int[] keep_thresholds, "
+      "float[] keep_scales, Tensor? odds, bool divide_by_odds, Tensor(b!) counts) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mergecore, CPU, m) {
@@ -465,6 +759,11 @@ STABLE_TORCH_LIBRARY_IMPL(mergecore, CPU, m) {
   m.impl("blend", TORCH_BOX(&mergecore::blend_cpu));
   m.impl("rank", TORCH_BOX(&mergecore::rank_cpu));
   m.impl("calibrated_softmax", TORCH_BOX(&mergecore::calibrated_softmax_cpu));
+  m.impl("count_magnitudes", TORCH_BOX(&mergecore::count_magnitudes_cpu));
+  m.impl("collect_magnitudes", TORCH_BOX(&mergecore::collect_magnitudes_cpu));
+  m.impl("kept_sums", TORCH_BOX(&mergecore::kept_sums_cpu));
+  m.impl("magnitudes", TORCH_BOX(&mergecore::magnitudes_cpu));
+  m.impl("elect", TORCH_BOX(&mergecore::elect_cpu));
 }
 
 #ifdef MERGECORE_CUDA
@@ -477,5 +776,10 @@ STABLE_TORCH_LIBRARY_IMPL(mergecore, CUDA, m) {
   m.impl("blend", TORCH_BOX(&mergecore::blend_cuda));
   m.impl("rank", TORCH_BOX(&mergecore::rank_cuda));
   m.impl("calibrated_softmax", TORCH_BOX(&mergecore::calibrated_softmax_cuda));
+  m.impl("count_magnitudes", TORCH_BOX(&mergecore::count_magnitudes_cuda));
+  m.impl("collect_magnitudes", TORCH_BOX(&mergecore::collect_magnitudes_cuda));
+  m.impl("kept_sums", TORCH_BOX(&mergecore::kept_sums_cuda));
+  m.impl("magnitudes", TORCH_BOX(&mergecore::magnitudes_cuda));
+  m.impl("elect", TORCH_BOX(&mergecore::elect_cuda));
 }
 #endif

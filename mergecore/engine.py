@@ -10,9 +10,9 @@ import logging
 import re
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergecore import ops
+from mergecore import ops, statistics
 from mergecore._stream import ReadFault, WindowStream
 from mergecore.checkpoint import TensorInfo
 from mergecore.device import Device, HostWindow, open_device
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
-from mergecore.methods.base import Coefficients, Gram, Moments, Statistics
+from mergecore.matching import FLOATS
+from mergecore.methods.base import Coefficients, Election, Statistics, TensorView
 from mergecore.output import manifest
 from mergecore.output.writer import OutputWriter
-from mergecore.planning import FLOATS, MergePlan, TensorJob, plan, with_run
+from mergecore.planning import MergePlan, TensorJob, plan, with_run
+from mergecore.selecting import Part, row_odds, row_pieces
 from mergecore.spec import MergeSpec, load_spec
 
 log = logging.getLogger(__name__)
@@ -116,6 +118,9 @@ class _Window:
     blends: bool
 
 
+_Windows = Iterator[tuple[_Window, list[memoryview]]]
+
+
 class _Merge:
     """The state of one running merge."""
 
@@ -135,7 +140,7 @@ class _Merge:
         skipped = [job for job in planned.jobs if job.name in writer.finished]
         self.done = len(skipped)
         self.read = 0
-        self.read_before = sum(self._bytes_to_read(job) for job in skipped)
+        self.read_before = sum(job.bytes_to_read for job in skipped)
         self.written = sum(planned.layout.slots[job.name].nbytes for job in skipped)
         self.file_numbers = {path: number for number, path in enumerate(planned.files)}
         self.started = time.monotonic()
@@ -170,15 +175,21 @@ class _Merge:
         self.writer.publish()
         return result
 
-    def _run_job(
-        self, job: TensorJob, windows: Iterator[tuple[_Window, list[memoryview]]], stream: WindowStream
-    ) -> None:
+    def _run_job(self, job: TensorJob, windows: _Windows, stream: WindowStream) -> None:
         if job.parameters is None:
             self._copy(job, windows)
         else:
             counts = torch.zeros(2, dtype=torch.int64, device=self.device.torch_device)
-            for matrix in range(job.matrices):
-                self._blend(job, matrix, self._coefficients(job, matrix, windows), counts, windows)
+            reads = _Reads(self, job, windows)
+            seed = self.plan.spec.seed
+            drops = statistics.chosen(job, job.sparsify, reads, ops.Place(), seed) if job.sparsify else []
+            if self.plan.method.keeps is not None:
+                self._elect(job, drops, counts, reads)
+            else:
+                for matrix in range(job.matrices):
+                    coefficients = self._solve(statistics.of_matrix(job, matrix, reads, drops), job)
+                    assert isinstance(coefficients, Coefficients)
+                    self._blend(job, matrix, coefficients, drops, counts, reads)
             self.device.flush()
             stream.check()
             self._check_finite(job, *counts.tolist())
@@ -187,7 +198,7 @@ class _Merge:
         self.done += 1
         self._progress()
 
-    def _copy(self, job: TensorJob, windows: Iterator[tuple[_Window, list[memoryview]]]) -> None:
+    def _copy(self, job: TensorJob, windows: _Windows) -> None:
         for first_row, rows in job.windows():
             _, (data,) = next(windows)
             buffer = self.writer.acquire(rows)
@@ -195,107 +206,93 @@ class _Merge:
             self.writer.write(job.name, first_row, buffer)
             self._count(rows, rows)
 
-    def _coefficients(
-        self, job: TensorJob, matrix: int, windows: Iterator[tuple[_Window, list[memoryview]]]
-    ) -> Coefficients:
-        method, on = self.plan.method, self.device.torch_device
-        moments = gram = None
-        if job.statistics.is_gram:
-            gram = self._gram(job, matrix, windows)
-        if job.statistics is Statistics.COLUMNS:
-            by_rows = job.orientation == "rows"
-            shape = (ops.moment_count(len(job.models)), job.rows if by_rows else job.columns)
-            sums = torch.zeros(shape, dtype=torch.float64, device=on)
-            pending = sums if by_rows else torch.zeros_like(sums)
-            drops, entry = self._drops(job), matrix * job.rows * job.columns
-            for first_row, _ in job.windows():
-                window, views = next(windows)
-                base, models = self._upload(window, views)
-                if by_rows:
-                    ops.row_moments(base, models, sums, first_row=first_row, first_entry=entry, drops=drops)
-                else:
-                    ops.column_moments(base, models, sums, pending, first_row=first_row, first_entry=entry, drops=drops)
-                self._count(sum(map(len, views)), 0)
-            sums = sums if by_rows else sums + pending
-            if not bool(torch.isfinite(sums).all()):
-                self._check_finite(job, 1, 0)
-            moments = Moments.of(sums)
+    def _solve(self, view: TensorView, job: TensorJob) -> Coefficients | Election:
         try:
-            return method.coefficients(job.view(moments, gram))
+            return self.plan.method.coefficients(view)
         except ValueError as error:
             raise MergecoreError(f"{job.name}: {error}") from error
-
-    def _gram(self, job: TensorJob, matrix: int, windows: Iterator[tuple[_Window, list[memoryview]]]) -> Gram:
-        count = len(job.models)
-        anchored = not job.has_base and count > 1
-        length = {Statistics.GRAM: 1, Statistics.ROW_GRAM: job.rows, Statistics.COLUMN_GRAM: job.columns}
-        shape = (ops.gram_count(count - 1 if anchored else count), length[job.statistics])
-        sums = torch.zeros(shape, dtype=torch.float64, device=self.device.torch_device)
-        pending = torch.zeros_like(sums) if job.statistics is Statistics.COLUMN_GRAM else sums
-        drops, entry = self._drops(job), matrix * job.rows * job.columns
-        for first_row, _ in job.windows():
-            window, views = next(windows)
-            base, models = self._upload(window, views)
-            if anchored:
-                base, *models = models
-            place: dict[str, Any] = {"first_row": first_row, "first_entry": entry, "drops": drops}
-            if job.statistics is Statistics.GRAM:
-                ops.gram(sums, base, models, **place)
-            elif job.statistics is Statistics.ROW_GRAM:
-                ops.row_gram(sums, base, models, **place)
-            else:
-                ops.column_gram(sums, pending, base, models, **place)
-            self._count(sum(map(len, views)), 0)
-        sums = sums + pending if pending is not sums else sums
-        if not bool(torch.isfinite(sums).all()):
-            self._check_finite(job, 1, 0)
-        return Gram.of(sums, anchored)
 
     def _blend(
         self,
         job: TensorJob,
         matrix: int,
         coefficients: Coefficients,
+        drops: list[ops.Drop],
         counts: Tensor,
-        windows: Iterator[tuple[_Window, list[memoryview]]],
+        reads: _Reads,
     ) -> None:
         values = coefficients.values.to(self.device.torch_device).contiguous()
         axis = ops.Axis.TENSOR
         if values.shape[1] > 1:
             axis = ops.Axis.ROWS if job.orientation == "rows" else ops.Axis.COLUMNS
-        drops, entry = self._drops(job), matrix * job.rows * job.columns
+        entry = matrix * job.rows * job.columns
+
+        def compute(result: Tensor, part: Part) -> None:
+            ops.blend(
+                result,
+                part.base,
+                part.models,
+                values,
+                counts,
+                base_coefficient=coefficients.base,
+                axis=axis,
+                first_row=(part.first_entry - entry) // job.columns,
+                first_entry=entry,
+                drops=drops,
+            )
+
+        self._write(job, matrix, compute, reads)
+
+    def _elect(self, job: TensorJob, drops: list[ops.Drop], counts: Tensor, reads: _Reads) -> None:
+        """The blend of methods that keep some of the deltas; what they keep is chosen first."""
+        keeps = job.keeps
+        measure = ops.Measure.SPREAD if keeps and keeps[0].spread else ops.Measure.OWN
+        place = ops.Place(drops=drops, measure=measure)
+        kept = statistics.chosen(job, keeps, reads, place, self.plan.spec.seed, "kept") if keeps else []
+        squares = statistics.mean_squares(job, kept, reads, place) if job.statistics is Statistics.SQUARES else None
+        election = self._solve(job.view(squares=squares), job)
+        assert isinstance(election, Election)
+        divide_by_odds = any(keep.rescale == "probability" for keep in keeps)
+
+        def compute(result: Tensor, part: Part) -> None:
+            done = 0
+            for piece in row_pieces(keeps, part, reads.block):
+                here = replace(place, first_entry=piece.first_entry)
+                rows = piece.models[0].shape[0]
+                assert piece.base is not None
+                ops.elect(
+                    result[done : done + rows],
+                    piece.base,
+                    piece.models,
+                    election.weights,
+                    counts,
+                    scale=election.scale,
+                    elect=election.elect,
+                    normalize=election.normalize,
+                    keeps=kept,
+                    place=here,
+                    odds=row_odds(keeps, piece, here),
+                    divide_by_odds=divide_by_odds,
+                )
+                done += rows
+
+        self._write(job, 0, compute, reads)
+
+    def _write(self, job: TensorJob, matrix: int, compute: Callable[[Tensor, Part], None], reads: _Reads) -> None:
+        """The blend pass over a matrix: `compute` fills the result of each window."""
         dtype = DTYPES[job.dtype]
         for first_row, rows in job.windows():
-            window, views = next(windows)
+            window, views = next(reads.windows)
             base, models = self._upload(window, views)
             nbytes = rows * job.columns * dtype.itemsize
             buffer = self.writer.acquire(nbytes)
             target = HostWindow(buffer, dtype, rows, job.columns)
             result = self.device.output(target)
-            ops.blend(
-                result,
-                base,
-                models,
-                values,
-                counts,
-                base_coefficient=coefficients.base,
-                axis=axis,
-                first_row=first_row,
-                first_entry=entry,
-                drops=drops,
-            )
-            offset = (entry + first_row * job.columns) * dtype.itemsize
+            first_entry = (matrix * job.rows + first_row) * job.columns
+            compute(result, Part(first_entry, base, models))
+            offset = first_entry * dtype.itemsize
             self.device.deliver(result, target, partial(self.writer.write, job.name, offset, buffer))
             self._count(sum(map(len, views)), nbytes)
-
-    def _drops(self, job: TensorJob) -> list[ops.Drop]:
-        sparsify, seed = self.plan.spec.sparsify, self.plan.spec.seed
-        if sparsify is None or sparsify.drop_rate == 0:
-            return []
-        return [
-            ops.Drop.of(sparsify.drop_rate, sparsify.rescale, seed=seed, tensor=job.name, model=n)
-            for n in range(len(job.models))
-        ]
 
     def _upload(self, window: _Window, views: list[memoryview]) -> tuple[Tensor | None, list[Tensor]]:
         job, stored = window.job, iter(views)
@@ -308,7 +305,7 @@ class _Merge:
         tensors = self.device.upload(hosts)
         return (tensors[0], tensors[1:]) if job.has_base else (None, tensors)
 
-    def _windows(self, stream: WindowStream) -> Iterator[tuple[_Window, list[memoryview]]]:
+    def _windows(self, stream: WindowStream) -> _Windows:
         """Every window of every job with its bytes, in the order of the loop; submitted just far enough ahead."""
         order = self._order()
         ahead: list[_Window] = []
@@ -330,10 +327,17 @@ class _Merge:
 
     def _order(self) -> Iterator[_Window]:
         for job in self.jobs:
+            for _ in range(job.choosing_reads):
+                yield from self._matrix_windows(job, range(job.matrices), blends=False)
             for matrix in range(job.matrices):
-                for blends in (False, True) if job.passes > 1 else (True,):
-                    for first_row, rows in job.windows():
-                        yield _Window(job, matrix, first_row, rows, blends)
+                for read in range(job.choosing_reads + 1, job.passes + 1):
+                    yield from self._matrix_windows(job, (matrix,), blends=read == job.passes)
+
+    @staticmethod
+    def _matrix_windows(job: TensorJob, matrices: Iterable[int], *, blends: bool) -> Iterator[_Window]:
+        for matrix in matrices:
+            for first_row, rows in job.windows():
+                yield _Window(job, matrix, first_row, rows, blends)
 
     def _pieces(self, window: _Window) -> list[tuple[int, int, int]]:
         job = window.job
@@ -345,9 +349,6 @@ class _Merge:
             if info is not None
             for size in (FLOATS[info.dtype] if job.parameters is not None else 1,)
         ]
-
-    def _bytes_to_read(self, job: TensorJob) -> int:
-        return job.input_bytes * job.passes
 
     def _count(self, read: int, written: int) -> None:
         self.read += read
@@ -386,6 +387,51 @@ class _Merge:
         if message not in self.warnings:
             self.warnings.append(message)
             log.warning(message)
+
+
+class _Reads:
+    """A job's tensor as its statistics read it: planned reads from the merge's windows, others from a stream apart."""
+
+    def __init__(self, merge: _Merge, job: TensorJob, windows: _Windows) -> None:
+        self.merge, self.job, self.windows = merge, job, windows
+        self.entries = job.matrices * job.rows * job.columns
+        self.block = job.block_rows * job.columns
+        self.device = merge.device.torch_device
+
+    def nonfinite(self) -> None:
+        self.merge._check_finite(self.job, 1, 0)
+
+    def planned(self) -> Iterator[Part]:
+        for matrix in range(self.job.matrices):
+            yield from self.matrix(matrix)
+
+    def matrix(self, number: int) -> Iterator[Part]:
+        for _ in self.job.windows():
+            window, views = next(self.windows)
+            yield self._part(window, views)
+            self.merge._count(sum(map(len, views)), 0)
+
+    def further(self) -> Iterator[Part]:
+        yield from self._apart(self.merge._matrix_windows(self.job, range(self.job.matrices), blends=False))
+
+    def only(self, first_entry: int, entries: int) -> Part:
+        matrix, row = divmod(first_entry // self.job.columns, max(1, self.job.rows))
+        return next(self._apart([_Window(self.job, matrix, row, entries // self.job.columns, False)]))
+
+    def _apart(self, windows: Iterable[_Window]) -> Iterator[Part]:
+        files = [str(path) for path in self.merge.file_numbers]
+        with WindowStream(files, self.merge.plan.spec.run.read, 0) as stream:
+            for window in windows:
+                stream.submit(self.merge._pieces(window), keep=False)
+                views = stream.next()
+                yield self._part(window, views)
+                stream.check()
+                self.merge.read += sum(map(len, views))
+
+    def _part(self, window: _Window, views: list[memoryview]) -> Part:
+        base, models = self.merge._upload(window, views)
+        first = (window.matrix * self.job.rows + window.first_row) * self.job.columns
+        return Part(first, base, models)
 
 
 def _peak_rss() -> int:

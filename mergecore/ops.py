@@ -7,6 +7,7 @@ CUDA tensors give equal bits. The arithmetic is described in docs/design.md, sec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -42,25 +43,36 @@ class Axis(IntEnum):
 
 @dataclass(frozen=True)
 class Drop:
-    """DARE for one model (Yu et al. 2024, eq. 3): entry e is kept iff its Philox number >= threshold.
+    """Which deltas of one model are kept: at random, by magnitude, or both.
 
-    `key` is 64 bits; `threshold` is round(drop_rate * 2**32); kept deltas are multiplied by `scale`.
+    DARE (Yu et al. 2024, eq. 3): entry e is kept iff its Philox number >= threshold. `key` is 64 bits;
+    `threshold` is round(drop_rate * 2**32); kept deltas are multiplied by `scale`.
+    By magnitude: |d| below `least` or above `most` is dropped; |d| == least is kept iff e < least_before,
+    |d| == most is dropped iff e < most_before. So the top k of any deltas, ties in index order, are a Drop.
     """
 
     key: int
     threshold: int
     scale: float
+    least: float = -1.0
+    least_before: int = 0
+    most: float = math.inf
+    most_before: int = 0
 
     @classmethod
-    def of(cls, drop_rate: float, rescale: bool, *, seed: int, tensor: str, model: int) -> Drop:
-        """The drop of `model` (its position in the spec) on `tensor`; the same on every machine."""
-        key = xxhash.xxh3_64_intdigest(f"{seed}\0{tensor}\0{model}".encode())
+    def of(cls, drop_rate: float, rescale: bool, *, seed: int, tensor: str, model: int, purpose: str = "") -> Drop:
+        """The drop of `model` (its position in the spec) on `tensor`; the same on every machine.
+
+        `purpose` keeps apart what is drawn twice for one model.
+        """
+        key = xxhash.xxh3_64_intdigest(f"{seed}\0{tensor}\0{model}{purpose}".encode())
         return cls(key, round(drop_rate * 2**32), 1.0 / (1.0 - drop_rate) if rescale else 1.0)
 
 
 def _drop_arguments(drops: Sequence[Drop]) -> tuple[list[int], list[int], list[float]]:
     signed = [drop.key - 2**64 if drop.key >= 2**63 else drop.key for drop in drops]
-    return signed, [drop.threshold for drop in drops], [drop.scale for drop in drops]
+    whole = [number for drop in drops for number in (drop.threshold, drop.least_before, drop.most_before)]
+    return signed, whole, [number for drop in drops for number in (drop.scale, drop.least, drop.most)]
 
 
 GRAM_BLOCK = 4096
@@ -210,10 +222,145 @@ def calibrated_softmax(scores: Tensor, thresholds: Tensor, *, divisor: float, s:
     return out
 
 
+class Measure(IntEnum):
+    """What order statistics and masks compare: each model's |d|, or the models' standard deviation per entry."""
+
+    OWN = 0
+    SPREAD = 1
+
+
+class Elect(IntEnum):
+    """Whose deltas are summed: everybody's, or those with the sign of the weighted or the plain sum (TIES)."""
+
+    NONE = 0
+    WEIGHTED = 1
+    UNWEIGHTED = 2
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a window lies in its tensor, and what was dropped from the deltas before."""
+
+    first_entry: int = 0
+    drops: Sequence[Drop] = ()
+    measure: Measure = Measure.OWN
+
+    def arguments(self) -> tuple[int, int, list[int], list[int], list[float]]:
+        return (0, self.first_entry, *_drop_arguments(self.drops))
+
+
+def count_magnitudes(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    histogram: Tensor,
+    *,
+    shift: int,
+    offsets: Sequence[int],
+    clamp: bool,
+    place: Place,
+) -> None:
+    """Adds a window's magnitudes to `histogram`, int64 (models, bins), or (1, bins) of Measure.SPREAD.
+
+    A magnitude's key is its float64 bits; bin b of model n counts keys with key >> shift == offsets[n] + b.
+    Keys beyond the bins count in the end ones with `clamp`, else nowhere.
+    """
+    first_row, entry, *drops = place.arguments()
+    torch.ops.mergecore.count_magnitudes(
+        base, list(models), histogram, shift, list(offsets), clamp, int(place.measure), first_row, entry, *drops
+    )
+
+
+def collect_magnitudes(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    ranges: Sequence[tuple[int, int, int]],
+    keys: Tensor,
+    indices: Tensor,
+    found: Tensor,
+    equal: Tensor,
+    *,
+    block: int,
+    place: Place,
+) -> None:
+    """Collects a window's entries whose key lies within each range (model, low, high), both ends excluded.
+
+    `keys` and `indices` (in the tensor) are int64 (ranges, capacity), filled in any order from place
+    `found` (int64, ranges) on, which counts also what had no room. `equal`, int64 (ranges, blocks of
+    the window), is added the number of keys equal to `low` in each block of `block` entries.
+    """
+    which, lows, highs = (list(numbers) for numbers in zip(*ranges, strict=True))
+    first_row, entry, *drops = place.arguments()
+    torch.ops.mergecore.collect_magnitudes(
+        base, list(models), which, lows, highs, keys, indices, found, equal, block, int(place.measure), first_row,
+        entry, *drops,
+    )  # fmt: skip
+
+
+def kept_sums(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    *,
+    block: int,
+    keeps: Sequence[Drop],
+    place: Place,
+    odds: Tensor | None = None,
+) -> Tensor:
+    """Sums over each block of a window, float64 (models, 3, blocks): of |d|, of |kept d|, of kept d squared.
+
+    Nothing is rescaled. `odds`: as in `elect`.
+    """
+    blocks = -(-models[0].numel() // block)
+    sums = torch.zeros(len(models), 3, blocks, dtype=torch.float64, device=models[0].device)
+    first_row, entry, *drops = place.arguments()
+    torch.ops.mergecore.kept_sums(
+        base, list(models), sums, block, int(place.measure), first_row, entry, *drops, *_drop_arguments(keeps), odds
+    )
+    return sums
+
+
+def magnitudes(base: Tensor | None, models: Sequence[Tensor], place: Place) -> Tensor:
+    """|d| of every entry of a window, float64 (models, rows, columns)."""
+    out = torch.empty(len(models), *models[0].shape, dtype=torch.float64, device=models[0].device)
+    torch.ops.mergecore.magnitudes(base, list(models), out, *place.arguments())
+    return out
+
+
+def elect(
+    out: Tensor,
+    base: Tensor,
+    models: Sequence[Tensor],
+    weights: Sequence[float],
+    counts: Tensor,
+    *,
+    scale: float,
+    elect: Elect,
+    normalize: bool,
+    keeps: Sequence[Drop],
+    place: Place,
+    odds: Tensor | None = None,
+    divide_by_odds: bool = False,
+) -> None:
+    """out = cast(base + scale * mixed), one rounding.
+
+    `mixed` is the weighted sum of the kept deltas; with an election, of those that agree with the
+    elected sign (a sum of 0 elects +), with `normalize` then divided by the sum of their weights.
+    `keeps` choose among the deltas that `place.drops` left; `odds`, float64 (models, entries), are
+    keep-probabilities in the place of their thresholds, and of their scales with `divide_by_odds`.
+    Adds to `counts` (int64, 2): results that are NaN or Inf, and finite results that overflow.
+    """
+    first_row, entry, *drops = place.arguments()
+    torch.ops.mergecore.elect(
+        out, base, list(models), list(weights), scale, int(elect), normalize, int(place.measure), first_row, entry,
+        *drops, *_drop_arguments(keeps), odds, divide_by_odds, counts,
+    )  # fmt: skip
+
+
 def _register_fakes() -> None:
     # Every op only writes into its arguments: there is nothing to infer.
     grams = ("gram", "row_gram", "column_gram")
-    for name in (*grams, "column_moments", "row_moments", "blend", "rank", "calibrated_softmax"):
+    moments = ("column_moments", "row_moments", "blend", "rank", "calibrated_softmax")
+    selection = ("count_magnitudes", "collect_magnitudes", "kept_sums", "magnitudes", "elect")
+    for name in (*grams, *moments, *selection):
         torch.library.register_fake(f"mergecore::{name}", lambda *args: None)
 
 

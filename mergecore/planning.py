@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,31 +16,22 @@ import xxhash
 from pydantic import ValidationError
 
 from mergecore import __version__
-from mergecore.architecture import (
-    HEAD,
-    Architecture,
-    Orientation,
-    embedding_of,
-    is_bias,
-    is_buffer,
-    is_embedding,
-    is_tied,
-)
+from mergecore.architecture import HEAD, Architecture, Orientation, is_tied
 from mergecore.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mergecore.errors import CheckpointError, SpecError
+from mergecore.matching import FLOATS, Matching, input_error
 from mergecore.methods import METHODS
-from mergecore.methods.base import Gram, Method, Moments, Parameter, Statistics, TensorView
-from mergecore.ops import GRAM_BLOCK, gram_count
-from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
-from mergecore.spec import MergeSpec, Run
-from mergecore.spec.problems import Keys, near
+from mergecore.methods.base import Gram, Keep, Method, Moments, Statistics, TensorView
+from mergecore.ops import gram_count
+from mergecore.output.layout import OutputLayout, plan_layout
+from mergecore.parameters import Parameters
+from mergecore.selecting import BLOCK, held_bytes, planned_reads
+from mergecore.spec import MergeSpec, Run, Sparsify
+from mergecore.spec.problems import near
 
-FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
-WHOLE_NUMBERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 WINDOW_BYTES = 64 << 20  # inputs and output of one window; larger ones only cost memory
 MAX_MODELS = 64  # of one merge: kMaxModels in csrc/kernels.h
-MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -66,6 +57,12 @@ class TensorJob:
     keep: bool
     """Whether the inputs stay mapped between the statistics pass and the blend pass."""
     statistics: Statistics = Statistics.NONE
+    sparsify: tuple[Keep, ...] = ()
+    """What is kept of each model's deltas in front of the method; empty where everything is."""
+    keeps: tuple[Keep, ...] = ()
+    """What the method keeps of what is left; empty where it keeps everything."""
+    block_rows: int = 1
+    """Windows are cut at multiples of it."""
 
     @property
     def inputs(self) -> tuple[TensorInfo | None, ...]:
@@ -77,14 +74,29 @@ class TensorJob:
         return sum(info.nbytes for info in self.inputs if info is not None)
 
     @property
-    def passes(self) -> int:
-        """How often the inputs are read: for statistics, and for the blend or the copy."""
-        return 1 if self.statistics is Statistics.NONE else 2
+    def choosing_reads(self) -> int:
+        """How often everything is read to tell which deltas are kept."""
+        return planned_reads(self.sparsify) + planned_reads(self.keeps)
 
-    def view(self, moments: Moments | None = None, gram: Gram | None = None) -> TensorView:
+    @property
+    def passes(self) -> int:
+        """How often the inputs are read: for what is kept, for statistics, and for the blend or the copy."""
+        return self.choosing_reads + int(self.statistics is not Statistics.NONE) + 1
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of windows read, every pass counted (all but the first usually come from memory)."""
+        return self.input_bytes * self.passes
+
+    def view(
+        self,
+        moments: Moments | None = None,
+        gram: Gram | None = None,
+        squares: tuple[float, ...] | None = None,
+    ) -> TensorView:
         """This tensor as its method sees it."""
         assert self.parameters is not None
-        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, gram)
+        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, gram, squares)
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each window of one matrix, in order."""
@@ -111,12 +123,12 @@ class MergePlan:
 
     @property
     def passes(self) -> int:
+        """Passes over the inputs, of the tensors that take most."""
         return max((job.passes for job in self.jobs), default=1)
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of windows read, both passes counted (the second usually comes from memory)."""
-        return sum(job.input_bytes * job.passes for job in self.jobs)
+        return sum(job.bytes_to_read for job in self.jobs)
 
     @property
     def bytes_to_write(self) -> int:
@@ -157,7 +169,7 @@ def plan(spec: MergeSpec, *, resolve: Callable[[str], Path] | None = None) -> Me
         try:
             return opened.setdefault(real, opened.get(real) or open_checkpoint(path))
         except CheckpointError as error:
-            raise _at(spec, keys, str(error)) from error
+            raise input_error(spec, keys, str(error)) from error
 
     base = open_once(spec.base_model, "base_model") if spec.base_model is not None else None
     listed = [open_once(entry.model, "models", i, "model") for i, entry in enumerate(spec.models)]
@@ -180,9 +192,9 @@ def plan(spec: MergeSpec, *, resolve: Callable[[str], Path] | None = None) -> Me
 
     models = tuple(model for model, _ in members)
     reads_base = base if method.deltas or spec.sparsify is not None else None
-    matching = _Matching(spec, reference, members)
+    matching = Matching(spec, reference, members)
     architecture = Architecture.of(reference.config, matching.names, spec.orientation)
-    parameters = _Parameters(spec, method, architecture, tuple(index for _, index in members))
+    parameters = Parameters(spec, method, architecture, tuple(index for _, index in members))
     jobs = [_job(name, matching, parameters, architecture, spec, method, reads_base) for name in matching.names]
     for job in jobs:
         _check_coefficients(job, method, spec)
@@ -219,11 +231,33 @@ def _check_coefficients(job: TensorJob, method: Method, spec: MergeSpec) -> None
                 method.check(job.view())
             if job.statistics is not Statistics.NONE:
                 return
-            values = method.coefficients(job.view()).values
+            coefficients = method.coefficients(job.view())
         except ValueError as error:
             raise spec.error(f"{job.name}: {error}", "parameters") from None
-        if not values.isfinite().all():
+        if not coefficients.finite:
             raise spec.error(f"{job.name}: the weights are too large, their products overflow", "parameters")
+
+
+def _keeps(name: str, view: TensorView, spec: MergeSpec, method: Method) -> tuple[tuple[Keep, ...], tuple[Keep, ...]]:
+    """What is kept in front of the method, and by it."""
+    before = (_sparsified(spec.sparsify),) * view.models if spec.sparsify is not None else ()
+    try:
+        chosen = method.keeps(view) if method.keeps is not None else ()
+    except ValueError as error:
+        raise spec.error(f"{name}: {error}", "parameters") from None
+    drops_before, drops = (any(keep.drops for keep in keeps) for keeps in (before, chosen))
+    return before if drops_before else (), chosen if drops else ()
+
+
+def _sparsified(sparsify: Sparsify) -> Keep:
+    if sparsify.method == "dare":
+        assert sparsify.drop_rate is not None
+        return Keep(drop_rate=sparsify.drop_rate, rescale="probability" if sparsify.rescale else "none")
+    assert sparsify.density is not None
+    outliers = 0.0
+    if sparsify.method == "breadcrumbs" and sparsify.density < 1:
+        outliers = 0.01 if sparsify.gamma is None else sparsify.gamma
+    return Keep(density=sparsify.density, outliers=outliers)
 
 
 def _method(spec: MergeSpec) -> Method:
@@ -248,188 +282,10 @@ def _check_count(spec: MergeSpec, method: Method, found: int) -> None:
     raise spec.error(f"{method.name} merges {number} model(s){beside}; found {found}", "models")
 
 
-class _Parameters:
-    """The method's parameters for each tensor, checked: mergekit's precedence, then the defaults."""
-
-    def __init__(
-        self, spec: MergeSpec, method: Method, architecture: Architecture, indices: tuple[int | None, ...]
-    ) -> None:
-        self.spec, self.method, self.architecture, self.indices = spec, method, architecture, indices
-        known = {parameter.name: parameter for parameter in method.parameters}
-        for keys, settings in [
-            (("parameters",), spec.parameters),
-            *((("models", i, "parameters"), entry.parameters) for i, entry in enumerate(spec.models)),
-        ]:
-            for name in settings:
-                if name in method.ignored:
-                    continue
-                if name not in known:
-                    raise spec.error(f"{method.name} has no such parameter{near(name, known)}", *keys, name)
-                if keys[0] == "models" and not known[name].per_model:
-                    raise spec.error(
-                        "this parameter belongs to the whole merge: write it under 'parameters'", *keys, name
-                    )
-
-    def of(self, name: str) -> dict[str, Any]:
-        place = self.architecture.place(name)
-        return {
-            parameter.name: tuple(self._value(parameter, name, place, index) for index in self.indices)
-            if parameter.per_model
-            else self._value(parameter, name, place, None)
-            for parameter in self.method.parameters
-        }
-
-    def _value(self, parameter: Parameter, name: str, place: float, index: int | None) -> Any:
-        keys: tuple[str | int, ...] = ("parameters", parameter.name)
-        if index is not None and parameter.name in self.spec.models[index].parameters:
-            keys = ("models", index, *keys)
-
-        def validate(value: Any) -> Any:
-            value = value if parameter.type is str else _number(value)
-            if not parameter.accepts(value):
-                raise self.spec.error(f"found {value!r}, expected {parameter.expected}", *keys)
-            return parameter.type(value)
-
-        value = self.spec.parameter(parameter.name, name, place, index, validate=validate)
-        if value is None and parameter.default is None:
-            raise self.spec.error(f"{self.method.name} needs {parameter.name} for {name}", *keys)
-        return parameter.default if value is None else value
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-class _Matching:
-    """Which tensor of each model belongs to which output tensor; raises CheckpointError where they do not fit."""
-
-    def __init__(self, spec: MergeSpec, reference: Checkpoint, members: list[tuple[Checkpoint, int | None]]) -> None:
-        self.spec, self.reference = spec, reference
-        self.models = tuple(model for model, _ in members)
-        self.everyone = list({model.path: model for model in (reference, *self.models)}.values())
-        self.keys: dict[Path, Keys] = {reference.path: ("base_model",)}
-        self.keys |= {model.path: ("models", i, "model") for model, i in members if i is not None}
-        self.tied = all(is_tied(model.config, model.tensors) for model in self.everyone)
-        self.warnings: list[str] = []
-        self.names = list(reference.tensors)
-        for model in self.models:
-            self._add_names(model)
-        if self.tied and HEAD in self.names:
-            self.names.remove(HEAD)
-            self.warnings.append(f"{HEAD} is tied to the embedding; the output stores it once")
-        self.constants = {name for name in self.names if is_buffer(name, self.any_tensor(name).shape)}
-        self.merged = {name for name in self.names if name not in self.constants and self._has_floats(name)}
-        for model in self.everyone:
-            self._check(model)
-        copied = [name for name in self.names if name not in self.merged | self.constants]
-        if copied:
-            self.warnings.append(f"{_count(copied)} of whole numbers copied from {reference.path}: {_listed(copied)}")
-
-    def tensor(self, model: Checkpoint, name: str) -> TensorInfo | None:
-        """The tensor of `model` for output tensor `name`; a tied head is the embedding; None stands for zeros."""
-        info = model.tensors.get(name)
-        if info is None and name == HEAD:
-            embedding = embedding_of(model.tensors)
-            info = model.tensors[embedding] if embedding is not None else None
-        return info
-
-    def any_tensor(self, name: str) -> TensorInfo:
-        """The first model's that has it, the reference first."""
-        found = (self.tensor(model, name) for model in self.everyone)
-        return next(info for info in found if info is not None)
-
-    def _has_floats(self, name: str) -> bool:
-        infos = (self.tensor(model, name) for model in self.everyone)
-        return any(info.dtype in FLOATS for info in infos if info is not None)
-
-    def _add_names(self, model: Checkpoint) -> None:
-        """Adds what the model has and the models before it have not, as far as it may be absent."""
-        known = set(self.names)
-        extra = [name for name in model.tensors if name not in known]
-        for name in [name for name in extra if is_buffer(name, model.tensors[name].shape)]:
-            extra.remove(name)
-            self.warnings.append(
-                f"{model.path}: {name} is a constant that {self.reference.path} does not store; left out"
-            )
-        unknown = [name for name in extra if name != HEAD and not is_bias(name)]
-        if unknown:
-            raise self._error(
-                model,
-                f"has {_count(unknown)} that {self.reference.path} does not have: {_listed(unknown)}; "
-                "the models must be of one architecture",
-            )
-        self.names += extra
-
-    def _check(self, model: Checkpoint) -> None:
-        missing, zeros, differing, unsupported = [], [], [], []
-        for name in self.names:
-            info, expected = self.tensor(model, name), self.any_tensor(name)
-            if info is None:
-                if is_bias(name):
-                    zeros.append(name)
-                elif name not in self.constants:
-                    missing.append(name)
-                continue
-            if info.shape != expected.shape:
-                differing.append((name, info.shape, expected.shape))
-            usable = ITEM_BYTES if name in self.constants else FLOATS if name in self.merged else WHOLE_NUMBERS
-            if info.dtype not in usable or (usable is WHOLE_NUMBERS and "quantization_config" in model.config):
-                unsupported.append(f"{name} ({info.dtype})")
-        if missing:
-            raise self._error(
-                model,
-                f"lacks {_count(missing)} that the other models have: {_listed(missing)}; "
-                "the models must be of one architecture",
-            )
-        if differing:
-            raise self._error(model, _differing(differing, self.reference))
-        if unsupported:
-            raise self._error(
-                model,
-                f"is quantised or of a dtype that cannot be merged: {_listed(unsupported)}; "
-                "inputs can be F32, F16 or BF16: convert the model first",
-            )
-        if zeros:
-            self.warnings.append(f"{model.path} lacks {_count(zeros, 'bias tensor')}, read as zeros: {_listed(zeros)}")
-
-    def _error(self, model: Checkpoint, message: str) -> CheckpointError:
-        return _at(self.spec, self.keys[model.path], f"{model.path} {message}")
-
-
-def _at(spec: MergeSpec, keys: Keys, message: str) -> CheckpointError:
-    """The error of an input, with the place in the spec that names it."""
-    return CheckpointError(str(spec.error(message, *keys)))
-
-
-def _differing(found: list[tuple[str, tuple[int, ...], tuple[int, ...]]], reference: Checkpoint) -> str:
-    shapes = [f"{name} {list(shape)} instead of {list(expected)}" for name, shape, expected in found]
-    vocabulary = all((is_embedding(name, a) or name == HEAD) and a[1:] == b[1:] for name, a, b in found)
-    hint = (
-        "the vocabularies differ: resize the embeddings to one vocabulary first"
-        if vocabulary
-        else "the models must be of one size"
-    )
-    return f"differs in shape from {reference.path} in {_count(found)}: {_listed(shapes)}; {hint}"
-
-
-def _count(items: Sequence[Any], what: str = "tensor") -> str:
-    return f"{len(items)} {what}" + ("s" if len(items) != 1 else "")
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - MAX_LISTED
-    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
 def _job(
     name: str,
-    matching: _Matching,
-    parameters: _Parameters,
+    matching: Matching,
+    parameters: Parameters,
     architecture: Architecture,
     spec: MergeSpec,
     method: Method,
@@ -457,15 +313,23 @@ def _job(
         )
     wanted = spec.out_dtype or spec.dtype
     dtype = STORED[wanted] if wanted is not None else (reference or some).dtype
+    resolved = parameters.of(name)
+    view = TensorView(len(models), len(some.shape) < 2, resolved)
+    sparsify, keeps = _keeps(name, view, spec, method)
     matrices, rows, columns = architecture.matrices(name, some.shape)
-    settings = parameters.of(name)
-    statistics = method.needs(TensorView(len(models), len(some.shape) < 2, settings))
-    if statistics in (Statistics.NONE, Statistics.GRAM):
-        # Entries do not know of each other: a window may be cut anywhere (or between the Gram matrix's blocks).
+    statistics = method.needs(view)
+    if statistics in (Statistics.NONE, Statistics.GRAM, Statistics.SQUARES):
+        # Entries do not know of each other: a window may be cut anywhere, or between blocks.
         matrices, rows, columns = 1, matrices * rows * columns, 1
+        if any(keep.by_row for keep in keeps) and rows:
+            columns = some.shape[-1] if some.shape else 1
+            rows //= columns
+    elif 0 in some.shape:
+        matrices, rows, columns = 1, 0, 1
     orientation = architecture.orientation(name, some.shape)
     if statistics.is_gram:
         orientation = "rows" if statistics is Statistics.ROW_GRAM else "columns"
+    in_blocks = planned_reads(sparsify) or planned_reads(keeps) or statistics in (Statistics.GRAM, Statistics.SQUARES)
     job = TensorJob(
         name=name,
         shape=some.shape,
@@ -477,10 +341,13 @@ def _job(
         rows=rows,
         columns=columns,
         orientation=orientation,
-        parameters=settings,
+        parameters=resolved,
         window_rows=max(1, rows),
         keep=False,
         statistics=statistics,
+        sparsify=sparsify,
+        keeps=keeps,
+        block_rows=-(-BLOCK // columns) if in_blocks else 1,
     )
     return _windowed(job, spec)
 
@@ -492,14 +359,18 @@ def _row_bytes(job: TensorJob) -> tuple[int, int]:
 
 
 def _statistics_bytes(job: TensorJob, models: int) -> int:
+    entries = job.matrices * job.rows * job.columns
+    choosing = max(held_bytes(keeps, entries, job.columns) for keeps in (job.sparsify, job.keeps))
     length = job.columns if job.orientation == "columns" or len(job.shape) < 2 else job.rows
+    if job.statistics is Statistics.SQUARES:
+        return max(choosing, 48 * models * (entries // BLOCK + 1))
     if job.statistics is Statistics.COLUMNS:
         # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
-        return 8 * length * (2 * (1 + 3 * models) + 8 * models)
+        return choosing + 8 * length * (2 * (1 + 3 * models) + 8 * models)
     if job.statistics.is_gram:
         # Totals, the pending tile, and both triangles; then points and coefficients.
-        return 8 * length * (4 * gram_count(models) + 8 * models)
-    return 0
+        return choosing + 8 * length * (4 * gram_count(models) + 8 * models)
+    return choosing
 
 
 def _held(job: TensorJob, models: int) -> int:
@@ -515,9 +386,9 @@ def _windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
     models, memory = len(job.models), spec.run.memory
     inputs, output = _row_bytes(job)
     room = memory - _statistics_bytes(job, models)
-    flat = job.statistics is Statistics.GRAM
-    step = max(1, min(GRAM_BLOCK, job.rows)) if flat else 1
-    smallest = 2 * (inputs + output) * step + (8 * gram_count(models) if flat else 0)
+    step = max(1, min(job.block_rows, job.rows))
+    of_block = 8 * gram_count(models) if job.statistics is Statistics.GRAM else 0
+    smallest = 2 * (inputs + output) * step + of_block
     if room < smallest:
         needed = memory - room + smallest
         raise spec.error(

@@ -33,7 +33,7 @@ from mergecore.errors import (
     OutputExistsError,
     SpecError,
 )
-from mergecore.planning import MergePlan
+from mergecore.planning import MergePlan, TensorJob
 from tests.models import LLAMA, llama, load_tensors, moved, spec_dict, tensor_bytes, write_model, write_trio
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +47,25 @@ METHODS: dict[str, dict[str, Any]] = {
         "merge_method": "task_arithmetic",
         "sparsify": {**DARE, "rescale": False},
         "parameters": {"lambda": 0.4},
+    },
+    "ties": {"merge_method": "ties", "parameters": {"density": 0.3}},
+    "widen after trimming": {"merge_method": "widen", "sparsify": {"method": "magnitude", "density": 0.4}},
+    "dare_ties after breadcrumbs": {
+        "merge_method": "dare_ties",
+        "sparsify": {"method": "breadcrumbs", "density": 0.6},
+        "parameters": {"density": 0.5},
+    },
+    "della": {"merge_method": "della", "parameters": {"density": 0.5}},
+    "multislerp after trimming": {"merge_method": "multislerp", "sparsify": {"method": "magnitude", "density": 0.4}},
+    "model_stock of rows after breadcrumbs": {
+        "merge_method": "model_stock",
+        "sparsify": {"method": "breadcrumbs", "density": 0.6},
+        "parameters": {"filter_wise": True},
+    },
+    "nuslerp of columns after trimming": {
+        "merge_method": "nuslerp",
+        "sparsify": {"method": "magnitude", "density": 0.7},
+        "parameters": {"weight": 1, "nuslerp_flatten": False, "nuslerp_row_wise": True},
     },
 }
 
@@ -104,16 +123,15 @@ def scratch() -> Iterator[Path]:
 
 @contextmanager
 def cut_anywhere(random: Random) -> Iterator[None]:
-    """Windows of any number of rows for each tensor, kept between the passes or not."""
+    """Windows of any number of rows (or blocks) for each tensor, kept between the passes or not."""
+
+    def any_rows(job: TensorJob) -> int:
+        blocks = max(1, job.rows // job.block_rows)
+        return job.block_rows * random.randint(max(1, blocks // 20), blocks)
 
     def any_windows(*arguments: Any, **options: Any) -> MergePlan:
         planned = mergecore.plan(*arguments, **options)
-        jobs = [
-            replace(
-                job, window_rows=random.randint(max(1, job.rows // 20), max(1, job.rows)), keep=random.random() < 0.5
-            )
-            for job in planned.jobs
-        ]
+        jobs = [replace(job, window_rows=any_rows(job), keep=random.random() < 0.5) for job in planned.jobs]
         return replace(planned, jobs=tuple(jobs))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -262,8 +280,8 @@ def test_widen_without_calibration_limits_is_task_arithmetic(trio: list[Path], t
 
 def test_models_that_equal_the_base_change_nothing(trio: list[Path], tmp_path: Path) -> None:
     copies = [shutil.copytree(trio[0], tmp_path / name) for name in ("a", "b")]
-    for keys in METHODS.values():
-        out = tmp_path / f"out-{keys['merge_method']}-{'sparsify' in keys}"
+    for method, keys in METHODS.items():
+        out = tmp_path / f"out {method}"
         assert merged(spec_of([trio[0], *copies], **keys), out) == tensor_bytes(trio[0])
 
 

@@ -206,7 +206,9 @@ on_nonfinite: ignore
 sparsify: dare
     sparsify: found 'dare', expected a mapping such as {method: dare, drop_rate: 0.1}
 sparsify: {method: dare}
-    sparsify.drop_rate: missing, expected a value such as 0.1
+    sparsify: drop_rate is missing: dare needs it
+sparsify: {method: magnitude, density: 0.5, drop_rate: 0.1}
+    sparsify: drop_rate has no meaning for magnitude; expected density
 orientation: {'*.wte': row}
     orientation['*.wte']: found 'row', expected rows or columns; did you mean 'rows'?
 parameters: 3

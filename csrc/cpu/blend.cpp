@@ -111,10 +111,9 @@ void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64
       const bool per_entry = b.axis == Axis::columns;
       const void* model = at(in.models[m], entry);
       const Dtype dtype = in.models[m].dtype;
-      if (in.drops != nullptr && in.drops[m].threshold > 0) {
+      if (in.drops != nullptr && drops_any(in.drops[m])) {
         const int64_t index = w.first_entry + w.first_row * w.columns + entry;
-        keep_chunk(in.drops[m], static_cast<uint64_t>(index), n, keep);
-        dropped_delta_chunk(model, dtype, base, keep, n, delta);
+        kept_delta_chunk(in.drops[m], model, dtype, base, index, n, keep, delta);
         add_scaled_chunk(delta, c, per_entry, n, sum);
       } else {
         add_delta_chunk(model, dtype, base, c, per_entry, n, sum);

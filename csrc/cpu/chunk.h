@@ -46,8 +46,22 @@ inline __attribute__((always_inline)) void with_dtype(Dtype dtype, F&& f) {
 void load_chunk(const void* source, Dtype dtype, int n, double* out);
 // keep[i] = scale or 0 for entries first, first + 1, ... of a tensor.
 void keep_chunk(const Drop& drop, uint64_t first, int n, double* keep);
+// The random numbers of entries first, first + 1, ... of a tensor.
+void numbers_chunk(uint64_t key, uint64_t first, int n, uint32_t* numbers);
+// keep[i] = 0 where |model[i] - base[i]| of entry first + i is not selected by its magnitude.
+void select_chunk(const Drop& drop, const void* model, Dtype dtype, const double* base,
+                  int64_t first, int n, double* keep);
 // delta[i] = keep[i] * (model[i] - base[i]).
 void dropped_delta_chunk(const void* model, Dtype dtype, const double* base, const double* keep,
                          int n, double* delta);
+
+// delta[i] = keep * (model[i] - base[i]) of entries first, first + 1, ... with all that `drop`
+// says.
+inline void kept_delta_chunk(const Drop& drop, const void* model, Dtype dtype, const double* base,
+                             int64_t first, int n, double* keep, double* delta) {
+  keep_chunk(drop, static_cast<uint64_t>(first), n, keep);
+  if (selects(drop)) select_chunk(drop, model, dtype, base, first, n, keep);
+  dropped_delta_chunk(model, dtype, base, keep, n, delta);
+}
 
 }  // namespace mergecore::cpu

@@ -65,13 +65,12 @@ void load_vectors(const Inputs& in, int64_t entry, int64_t stride, int pieces, i
       const Matrix& model = in.models[m];
       double* delta = base + (m + 1) * kChunk;
       prefetch(at(model, ahead), length * dtype_size(model.dtype));
-      if (in.drops == nullptr || in.drops[m].threshold == 0) {
+      if (in.drops == nullptr || !drops_any(in.drops[m])) {
         delta_chunk(at(model, here), model.dtype, base, length, delta);
         continue;
       }
       const int64_t index = w.first_entry + w.first_row * w.columns + here;
-      keep_chunk(in.drops[m], static_cast<uint64_t>(index), length, keep);
-      dropped_delta_chunk(at(model, here), model.dtype, base, keep, length, delta);
+      kept_delta_chunk(in.drops[m], at(model, here), model.dtype, base, index, length, keep, delta);
     }
   }
 }

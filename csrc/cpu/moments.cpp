@@ -105,15 +105,15 @@ void add_window_pieces(const Inputs& in, int64_t entry, int64_t stride, int piec
     double* first = sums + (1 + 3 * m) * sum_stride;
     const Moments model{first, first + sum_stride, first + 2 * sum_stride};
     const Matrix& matrix = in.models[m];
-    if (in.drops == nullptr || in.drops[m].threshold == 0) {
+    if (in.drops == nullptr || !drops_any(in.drops[m])) {
       add_model_pieces(at(matrix, entry), matrix.dtype, stride, pieces, base, n, model);
       continue;
     }
     for (int p = 0; p < pieces; ++p) {
       const int64_t here = entry + p * stride;
       const int64_t index = w.first_entry + w.first_row * w.columns + here;
-      keep_chunk(in.drops[m], static_cast<uint64_t>(index), n, keep);
-      dropped_delta_chunk(at(matrix, here), matrix.dtype, base + p * kBlock, keep, n, delta);
+      kept_delta_chunk(in.drops[m], at(matrix, here), matrix.dtype, base + p * kBlock, index, n,
+                       keep, delta);
       add_delta_piece(delta, base + p * kBlock, n, model);
     }
   }

@@ -31,15 +31,13 @@ __device__ __forceinline__ void add_model(const DeviceBlend& b, int m, const Ent
   const Window& w = b.in.window;
   const Drop& drop = b.in.drops[m];
   const Dtype dtype = b.in.models[m].dtype;
-  const bool dropping = drop.threshold > 0;
+  const bool dropping = drops_any(drop);
+  const int64_t index = w.first_entry + w.first_row * w.columns + row * b.columns + column;
   uint32_t numbers[kEntries] = {};
-  if (dropping) {
-    const int64_t index = w.first_entry + w.first_row * w.columns + row * b.columns + column;
-    random_numbers(drop, static_cast<uint64_t>(index), numbers);
-  }
+  if (drop.threshold > 0) random_numbers(drop, static_cast<uint64_t>(index), numbers);
   auto delta = [&](int j) {
     const double d = value(model, dtype, j) - base[j];
-    return dropping ? keep(drop, numbers[j]) * d : d;
+    return dropping ? keep(drop, numbers[j], d, index + j) * d : d;
   };
   const double* coefficients = b.coefficients + m * b.stride;
   if (b.axis != Axis::columns) {

@@ -50,13 +50,13 @@ __device__ __forceinline__ void vector(const DeviceInputs& in, int v, const Valu
   const Entries<T> model = load<T, kVector>(matrix, entry, n);
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) out[j] = value(model, matrix.dtype, j) - base[j];
-  if (drop.threshold == 0) return;
+  if (!drops_any(drop)) return;
   const Window& w = in.window;
-  uint32_t numbers[kEntries];
-  random_numbers(drop, static_cast<uint64_t>(w.first_entry + w.first_row * w.columns + entry),
-                 numbers);
+  const int64_t index = w.first_entry + w.first_row * w.columns + entry;
+  uint32_t numbers[kEntries] = {};
+  if (drop.threshold > 0) random_numbers(drop, static_cast<uint64_t>(index), numbers);
 #pragma unroll
-  for (int j = 0; j < kEntries; ++j) out[j] = keep(drop, numbers[j]) * out[j];
+  for (int j = 0; j < kEntries; ++j) out[j] = keep(drop, numbers[j], out[j], index + j) * out[j];
 }
 
 // Adds the products of eight entries.

@@ -28,14 +28,15 @@ __device__ __forceinline__ void add(const Entries<T>& model, const Entries<T>& b
     sums.dg[j] = fma(d, x + a, sums.dg[j]);
     sums.xx[j] = fma(x, x, sums.xx[j]);
   };
-  if (drop.threshold > 0) {
-    uint32_t numbers[kEntries];
-    random_numbers(drop, index, numbers);
+  if (drops_any(drop)) {
+    uint32_t numbers[kEntries] = {};
+    if (drop.threshold > 0) random_numbers(drop, index, numbers);
 #pragma unroll
     for (int j = 0; j < kEntries; ++j) {
       if (j >= n) continue;
       const double a = value(base, in.base.dtype, j);
-      const double d = keep(drop, numbers[j]) * (value(model, dtype, j) - a);
+      const double raw = value(model, dtype, j) - a;
+      const double d = keep(drop, numbers[j], raw, static_cast<int64_t>(index) + j) * raw;
       add_entry(j, a, d, a + d);
     }
   } else {

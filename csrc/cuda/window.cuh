@@ -184,8 +184,9 @@ __device__ __forceinline__ void random_numbers(const Drop& drop, uint64_t first,
   for (int j = 0; j < kEntries; ++j) numbers[j] = row[j];
 }
 
-__device__ __forceinline__ double keep(const Drop& drop, uint32_t number) {
-  return number >= drop.threshold ? drop.scale : 0.0;
+// What the delta d of entry `index` is multiplied with.
+__device__ __forceinline__ double keep(const Drop& drop, uint32_t number, double d, int64_t index) {
+  return number >= drop.threshold && selected(drop, fabs(d), index) ? drop.scale : 0.0;
 }
 
 }  // namespace mergecore::cuda

@@ -9,10 +9,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from mergecore.ops import Drop, Elect
 
 Scalar = bool | int | float | str
 
@@ -60,10 +62,57 @@ class Statistics(Enum):
     GRAM = "Gram matrix"
     ROW_GRAM = "Gram matrix per row"
     COLUMN_GRAM = "Gram matrix per column"
+    SQUARES = "squares"
+    """Mean squares of the kept deltas."""
 
     @property
     def is_gram(self) -> bool:
         return self in (Statistics.GRAM, Statistics.ROW_GRAM, Statistics.COLUMN_GRAM)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which deltas of one model are kept, of one tensor.
+
+    By magnitude: the `outliers` share of the largest is dropped, of the others the `density` share of
+    the largest is kept; both are shares of all entries, of which `spread` compares not |d| but the
+    models' standard deviation, and counts only where that is not 0. At random: each entry is dropped
+    with probability `drop_rate`, which falls by rank of |d| within a row from + `epsilon` to - `epsilon`.
+    """
+
+    density: float = 1.0
+    outliers: float = 0.0
+    spread: bool = False
+    drop_rate: float = 0.0
+    epsilon: float = 0.0
+    rescale: Literal["none", "probability", "l1"] = "none"
+    """Divide what is kept by its probability, or bring the sum of |d| back to what it was."""
+
+    @property
+    def by_magnitude(self) -> bool:
+        return self.density < 1 or self.outliers > 0
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped at all."""
+        return self.by_magnitude or self.drop_rate > 0
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the ranks within rows decide."""
+        return 0 < self.drop_rate < 1 and self.epsilon > 0
+
+    @property
+    def rescale_by_sums(self) -> bool:
+        return self.rescale == "l1" and self.drops
+
+    def dropping(self, key: int) -> Drop:
+        """The random part."""
+        if self.drop_rate >= 1:
+            return Drop(key, 0, 1.0, least=math.inf)
+        threshold = round(self.drop_rate * 2**32)
+        rescaled = self.rescale == "probability" and threshold > 0
+        return Drop(key, threshold, 1.0 / (1.0 - self.drop_rate) if rescaled else 1.0)
 
 
 # This share of d.d is the rounding noise of 1 - cos's numerator, with a margin for many rows.
@@ -147,6 +196,26 @@ class TensorView:
     """Each parameter's value here: a scalar, or a tuple with one scalar per model."""
     moments: Moments | None = None
     gram: Gram | None = None
+    squares: tuple[float, ...] | None = None
+    """Mean square of each model's kept deltas."""
+
+
+@dataclass(frozen=True)
+class Election:
+    """out = a + scale * sum_n weights[n] * v_n over the kept deltas v_n, or over those that an election leaves.
+
+    With one, only deltas of the elected sign count, at each entry, and `normalize` divides by the sum of
+    their weights.
+    """
+
+    weights: tuple[float, ...]
+    scale: float = 1.0
+    elect: Elect = Elect.NONE
+    normalize: bool = False
+
+    @property
+    def finite(self) -> bool:
+        return all(math.isfinite(self.scale * weight) for weight in self.weights)
 
 
 @dataclass(frozen=True)
@@ -156,6 +225,10 @@ class Coefficients:
 
     values: Tensor
     base: float = 1.0
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.values.isfinite().all())
 
 
 def per_model(values: Sequence[float]) -> Tensor:
@@ -175,7 +248,7 @@ class Method:
     name: str
     summary: str
     reference: str
-    coefficients: Callable[[TensorView], Coefficients]
+    coefficients: Callable[[TensorView], Coefficients | Election]
     parameters: tuple[Parameter, ...] = ()
     statistics: Statistics | Callable[[TensorView], Statistics] = Statistics.NONE
     deltas: bool = True
@@ -187,6 +260,8 @@ class Method:
     """Raises ValueError for parameters that do not go together; called before anything is read."""
     ignored: tuple[str, ...] = field(default=())
     """Names that mergekit configs carry for this method and that change nothing here."""
+    keeps: Callable[[TensorView], tuple[Keep, ...]] | None = None
+    """Of methods whose coefficients are an Election: which deltas of each model are kept."""
 
     def needs(self, view: TensorView) -> Statistics:
         """The statistics of one tensor."""

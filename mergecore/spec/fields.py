@@ -1,6 +1,6 @@
 """The single values that a spec may hold: sizes, paths, choices, ranges. Each tells what it expects.
 
-Mappings of them are in spec_tables.py and spec.py; method parameters in settings.py.
+Mappings of them are in tables.py and spec.py; method parameters in settings.py.
 """
 
 from __future__ import annotations
@@ -125,6 +125,12 @@ def _drop_rate(value: Any) -> float:
     raise expected(value, "a number from 0 up to, but not including, 1")
 
 
+def _density(value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
+        return float(value)
+    raise expected(value, "a number above 0, up to 1")
+
+
 def located(model: str, directory: Path | None) -> Path:
     """The path of a model as written in a spec: `~` expanded, relative to the spec's directory (or the working one)."""
     return (directory or Path()).absolute() / os.path.expanduser(model)
@@ -168,7 +174,7 @@ Dtype = Annotated[
     _choice("bfloat16", "float16", "float32", also=_SHORT_DTYPES | _TORCH_DTYPES),
     WithJsonSchema({"enum": ["bfloat16", "float16", "float32", *_SHORT_DTYPES, *_TORCH_DTYPES]}),
 ]
-Sparsifier = Annotated[Literal["dare"], _choice("dare")]
+Sparsifier = Annotated[Literal["dare", "magnitude", "breadcrumbs"], _choice("dare", "magnitude", "breadcrumbs")]
 OnNonfinite = Annotated[Literal["error", "warn"], _choice("error", "warn")]
 Read = Annotated[Literal["map", "pread"], _choice("map", "pread")]
 Orientation = Annotated[Literal["rows", "columns"], _choice("rows", "columns")]
@@ -176,6 +182,7 @@ Switch = Annotated[bool, BeforeValidator(_boolean)]
 DropRate = Annotated[
     float, BeforeValidator(_drop_rate), WithJsonSchema({"type": "number", "minimum": 0, "exclusiveMaximum": 1})
 ]
+Density = Annotated[float, BeforeValidator(_density), WithJsonSchema({"type": "number", "minimum": 0, "maximum": 1})]
 Seed = Annotated[
     int,
     _integer(0, 2**64 - 1, "a whole number from 0 to 2**64 - 1"),

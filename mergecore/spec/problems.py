@@ -1,6 +1,6 @@
 """How the problems of a spec are worded: what was found, at which key, and which word was probably meant.
 
-Not for finding them: yaml_lines.py, settings.py, spec_fields.py and spec.py do that.
+Not for finding them: yaml_lines.py, settings.py, fields.py and spec.py do that.
 """
 
 from __future__ import annotations

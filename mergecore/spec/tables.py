@@ -1,6 +1,6 @@
 """The mappings inside of a spec: a model entry, `sparsify` and `run`, with the description of each key.
 
-The spec itself, which is made of them, is in spec.py; single values are in spec_fields.py.
+The spec itself, which is made of them, is in spec.py; single values are in fields.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mergecore.spec.fields import (
+    Density,
     Device,
     DropRate,
     Memory,
@@ -23,6 +24,7 @@ from mergecore.spec.fields import (
     Text,
     Threads,
     expected,
+    refused,
     table,
 )
 from mergecore.spec.settings import Setting
@@ -71,17 +73,50 @@ class ModelEntry(Table):
 
 
 class Sparsify(Table):
-    """Random dropping of delta entries in front of the method."""
+    """Dropping of delta entries in front of the method, at random or by magnitude."""
 
     looks_like = "a mapping such as {method: dare, drop_rate: 0.1}"
 
     method: Sparsifier = Field(title="Method", description="How entries are chosen.", examples=["dare"])
-    drop_rate: DropRate = Field(
-        title="Drop rate", description="The probability of a delta entry to become 0; 0 <= p < 1.", examples=[0.1]
+    drop_rate: DropRate | None = Field(
+        default=None,
+        title="Drop rate",
+        description="dare: the probability of a delta entry to become 0; 0 <= p < 1.",
+        examples=[0.1],
+    )
+    density: Density | None = Field(
+        default=None,
+        title="Density",
+        description="magnitude, breadcrumbs: the share of delta entries that stay, the largest ones; 0 < density <= 1.",
+        examples=[0.5],
+    )
+    gamma: Density | None = Field(
+        default=None,
+        title="Gamma",
+        description="breadcrumbs: the share of the largest delta entries that are dropped before; 0.01 if not given.",
+        examples=[0.01],
     )
     rescale: Switch = Field(
-        default=True, title="Rescale", description="Multiply the entries that stay by 1 / (1 - drop_rate)."
+        default=True, title="Rescale", description="dare: multiply the entries that stay by 1 / (1 - drop_rate)."
     )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Sparsify:
+        needed, allowed = _SPARSIFIER_KEYS[self.method]
+        given = {name for name in ("drop_rate", "density", "gamma") if getattr(self, name) is not None}
+        if needed not in given:
+            raise refused(f"{needed} is missing: {self.method} needs it")
+        for name in sorted(given - allowed):
+            raise refused(f"{name} has no meaning for {self.method}; expected {' and '.join(sorted(allowed))}")
+        return self
+
+
+_SPARSIFIER_KEYS = {
+    "dare": ("drop_rate", {"drop_rate"}),
+    "magnitude": ("density", {"density"}),
+    "breadcrumbs": ("density", {"density", "gamma"}),
+}
+"""By method: the key that it must have, and all that it may have."""
 
 
 class Run(Table):

@@ -143,12 +143,15 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
       emulation::exchanged, emulation::exchanged + emulation::kLanesOfWarp, uint64_t{0}));
 }
 
-inline void atomicAdd(unsigned long long* to, unsigned long long value) { *to += value; }
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+  return (*to += value) - value;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  static_assert((0 + ... + sizeof(Parameters)) <= 4096, "kernel parameters are at most 4 KB");
+  static_assert((0 + ... + sizeof(Parameters)) <= 32764,
+                "kernel parameters are at most 32764 bytes");
   if (config->gridDim.x == 0 || config->blockDim.x % emulation::kLanesOfWarp != 0) {
     return cudaErrorInvalidConfiguration;
   }

@@ -122,7 +122,17 @@ struct Case {
       philox(key, index / 4, block);
       threshold = block[index % 4];
     }
-    return {key, threshold, chance(50) ? 1.0 : 1.0 + uniform()};
+    Drop drop{key, threshold, chance(50) ? 1.0 : 1.0 + uniform()};
+    const int64_t first = first_entry + first_row * columns;
+    if (chance(40)) {
+      drop.least = fabs(number(false));
+      drop.least_before = draw(first, first + rows * columns);
+    }
+    if (chance(20)) {
+      drop.most = fabs(number(false));
+      drop.most_before = draw(first, first + rows * columns);
+    }
+    return drop;
   }
 
   // Views of rows [begin, end).
@@ -366,6 +376,78 @@ std::string rank() {
   return "";
 }
 
+// A window of a case after a second choice among its deltas.
+Kept kept_of(const Case& c, const Inputs& in, const std::vector<Drop>& keeps, const Memory& odds,
+             bool with_odds, Measure measure, bool divide) {
+  return {in, measure, keeps.data(), with_odds ? odds.as<double>() : nullptr,
+          divide && c.models > 0};
+}
+
+std::string selection() {
+  const Case c(60);
+  const int64_t entries = c.rows * c.columns, models = c.models, block = draw(1, 300);
+  const int64_t blocks = (entries + block - 1) / block;
+  const auto measure = static_cast<Measure>(draw(0, 1));
+  const int64_t sets = measure == Measure::spread ? 1 : models;
+  std::vector<Drop> keeps;
+  for (int64_t m = 0; m < models; ++m) keeps.push_back(c.drop());
+  const Memory odds(models * entries * 8), weights(models * 8);
+  for (int64_t i = 0; i < models * entries; ++i) odds.as<double>()[i] = 0.05 + 0.9 * uniform();
+  for (int64_t m = 0; m < models; ++m) weights.as<double>()[m] = uniform() - 0.1;
+  std::vector<Matrix> views;
+  const Kept kept =
+      kept_of(c, c.window(0, c.rows, views), keeps, odds, chance(40), measure, chance(50));
+  const auto dtype = static_cast<Dtype>(draw(0, 2));
+  const Memory out(entries * dtype_size(dtype)), cuda_out = out.copy();
+  const Election election{kept, static_cast<Elect>(draw(0, 2)), chance(50),
+                          0.7,  weights.as<double>(),           out.as<void>(),
+                          dtype};
+  Election on_cuda = election;
+  on_cuda.out = cuda_out.as<void>();
+  int64_t counts[2] = {}, cuda_counts[2] = {};
+  try {
+    cpu::elect(election, 0, entries, counts[0], counts[1]);
+    succeed(cuda::elect(on_cuda, cuda_counts, nullptr));
+    if (dtype == Dtype::f32) equal_stored<F32>(out, cuda_out, entries);
+    if (dtype == Dtype::f16) equal_stored<F16>(out, cuda_out, entries);
+    if (dtype == Dtype::bf16) equal_stored<BF16>(out, cuda_out, entries);
+    equal("counts", counts, cuda_counts, 2);
+    const Memory sums(models * 3 * blocks * 8), cuda_sums(models * 3 * blocks * 8);
+    cpu::kept_sums(kept, sums.as<double>(), block, 0, blocks);
+    succeed(cuda::kept_sums(kept, cuda_sums.as<double>(), block, nullptr));
+    equal("sums", sums.as<double>(), cuda_sums.as<double>(), models * 3 * blocks);
+    const Memory size(models * entries * 8), cuda_size(models * entries * 8);
+    cpu::magnitudes(kept.inputs, size.as<double>(), 0, entries);
+    succeed(cuda::magnitudes(kept.inputs, cuda_size.as<double>(), nullptr));
+    equal("magnitudes", size.as<double>(), cuda_size.as<double>(), models * entries);
+    constexpr int64_t kBins = 300;
+    std::vector<int64_t> offsets(static_cast<size_t>(sets), 900);
+    std::vector<int64_t> bins(static_cast<size_t>(sets * kBins)), cuda_bins = bins;
+    const bool clamp = chance(50);
+    cpu::count_magnitudes(kept, 52, offsets.data(), clamp, kBins, bins.data(), 0, entries);
+    succeed(
+        cuda::count_magnitudes(kept, 52, offsets.data(), clamp, kBins, cuda_bins.data(), nullptr));
+    equal("bins", bins.data(), cuda_bins.data(), sets * kBins);
+    const KeyRange range{static_cast<int32_t>(draw(0, sets - 1)),
+                         chance(50) ? 0 : int64_t{1000} << 52, int64_t{1020} << 52};
+    std::vector<int64_t> keys(static_cast<size_t>(entries)), indices = keys, cuda_keys = keys,
+                                                             cuda_indices = keys;
+    std::vector<int64_t> same(static_cast<size_t>(blocks)), cuda_same = same;
+    int64_t found = 0, cuda_found = 0;
+    cpu::collect_magnitudes(kept, &range, 1, keys.data(), indices.data(), entries, &found,
+                            same.data(), block, 0, entries);
+    succeed(cuda::collect_magnitudes(kept, &range, 1, cuda_keys.data(), cuda_indices.data(),
+                                     entries, &cuda_found, cuda_same.data(), block, nullptr));
+    equal("found", &found, &cuda_found, 1);
+    equal("same", same.data(), cuda_same.data(), blocks);
+    std::sort(cuda_indices.begin(), cuda_indices.begin() + cuda_found);  // blocks run in any order
+    equal("indices", indices.data(), cuda_indices.data(), found);
+  } catch (const std::string& problem) {
+    return c.text() + ", out " + std::to_string(static_cast<int>(dtype)) + ": " + problem;
+  }
+  return "";
+}
+
 std::string calibrated_softmax() {
   const int64_t models = draw(1, 6), count = draw(1, 700);
   const Memory scores = numbers(models * count, chance(30)), thresholds = numbers(models, true);
@@ -395,6 +477,7 @@ int main(int, char** arguments) {
               : op == "column_gram"  ? column_gram
               : op == "blend"        ? blend
               : op == "rank"         ? rank
+              : op == "selection"    ? selection
                                      : calibrated_softmax;
   const uint64_t first = std::stoull(arguments[2]), cases = std::stoull(arguments[3]);
   for (uint64_t seed = first; seed < first + cases; ++seed) {

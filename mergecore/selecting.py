@@ -1,0 +1,344 @@
+"""Which deltas of a tensor are kept: exact top sets by magnitude, random masks, and their rescaling.
+
+From what a method wants (`Keep`) to what the kernels test per entry (`Drop`), by streamed reads of the
+tensor in bounded memory. Knows nothing of files and devices: reads are given.
+
+A top set is found by radix selection over the bits of the magnitude. The first read counts them by
+exponent and ten bits of mantissa, which tells the bin of each threshold; the second collects the
+entries of that bin with their indices, except those at its lower end, which are counted in blocks.
+Deltas of bfloat16 and mostly those of float16 lie on grids so coarse that nearly all of a bin is at
+its lower end; of float32, a bin holds less than a thousandth of the entries. Where a bin still has
+more entries than there is room for, further reads narrow it by 14 bits each.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mergecore import ops
+from mergecore.methods.base import Keep
+from mergecore.ops import Drop, Measure, Place
+
+BLOCK = ops.GRAM_BLOCK  # entries, at least, of which ties are counted and sums are taken together
+ROOM = 1 << 20  # entries that all ranges of a tensor collect at most
+RANK_BYTES = 16 << 20  # of ranks and probabilities at a time
+
+SHIFT = 42  # key bits below a bin of the first read: ten bits of mantissa are left
+FIRST, LAST = 863 << 10, 1208 << 10  # bins of 2^-160 to 2^185: beyond every float32 difference, rescaled
+BINS = LAST - FIRST
+DIGIT = 14  # bits by which a further read narrows a bin
+
+Selected = tuple[float, int]
+"""A top set: its smallest magnitude, and the index before which entries of that magnitude belong to it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A window as the kernels take it, and the index in the tensor of its first entry."""
+
+    first_entry: int
+    base: Tensor | None
+    models: Sequence[Tensor]
+
+
+class Reads(Protocol):
+    """The entries of one tensor, to be read again and again."""
+
+    @property
+    def entries(self) -> int: ...
+
+    @property
+    def block(self) -> int:
+        """Entries of which ties are counted and sums are taken together."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def planned(self) -> Iterator[Part]:
+        """Windows of whole blocks (but for the last), in order: one of the reads that were planned."""
+
+    def further(self) -> Iterator[Part]:
+        """The same, for a read that was not planned."""
+
+    def only(self, first_entry: int, entries: int) -> Part:
+        """A few entries, whole rows of one matrix."""
+
+    def nonfinite(self) -> None:
+        """Some magnitudes are NaN or Inf; may raise."""
+
+
+def planned_reads(keeps: Sequence[Keep]) -> int:
+    """How often `choose` reads a tensor."""
+    return 2 * any(keep.by_magnitude for keep in keeps) + any(keep.rescale_by_sums for keep in keeps)
+
+
+def held_bytes(keeps: Sequence[Keep], entries: int, columns: int) -> int:
+    """What `choose` holds at most, with what a tensor of `columns` entries per row needs for its ranks."""
+    sets, queries = _sets(keeps), _query_count(keeps)
+    blocks = -(-entries // BLOCK)
+    held = 0
+    if queries:
+        held = 8 * (2 * sets * BINS + queries * blocks) + 32 * min(ROOM, entries * queries)
+    if any(keep.rescale_by_sums for keep in keeps):
+        held = max(held, 48 * len(keeps) * blocks)
+    if any(keep.by_row for keep in keeps):
+        held += RANK_BYTES + 48 * len(keeps) * columns
+    return held
+
+
+def _sets(keeps: Sequence[Keep]) -> int:
+    return 1 if keeps and keeps[0].spread else len(keeps)
+
+
+def _query_count(keeps: Sequence[Keep]) -> int:
+    return sum((keep.density < 1) + (keep.outliers > 0) for keep in keeps[: _sets(keeps)])
+
+
+def share(fraction: float, count: int) -> int:
+    """round-half-up(fraction * count), of the fraction as it is written."""
+    return math.floor(Fraction(repr(float(fraction))) * count + Fraction(1, 2))
+
+
+@dataclass(frozen=True)
+class _Query:
+    """The top `count` of one set of magnitudes."""
+
+    which: int
+    count: int
+
+
+@dataclass(frozen=True)
+class _Bin:
+    """Keys from `low` on and below `high`; `rank` (from 1, falling magnitude) is that of the threshold in it."""
+
+    low: int
+    high: int
+    rank: int
+    entries: int
+
+
+def choose(keeps: Sequence[Keep], reads: Reads, place: Place, keys: Sequence[int]) -> list[Drop]:
+    """The masks of `keeps` (one per model), among the deltas that `place.drops` leave.
+
+    `keys` are the models' keys for random numbers. Reads the tensor `planned_reads(keeps)` times.
+    NaN and Inf count as the largest magnitudes, if `reads.nonfinite` lets them pass.
+    """
+    random = [keep.dropping(key) for keep, key in zip(keeps, keys, strict=True)]
+    if any(keep.by_magnitude for keep in keeps):
+        random = _limited(random, keeps, reads, place)
+    if any(keep.rescale_by_sums for keep in keeps):
+        sums = kept_sums(keeps, random, reads, place)
+        random = [
+            replace(drop, scale=before / after if after > 0 else 1.0) if keep.rescale_by_sums else drop
+            for keep, drop, (before, after, _) in zip(keeps, random, sums, strict=True)
+        ]
+    return random
+
+
+def kept_sums(
+    keeps: Sequence[Keep], drops: Sequence[Drop], reads: Reads, place: Place
+) -> list[tuple[float, float, float]]:
+    """Per model the sums of |d|, of |kept d| and of kept d squared: one read. Sums over blocks are added exactly."""
+    blocks: list[Tensor] = []
+    for part in reads.planned():
+        for piece in row_pieces(keeps, part, reads.block):
+            here = replace(place, first_entry=piece.first_entry)
+            odds = row_odds(keeps, piece, here)
+            sums = ops.kept_sums(piece.base, piece.models, block=reads.block, keeps=drops, place=here, odds=odds)
+            blocks.append(sums.cpu())
+    together = torch.cat(blocks, dim=2) if blocks else torch.zeros(len(keeps), 3, 0)
+    return [(math.fsum(a), math.fsum(b), math.fsum(c)) for a, b, c in together.tolist()]
+
+
+def row_pieces(keeps: Sequence[Keep], part: Part, block: int) -> Iterator[Part]:
+    """The window itself, or pieces of whole rows and blocks small enough to rank."""
+    rows, columns = part.models[0].shape
+    if not any(keep.by_row for keep in keeps):
+        yield part
+        return
+    whole = max(1, block // columns)
+    step = max(1, RANK_BYTES // (24 * len(keeps) * columns * whole)) * whole
+    for first in range(0, rows, step):
+        base = None if part.base is None else part.base[first : first + step]
+        models = [model[first : first + step] for model in part.models]
+        yield Part(part.first_entry + first * columns, base, models)
+
+
+def row_odds(keeps: Sequence[Keep], part: Part, place: Place) -> Tensor | None:
+    """Keep-probabilities by rank of magnitude within a row (DELLA), float64 (models, rows, columns).
+
+    They rise from density - epsilon to density + epsilon; equal magnitudes have equal ones.
+    """
+    if not any(keep.by_row for keep in keeps):
+        return None
+    values = ops.magnitudes(part.base, part.models, place)
+    columns = values.shape[2]
+    ranks = ops.rank(values.view(-1, columns), average=True).view_as(values)
+    for n, keep in enumerate(keeps):
+        middle = 1.0 - keep.drop_rate
+        if columns == 1:
+            ranks[n] = middle
+        else:
+            ranks[n] = (middle - keep.epsilon) + (ranks[n] - 1.0) * (2.0 * keep.epsilon / (columns - 1))
+    return ranks
+
+
+def _limited(drops: list[Drop], keeps: Sequence[Keep], reads: Reads, place: Place) -> list[Drop]:
+    """`drops` with the limits of the models' top sets."""
+    sets = _sets(keeps)
+    histogram = torch.zeros(sets, BINS, dtype=torch.int64, device=reads.device)
+    for part in reads.planned():
+        here = replace(place, first_entry=part.first_entry)
+        ops.count_magnitudes(
+            part.base, part.models, histogram, shift=SHIFT, offsets=[FIRST] * sets, clamp=True, place=here
+        )
+    if int(histogram[:, -1].sum()):
+        reads.nonfinite()
+    tops = [_top_counts(keep, reads.entries, int(histogram[n, 0])) for n, keep in enumerate(keeps[:sets])]
+    wanted = {_Query(n, count) for n, counts in enumerate(tops) for count in counts if 0 < count < reads.entries}
+    queries = sorted(wanted, key=lambda query: (query.which, query.count))
+    found = _select(queries, histogram, reads, place)
+    out = []
+    for n, drop in enumerate(drops):
+        which = min(n, sets - 1)
+        outliers, kept = tops[which]
+        if kept <= outliers:
+            drop = replace(drop, least=math.inf)
+        elif kept < reads.entries:
+            drop = replace(drop, least=found[which, kept][0], least_before=found[which, kept][1])
+        if 0 < outliers < kept:
+            drop = replace(drop, most=found[which, outliers][0], most_before=found[which, outliers][1])
+        out.append(drop)
+    return out
+
+
+def _top_counts(keep: Keep, entries: int, zeros: int) -> tuple[int, int]:
+    """How many of the largest entries are outliers, and how many are outliers or kept."""
+    if keep.spread:
+        entries -= zeros
+    if keep.density <= 0 or entries == 0:
+        return 0, 0
+    kept = max(1, share(keep.density, entries))
+    outliers = min(share(keep.outliers, entries), entries - kept)
+    return outliers, outliers + kept
+
+
+def _select(
+    queries: Sequence[_Query], histogram: Tensor, reads: Reads, place: Place
+) -> dict[tuple[int, int], Selected]:
+    """The top set of each query, from the first read's histogram."""
+    bins = []
+    for query in queries:
+        number, rank, entries = _bin_of(histogram[query.which], query.count)
+        low = (FIRST + number) << SHIFT if number > 0 else 0
+        high = (FIRST + number + 1) << SHIFT if number < BINS - 1 else 2**63 - 1
+        bins.append(_Bin(low, high, rank, entries))
+    # Where nothing is asked, the planned read still has to be taken.
+    found = _collected(queries, bins, reads, reads.planned(), place)
+    for n, query in enumerate(queries):
+        shift = SHIFT
+        while found[n] is None:
+            shift -= DIGIT
+            bins[n] = _narrowed(query, bins[n], shift, reads, place)
+            found[n] = _collected([query], [bins[n]], reads, reads.further(), place)[0]
+    return {
+        (query.which, query.count): selected
+        for query, selected in zip(queries, found, strict=True)
+        if selected is not None
+    }
+
+
+def _bin_of(counts: Tensor, rank: int) -> tuple[int, int, int]:
+    """The bin that holds the entry of `rank` (from 1, the highest bins first), its rank there, the bin's entries."""
+    above = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(above, rank))
+    number = counts.numel() - 1 - place
+    entries = int(counts[number])
+    return number, rank - (int(above[place]) - entries), entries
+
+
+def _collected(
+    queries: Sequence[_Query], bins: Sequence[_Bin], reads: Reads, parts: Iterator[Part], place: Place
+) -> list[Selected | None]:
+    """Each query's top set from one read; None where its bin has more entries than there is room for."""
+    if not queries:
+        for _ in parts:
+            pass
+        return []
+    room = min(max(1, ROOM // len(queries)), max(each.entries for each in bins))
+    ranges = [(query.which, each.low, each.high) for query, each in zip(queries, bins, strict=True)]
+    keys = torch.empty(len(ranges), room, dtype=torch.int64, device=reads.device)
+    indices = torch.empty_like(keys)
+    found = torch.zeros(len(ranges), dtype=torch.int64, device=reads.device)
+    counted: list[Tensor] = []
+    starts: list[tuple[int, int]] = []
+    for part in parts:
+        entries = part.models[0].numel()
+        starts += [(part.first_entry + i, min(reads.block, entries - i)) for i in range(0, entries, reads.block)]
+        blocks = -(-entries // reads.block)
+        equal = torch.zeros(len(ranges), blocks, dtype=torch.int64, device=reads.device)
+        here = replace(place, first_entry=part.first_entry)
+        ops.collect_magnitudes(
+            part.base, part.models, ranges, keys, indices, found, equal, block=reads.block, place=here
+        )
+        counted.append(equal)
+    equals = torch.cat(counted, dim=1)
+    out: list[Selected | None] = []
+    for n, (query, each) in enumerate(zip(queries, bins, strict=True)):
+        within = int(found[n])
+        if each.rank > within:
+            kept = each.rank - within
+            block = int(torch.searchsorted(equals[n].cumsum(0), kept))
+            before = _tie_limit(query, each.low, kept - int(equals[n, :block].sum()), reads, starts[block], place)
+            out.append((_magnitude(each.low), before))
+        elif within > room:
+            out.append(None)
+        else:
+            out.append(_ranked(keys[n, :within], indices[n, :within], each.rank))
+    return out
+
+
+def _ranked(keys: Tensor, indices: Tensor, rank: int) -> Selected:
+    key = int(keys.sort(descending=True).values[rank - 1])
+    larger = int((keys > key).sum())
+    ties = indices[keys == key].sort().values
+    return _magnitude(key), int(ties[rank - larger - 1]) + 1
+
+
+def _tie_limit(query: _Query, key: int, kept: int, reads: Reads, block: tuple[int, int], place: Place) -> int:
+    """The index after the `kept`-th entry of a block (first entry, entries) whose key is `key`."""
+    part = reads.only(*block)
+    keys = torch.empty(1, block[1], dtype=torch.int64, device=reads.device)
+    indices = torch.empty_like(keys)
+    found = torch.zeros(1, dtype=torch.int64, device=reads.device)
+    ops.collect_magnitudes(
+        part.base, part.models, [(query.which, key - 1, key + 1)], keys, indices, found, torch.zeros_like(found),
+        block=block[1], place=replace(place, first_entry=block[0]),
+    )  # fmt: skip
+    return int(indices[0, : int(found[0])].sort().values[kept - 1]) + 1
+
+
+def _narrowed(query: _Query, within: _Bin, shift: int, reads: Reads, place: Place) -> _Bin:
+    """The part of a bin that holds the threshold, by a read of its own."""
+    offset = within.low >> shift
+    one = place.measure is Measure.OWN
+    histogram = torch.zeros(1, (within.high >> shift) - offset, dtype=torch.int64, device=reads.device)
+    for part in reads.further():
+        models = part.models[query.which : query.which + 1] if one else part.models
+        drops = place.drops[query.which : query.which + 1] if one else place.drops
+        here = replace(place, first_entry=part.first_entry, drops=drops)
+        ops.count_magnitudes(part.base, models, histogram, shift=shift, offsets=[offset], clamp=False, place=here)
+    number, rank, entries = _bin_of(histogram[0], within.rank)
+    return _Bin((offset + number) << shift, (offset + number + 1) << shift, rank, entries)
+
+
+def _magnitude(key: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", key))[0])

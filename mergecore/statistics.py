@@ -1,0 +1,94 @@
+"""What the windows of a tensor tell before it is blended: moments, Gram matrices, and which deltas are kept.
+
+Passes over reads that are given, one after the other; sums are float64 (docs/design.md, section 5). How
+top sets are found is in selecting.py, what follows from the sums in methods/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from mergecore import ops
+from mergecore.methods.base import Gram, Keep, Moments, Statistics, TensorView
+from mergecore.planning import TensorJob
+from mergecore.selecting import Part, Reads, choose, kept_sums
+
+
+class MatrixReads(Reads, Protocol):
+    """Reads of a tensor that is several matrices (the experts of a fused one)."""
+
+    def matrix(self, number: int) -> Iterator[Part]:
+        """Windows of one matrix, in order: one of the reads that were planned."""
+
+
+def chosen(
+    job: TensorJob, keeps: Sequence[Keep], reads: Reads, place: ops.Place, seed: int, purpose: str = ""
+) -> list[ops.Drop]:
+    """What `keeps` keep of each model's deltas. `purpose` keeps apart what is drawn twice for one model."""
+    keys = [
+        ops.Drop.of(0.0, False, seed=seed, tensor=job.name, model=n, purpose=purpose).key for n in range(len(keeps))
+    ]
+    return choose(keeps, reads, place, keys)
+
+
+def mean_squares(job: TensorJob, kept: Sequence[ops.Drop], reads: Reads, place: ops.Place) -> tuple[float, ...]:
+    """Mean square of each model's kept deltas over all entries."""
+    everything = job.keeps or (Keep(),) * len(job.models)
+    return tuple(square / max(1, reads.entries) for _, _, square in kept_sums(everything, kept, reads, place))
+
+
+def of_matrix(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.Drop]) -> TensorView:
+    """One matrix of a tensor as its method sees it, with the statistics that it asks for."""
+    if job.statistics is Statistics.COLUMNS:
+        return job.view(moments=_moments(job, matrix, reads, drops))
+    if job.statistics.is_gram:
+        return job.view(gram=_gram(job, matrix, reads, drops))
+    return job.view()
+
+
+def _moments(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.Drop]) -> Moments:
+    by_rows = job.orientation == "rows"
+    shape = (ops.moment_count(len(job.models)), job.rows if by_rows else job.columns)
+    sums = torch.zeros(shape, dtype=torch.float64, device=reads.device)
+    pending = sums if by_rows else torch.zeros_like(sums)
+    for part in reads.matrix(matrix):
+        if by_rows:
+            ops.row_moments(part.base, part.models, sums, **_place(job, matrix, part, drops))
+        else:
+            ops.column_moments(part.base, part.models, sums, pending, **_place(job, matrix, part, drops))
+    sums = sums if by_rows else sums + pending
+    if not bool(torch.isfinite(sums).all()):
+        reads.nonfinite()
+    return Moments.of(sums)
+
+
+def _gram(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.Drop]) -> Gram:
+    count = len(job.models)
+    anchored = not job.has_base and count > 1
+    length = {Statistics.GRAM: 1, Statistics.ROW_GRAM: job.rows, Statistics.COLUMN_GRAM: job.columns}
+    shape = (ops.gram_count(count - 1 if anchored else count), length[job.statistics])
+    sums = torch.zeros(shape, dtype=torch.float64, device=reads.device)
+    pending = torch.zeros_like(sums) if job.statistics is Statistics.COLUMN_GRAM else sums
+    for part in reads.matrix(matrix):
+        base, models = (part.models[0], part.models[1:]) if anchored else (part.base, part.models)
+        place = _place(job, matrix, part, drops)
+        if job.statistics is Statistics.GRAM:
+            ops.gram(sums, base, models, **place)
+        elif job.statistics is Statistics.ROW_GRAM:
+            ops.row_gram(sums, base, models, **place)
+        else:
+            ops.column_gram(sums, pending, base, models, **place)
+    sums = sums + pending if pending is not sums else sums
+    if not bool(torch.isfinite(sums).all()):
+        reads.nonfinite()
+    return Gram.of(sums, anchored)
+
+
+def _place(job: TensorJob, matrix: int, part: Part, drops: Sequence[ops.Drop]) -> dict[str, Any]:
+    """Where a window lies in its matrix, and the matrix in the tensor."""
+    first_entry = matrix * job.rows * job.columns
+    first_row = (part.first_entry - first_entry) // job.columns
+    return {"first_row": first_row, "first_entry": first_entry, "drops": drops}
