@@ -23,7 +23,7 @@ from mergecore.errors import SpecError
 from mergecore.planning import MergePlan, plan
 from tests import oracle
 from tests.models import write_model
-from tests.test_kernels import Inputs, inputs, narrow, plain, threads, windows
+from tests.test_kernels import Inputs, inputs, plain, threads, windows
 from tests.test_methods import QWEN, checkpoints, merge, of, special
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -116,6 +116,14 @@ def test_gram_matrices_depend_on_no_number_of_threads(kind: str, count: int) -> 
         expected = kernel(made)
     with threads(count):
         assert torch.equal(oracle.bits(kernel(made, [1, 7])), oracle.bits(expected))
+
+
+def narrow(seed: int, rows: int, columns: int) -> Inputs:
+    """bf16 entries between 1/8 and 1, so that products are exact and only the order of additions shows."""
+    random = torch.Generator().manual_seed(seed)
+    values = torch.rand(3, rows, columns, generator=random) * 0.875 + 0.125
+    base, *models = (values * torch.randn(3, rows, columns, generator=random).sign()).bfloat16()
+    return Inputs(base, models)
 
 
 def test_a_whole_tensor_is_summed_in_blocks_of_4096_and_64_lanes() -> None:
