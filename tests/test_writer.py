@@ -28,8 +28,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mergecore import writer as writer_module
 from mergecore.errors import Interrupted, OutputError, OutputExistsError
+from mergecore.output import writer as writer_module
 from mergecore.output.layout import INDEX_NAME, OutputLayout, plan_layout
 from mergecore.output.writer import OutputWriter
 
