@@ -7,6 +7,7 @@ compiled for one instruction set at a time, without clones, and held against it.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -68,7 +69,15 @@ class Matrix(ctypes.Structure):
 
 
 class Drop(ctypes.Structure):
-    _fields_ = (("key", ctypes.c_uint64), ("threshold", ctypes.c_uint64), ("scale", ctypes.c_double))
+    _fields_ = (
+        ("key", ctypes.c_uint64),
+        ("threshold", ctypes.c_uint64),
+        ("scale", ctypes.c_double),
+        ("least", ctypes.c_double),
+        ("least_before", ctypes.c_int64),
+        ("most", ctypes.c_double),
+        ("most_before", ctypes.c_int64),
+    )
 
 
 class Window(ctypes.Structure):
@@ -87,7 +96,7 @@ class Inputs(ctypes.Structure):
     @classmethod
     def of(cls, base: Tensor | None, models: Sequence[Tensor], drops: Sequence[ops.Drop]) -> Inputs:
         matrices = (Matrix * len(models))(*map(Matrix.of, models))
-        dropping = (Drop * len(drops))(*(Drop(drop.key, drop.threshold, drop.scale) for drop in drops))
+        dropping = (Drop * len(drops))(*(Drop(*dataclasses.astuple(drop)) for drop in drops))
         window = Window(*models[0].shape, 0, 5)
         return cls(window, Matrix.of(base), matrices, dropping if drops else None, len(models))
 
@@ -129,7 +138,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return ctypes.CDLL(str(library))
 
 
-DROPS = (ops.Drop(2**64 - 5, 1 << 31, 2.0), ops.Drop(1, 0, 1.0), ops.Drop(9, 1 << 29, 8 / 7))
+DROPS = (ops.Drop(2**64 - 5, 1 << 31, 2.0), ops.Drop(1, 0, 1.0, 1e-4, 900, 0.5), ops.Drop(9, 1 << 29, 8 / 7))
 CASES: dict[str, tuple[torch.dtype | None, tuple[torch.dtype, ...], bool]] = {
     "bf16": (torch.bfloat16, (torch.bfloat16,) * 3, False),
     "mixed": (torch.float32, (torch.float16, torch.bfloat16, torch.float32), False),
