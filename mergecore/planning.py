@@ -25,7 +25,7 @@ from mergecore.methods.base import Coefficients, Gram, Keep, Method, Moments, St
 from mergecore.ops import gram_count
 from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
 from mergecore.parameters import check_parameters, parameters_of
-from mergecore.sections import Member, Slot, input_error, open_sections
+from mergecore.sections import Member, Section, Slot, input_error, open_sections
 from mergecore.selecting import BLOCK, held_bytes, planned_reads
 from mergecore.sources import Source
 from mergecore.spec import MergeSpec, Run, Sparsify
@@ -127,6 +127,7 @@ class MergePlan:
     reference: Input
     """The base, or the first model where there is none: names, config and tokenizer come from it."""
     tokenizer: Input
+    sections: tuple[Section, ...]
     models: tuple[Input, ...]
     base: Input | None
     jobs: tuple[TensorJob, ...]
@@ -200,6 +201,7 @@ def plan(spec: MergeSpec, *, resolve: Resolve | None = None) -> MergePlan:
         method=method,
         reference=reference,
         tokenizer=tokenizer,
+        sections=tuple(sections),
         models=models,
         base=based[0] if based else None,
         jobs=tuple(jobs),
