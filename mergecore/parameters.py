@@ -56,7 +56,7 @@ class Parameters:
             return parameter.type(value)
 
         value = self.spec.parameter(parameter.name, name, place, index, validate=validate)
-        if value is None and parameter.default is None:
+        if value is None and parameter.default is None and not parameter.optional:
             raise self.spec.error(f"{self.method.name} needs {parameter.name} for {name}", *keys)
         return parameter.default if value is None else value
 
