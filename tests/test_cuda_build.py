@@ -80,10 +80,10 @@ def test_nvcc_compiles_without_warnings_and_keeps_values_in_registers(source: Pa
     assert [name for name, stack in ours if stack > 0] == []
 
 
-def test_ops_cpp_is_valid_with_cuda() -> None:
+def test_cuda_ops_cpp_is_valid() -> None:
     from torch.utils.cpp_extension import include_paths
 
-    macros = ["-DMERGECORE_CUDA=1", "-DUSE_CUDA=1", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    macros = ["-DUSE_CUDA=1", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     includes = [part for path in include_paths() for part in ("-isystem", path)]
-    output = run([COMPILER, "-std=c++17", "-fsyntax-only", "-Wall", *macros, *includes, ROOT / "csrc" / "ops.cpp"])
+    output = run([COMPILER, "-std=c++17", "-fsyntax-only", "-Wall", *macros, *includes, ROOT / "csrc" / "cuda_ops.cpp"])
     assert "warning" not in output
