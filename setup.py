@@ -46,8 +46,8 @@ if with_cuda:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     kernels = CUDAExtension(
         "mergecore._kernels",
-        sources + sorted(glob.glob("csrc/cuda/*.cu")),
-        define_macros=[*STABLE_ABI, ("MERGECORE_CUDA", "1"), ("USE_CUDA", "1")],
+        [*sources, "csrc/cuda_ops.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
+        define_macros=[*STABLE_ABI, ("USE_CUDA", "1")],
         extra_compile_args={
             "cxx": HOST,
             "nvcc": ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler", "-ffp-contract=off", "-lineinfo"],

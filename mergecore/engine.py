@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergecore import ops, statistics
+from mergecore import ops, statistics, survey
 from mergecore._stream import ReadFault, WindowStream
 from mergecore.device import Device, HostWindow, open_device
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
@@ -33,6 +33,7 @@ from mergecore.planning import MergePlan, TensorJob, plan, with_run
 from mergecore.selecting import Part, row_odds, row_pieces
 from mergecore.sources import DTYPES, Source
 from mergecore.spec import MergeSpec, load_spec
+from mergecore.survey import Found
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,11 @@ class _Merge:
         skipped = [job for job in planned.jobs if job.name in writer.finished]
         self.done = len(skipped)
         self.read = 0
-        self.read_before = sum(job.bytes_to_read for job in skipped)
+        open_scopes = any(job.scope == "model" for job in self.jobs)
+        self.surveyed = [job for job in planned.jobs if job.scope == "model" and open_scopes]
+        self.found: dict[str, Found] = {}
+        again = sum(job.input_bytes * job.surveyed_reads for job in skipped) if self.surveyed else 0
+        self.read_before = sum(job.bytes_to_read for job in skipped) - again
         self.written = sum(planned.layout.slots[job.name].nbytes for job in skipped)
         self.file_numbers = {path: number for number, path in enumerate(planned.files)}
         self.started = time.monotonic()
@@ -158,6 +163,9 @@ class _Merge:
         try:
             with WindowStream([str(path) for path in self.file_numbers], mode, READ_AHEAD) as stream:
                 windows = self._windows(stream)
+                tensors = [(job, _Reads(self, job, windows)) for job in self.surveyed]
+                self.found = survey.survey(tensors, self.plan.spec.seed)
+                stream.check()
                 for job in self.jobs:
                     self._run_job(job, windows, stream)
         except ReadFault as fault:
@@ -187,13 +195,18 @@ class _Merge:
         else:
             counts = torch.zeros(2, dtype=torch.int64, device=self.device.torch_device)
             reads = _Reads(self, job, windows)
-            seed = self.plan.spec.seed
-            drops = statistics.chosen(job, job.sparsify, reads, ops.Place(), seed) if job.sparsify else []
+            found, seed = self.found.get(job.name), self.plan.spec.seed
+            if found is not None:
+                drops = list(found.drops)
+            else:
+                drops = statistics.chosen(job, job.sparsify, reads, ops.Place(), seed) if job.sparsify else []
             if job.method.keeps is not None:
                 self._elect(job, drops, counts, reads)
             else:
                 for matrix in range(job.matrices):
-                    coefficients = self._solve(statistics.of_matrix(job, matrix, reads, drops), job)
+                    gram = found.gram if found is not None else None
+                    view = job.view(gram=gram) if gram else statistics.of_matrix(job, matrix, reads, drops)
+                    coefficients = self._solve(view, job)
                     assert isinstance(coefficients, Coefficients)
                     self._blend(job, matrix, coefficients, drops, counts, reads)
             self.device.flush()
@@ -254,7 +267,10 @@ class _Merge:
         keeps = job.keeps
         measure = ops.Measure.SPREAD if keeps and keeps[0].spread else ops.Measure.OWN
         place = ops.Place(drops=drops, measure=measure)
-        kept = statistics.chosen(job, keeps, reads, place, self.plan.spec.seed, "kept") if keeps else []
+        if job.name in self.found:
+            kept = list(self.found[job.name].kept)
+        else:
+            kept = statistics.chosen(job, keeps, reads, place, self.plan.spec.seed, "kept") if keeps else []
         squares = statistics.mean_squares(job, kept, reads, place) if job.statistics is Statistics.SQUARES else None
         election = self._solve(job.view(squares=squares), job)
         assert isinstance(election, Election)
@@ -335,11 +351,13 @@ class _Merge:
             yield ahead.pop(0), stream.next()
 
     def _order(self) -> Iterator[_Window]:
+        for job in survey.order(self.surveyed):
+            yield from self._matrix_windows(job, range(job.matrices), blends=False)
         for job in self.jobs:
-            for _ in range(job.choosing_reads):
+            for _ in range(job.surveyed_reads, job.choosing_reads):
                 yield from self._matrix_windows(job, range(job.matrices), blends=False)
             for matrix in range(job.matrices):
-                for read in range(job.choosing_reads + 1, job.passes + 1):
+                for read in range(max(job.surveyed_reads, job.choosing_reads) + 1, job.passes + 1):
                     yield from self._matrix_windows(job, (matrix,), blends=read == job.passes)
 
     @staticmethod

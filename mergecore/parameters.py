@@ -52,7 +52,7 @@ def _value(spec: MergeSpec, method: Method, parameter: Parameter, slot: Slot, pa
         return parameter.type(value)
 
     value = part.parameter(parameter.name, slot.name, slot.place, source, validate=validate)
-    if value is None and parameter.default is None:
+    if value is None and parameter.default is None and not parameter.optional:
         raise spec.error(f"{method.name} needs {parameter.name} for {slot.name}", "parameters", parameter.name)
     return parameter.default if value is None else value
 

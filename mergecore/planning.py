@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from mergecore.spec import MergeSpec, Run, Sparsify
 from mergecore.spec.problems import near
 
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+MODEL_BLOCKS = 1 << 16  # in which ties are counted where the whole model is compared
 WINDOW_BYTES = 64 << 20  # inputs and output of one window; larger ones only cost memory
 CARRY = Method(
     name="carry",
@@ -73,6 +74,10 @@ class TensorJob:
     """What the method keeps of what is left; empty where it keeps everything."""
     block_rows: int = 1
     """Windows are cut at multiples of it."""
+    scope: str = "tensor"
+    """`model`: all tensors of this scope are read together before the first blend, but for their own blends."""
+    place: float = 0.0
+    """Where its layer stands in the model, from 0 to 1."""
 
     @property
     def inputs(self) -> tuple[Source | None, ...]:
@@ -93,6 +98,11 @@ class TensorJob:
         return planned_reads(self.sparsify) + planned_reads(self.keeps)
 
     @property
+    def surveyed_reads(self) -> int:
+        """How many of the passes are taken before the first tensor is blended."""
+        return self.passes - 1 if self.scope == "model" else 0
+
+    @property
     def passes(self) -> int:
         """How often the inputs are read: for what is kept, for statistics, and for the blend or the copy."""
         return self.choosing_reads + int(self.statistics is not Statistics.NONE) + 1
@@ -110,7 +120,7 @@ class TensorJob:
     ) -> TensorView:
         """This tensor as its method sees it."""
         assert self.parameters is not None
-        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, gram, squares)
+        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, gram, squares, self.place)
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each window of one matrix, in order."""
@@ -193,6 +203,7 @@ def plan(spec: MergeSpec, *, resolve: Resolve | None = None) -> MergePlan:
     jobs = [_job(slot, matching, architecture, spec, method) for slot in matching.slots]
     for job in jobs:
         _check_coefficients(job, spec)
+    _check_scope(jobs, spec)
     layout = plan_layout([(job.name, job.dtype, job.shape) for job in jobs], spec.run.shard_size)
     models = tuple(dict.fromkeys(member.model for section in sections for member in section.members))
     based = [section.base.model for section in sections if section.base is not None]
@@ -234,6 +245,20 @@ def _check_coefficients(job: TensorJob, spec: MergeSpec) -> None:
             raise spec.error(f"{job.name}: {error}", "parameters") from None
         if not coefficients.finite:
             raise spec.error(f"{job.name}: the weights are too large, their products overflow", "parameters")
+
+
+def _check_scope(jobs: Sequence[TensorJob], spec: MergeSpec) -> None:
+    """What is kept of a whole model is one share, of the deltas as they are."""
+    together = [job for job in jobs if job.scope == "model" and job.keeps]
+    if together and spec.sparsify is not None:
+        raise spec.error("scope: model compares deltas as they are: remove sparsify, or set scope: tensor", "sparsify")
+    other = next((job for job in together if job.keeps != together[0].keeps), None)
+    if other is not None:
+        raise spec.error(
+            f"scope: model keeps one share of the whole model, but {together[0].name} and {other.name} differ in "
+            "theirs; give every tensor the same, or set scope: tensor",
+            "parameters",
+        )
 
 
 def _keeps(name: str, view: TensorView, spec: MergeSpec, method: Method) -> tuple[tuple[Keep, ...], tuple[Keep, ...]]:
@@ -282,7 +307,7 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
     wanted = spec.out_dtype or spec.dtype
     dtype = STORED[wanted] if wanted is not None else some.dtype if some.dtype in STORED.values() else "F32"
     resolved = parameters_of(spec, method, slot, members)
-    view = TensorView(len(models), len(some.shape) < 2, resolved)
+    view = TensorView(len(models), len(some.shape) < 2, resolved, place=slot.place)
     sparsify, keeps = _keeps(name, view, spec, method) if base is not None else ((), ())
     matrices, rows, columns = architecture.matrices(name, some.shape)
     statistics = method.needs(view)
@@ -317,6 +342,10 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
         sparsify=sparsify,
         keeps=keeps,
         block_rows=-(-BLOCK // columns) if in_blocks else 1,
+        scope=resolved.get("scope", "tensor")
+        if planned_reads(keeps) or statistics is not Statistics.NONE
+        else "tensor",
+        place=slot.place,
     )
     return _windowed(job, spec)
 
@@ -374,7 +403,7 @@ def _row_bytes(job: TensorJob) -> tuple[int, int]:
 
 def _statistics_bytes(job: TensorJob) -> int:
     models = len(job.models)
-    entries = job.matrices * job.rows * job.columns
+    entries = MODEL_BLOCKS * BLOCK if job.scope == "model" else job.matrices * job.rows * job.columns
     choosing = max(held_bytes(keeps, entries, job.columns) for keeps in (job.sparsify, job.keeps))
     length = job.columns if job.orientation == "columns" or len(job.shape) < 2 else job.rows
     if job.statistics is Statistics.SQUARES:
@@ -414,5 +443,5 @@ def _windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
         )
     rows = min(job.rows, step * max(1, min(room, 2 * WINDOW_BYTES) // smallest))
     windowed = replace(job, window_rows=max(1, rows))
-    kept = replace(windowed, keep=job.passes > 1)
+    kept = replace(windowed, keep=job.passes > 1 and job.scope == "tensor")
     return kept if kept.keep and _held(kept) <= memory else windowed

@@ -109,7 +109,8 @@ def _section(spec: MergeSpec, method: Method, part: Part, base: Input | None, mo
         if not (method.deltas and own and member.model is base and member.first_layer == own.first_layer)
     ]
     weighted = method.parameter("weight") is None or any("weight" in settings for _, settings in part.levels)
-    if not method.deltas and own is not None and own.source is None and weighted:
+    room = method.most is None or len(members) < method.most
+    if not method.deltas and own is not None and own.source is None and weighted and room:
         members.append(own)
     if not members:
         raise spec.error("every model listed is the base itself: there is nothing to merge", *part.keys)

@@ -28,8 +28,11 @@ METHODS = (
     "dare_ties",
     "della",
     "della_linear",
+    "iso_c",
     "karcher",
     "linear",
+    "lines",
+    "metagpt",
     "model_stock",
     "multislerp",
     "nearswap",
@@ -41,6 +44,7 @@ METHODS = (
     "slta",
     "task_arithmetic",
     "ties",
+    "tsv",
     "widen",
 )
 """The values of the label `method`, besides "other" and "unknown" (the spec could not be read)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,65 @@ def test_task_arithmetic_adds_scaled_deltas(normalize: bool) -> None:
         assert_right(found[name], exact, name)
 
 
+LAYERS: dict[str, tuple[tuple[int, ...], oracle.Layout]] = {
+    "model.embed_tokens.weight": ((20, 12), "rows"),
+    **{f"model.layers.{layer}.mlp.up_proj.weight": ((30, 12), "columns") for layer in range(4)},
+    "model.norm.weight": ((12,), "vector"),
+    "lm_head.weight": ((20, 12), "columns"),
+}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("parameters", "alpha", "beta"),
+    [
+        ({}, None, None),
+        ({"alpha": 0.25}, "0.25", None),
+        ({"beta": 0.5}, None, "0.5"),
+        ({"alpha": 0.1, "beta": 0.7}, "0.1", "0.7"),
+    ],
+)
+def test_lines_scales_deltas_by_depth(
+    count: int, parameters: dict[str, float], alpha: str | None, beta: str | None
+) -> None:
+    """By 1 / models in the first layer and outside the layers, by 1 in the last, if nothing else is said."""
+    base, models = checkpoints(LAYERS, count, 15, [BF16, BF16, F32])
+    weights = ["0.5", "1", "0.3"][:count]
+    each = [{"weight": float(weight)} for weight in weights]
+    found = merge(base, models, merge_method="lines", each=each, dtype="float32", parameters=parameters)
+    first = Fraction(alpha) if alpha is not None else Fraction(1, count)
+    more = Fraction(beta) if beta is not None else 1 - first
+    for name in LAYERS:
+        layer = int(name.split(".")[2]) if ".layers." in name else 0
+        scale = first + more * layer / 3
+        assert_right(found[name], oracle.task_arithmetic(base[name], of(models, name), str(scale), weights), name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_passthrough_copies_one_model(dtype: torch.dtype) -> None:
+    model = special(dtype)
+    base, _ = checkpoints({name: (tuple(tensor.shape), "columns") for name, tensor in model.items()}, 0, 1, [dtype])
+    for start in (None, base):
+        found = merge(start, [model], merge_method="passthrough")
+        for name, tensor in model.items():
+            assert torch.equal(oracle.bits(found[name]), oracle.bits(tensor)), name
+
+
+def test_passthrough_scales_what_it_is_told_to() -> None:
+    _, models = checkpoints(QWEN, 1, 16, [BF16, F32])
+    scale = [{"filter": "up_proj", "value": 0.3}, {"value": 1.0}]
+    found = merge(None, models, merge_method="passthrough", each=[{"scale": scale}], out_dtype="bfloat16")
+    for name in QWEN:
+        weight = "0.3" if "up_proj" in name else "1"
+        assert_right(found[name], oracle.linear(of(models, name), [weight], normalize=False), name)
+
+
+def test_passthrough_takes_one_model() -> None:
+    _, models = checkpoints(GPT2, 2, 17, [F32, F32])
+    with pytest.raises(SpecError, match=r"passthrough merges 1 model\(s\); found 2"):
+        merge(None, models, merge_method="passthrough")
+
+
 @pytest.mark.parametrize("rescale", [True, False])
 def test_dare_thins_the_deltas_in_front_of_every_method(rescale: bool) -> None:
     base, models = checkpoints(QWEN, 2, 8, [BF16, BF16, F32])
@@ -256,6 +316,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "widen, cosine only": {"merge_method": "widen", "parameters": {"disentangle": False, "tie": "average"}},
     "linear": {"merge_method": "linear"},
     "task arithmetic": {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.3}},
+    "lines": {"merge_method": "lines"},
 }
 NOTHING: dict[str, Any] = {}
 DARE: dict[str, Any] = {"sparsify": {"method": "dare", "drop_rate": 0.4}}

@@ -146,7 +146,8 @@ def test_a_slice_may_merge_layers_of_one_model(folder: Path, tmp_path: Path) -> 
         (
             "merge_method: linear\nslices:\n- sources: [{model: near, layer_range: [0, 2], parameters: {wieght: 1}}]\n",
             SpecError,
-            "slices.yaml:3: slices[0].sources[0].parameters.wieght: linear has no such parameter; did you mean 'weight'?",
+            "slices.yaml:3: slices[0].sources[0].parameters.wieght: linear has no such parameter; "
+            "did you mean 'weight'?",
         ),
         (
             "merge_method: linear\nslices:\n- sources: [{model: near, layer_range: [0, 2], parameters: {weight: x}}]\n",
@@ -183,7 +184,11 @@ def vision(layers: int = 2) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("seeing")
-    config = {"model_type": "seeing", "text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 2}}
+    config = {
+        "model_type": "seeing",
+        "text_config": {"num_hidden_layers": 2},
+        "vision_config": {"num_hidden_layers": 2},
+    }
     write_model(folder / "base", vision(), config)
     write_model(folder / "near", moved(vision(), 3e-4, 2), config)
     text = {name: tensor for name, tensor in vision().items() if name.startswith("language_model.")}
@@ -241,7 +246,7 @@ def test_a_text_model_merges_with_the_text_part_of_a_larger_one(method: str, see
     if method == "slerp":
         assert torch.equal(out[f"language_model.{name}"], chat[name])
     (warning,) = [warning for warning in result.warnings if "lacks" in warning]
-    assert "chat lacks 3 tensors, taken from the models that have them: vision_tower." in warning
+    assert "chat lacks 3 tensors, taken from the models that have them: multi_modal_projector." in warning
 
 
 def test_a_text_base_lends_its_layers_to_a_larger_model(seeing: Path, tmp_path: Path) -> None:
@@ -253,5 +258,5 @@ def test_a_text_base_lends_its_layers_to_a_larger_model(seeing: Path, tmp_path: 
 
 def test_a_tower_that_the_base_lacks_cannot_be_merged_from_several_models(seeing: Path) -> None:
     text = "merge_method: task_arithmetic\nbase_model: chat\nmodels: [{model: near}, {model: base}]\n"
-    with pytest.raises(CheckpointError, match=r"chat lacks vision_tower.*, which 2 models have: there is no base"):
+    with pytest.raises(CheckpointError, match=r"chat lacks multi_modal_projector.*, which 2 models have: there is no base"):
         mergecore.plan(parse_spec(text, path=seeing / "slices.yaml"))

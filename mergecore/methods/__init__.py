@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from mergecore.methods.base import Method
 from mergecore.methods.geometry import KARCHER, MODEL_STOCK, MULTISLERP, NUSLERP, SLERP
-from mergecore.methods.linear import LINEAR, TASK_ARITHMETIC
+from mergecore.methods.layerwise import LAYERWISE
+from mergecore.methods.linear import LINEAR, PASSTHROUGH, TASK_ARITHMETIC
 from mergecore.methods.selection import SELECTION
 from mergecore.methods.widen import WIDEN
 
 GEOMETRY = (SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK)
-METHODS: dict[str, Method] = {method.name: method for method in (WIDEN, LINEAR, TASK_ARITHMETIC, *GEOMETRY, *SELECTION)}
+PLAIN = (LINEAR, TASK_ARITHMETIC, PASSTHROUGH)
+METHODS: dict[str, Method] = {method.name: method for method in (WIDEN, *PLAIN, *LAYERWISE, *GEOMETRY, *SELECTION)}

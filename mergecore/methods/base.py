@@ -31,6 +31,8 @@ class Parameter:
     meaning: str
     per_model: bool = False
     choices: tuple[str, ...] = ()
+    optional: bool = False
+    """Without a default, but not required: the method sees None and decides."""
 
     @property
     def type(self) -> type:
@@ -52,6 +54,16 @@ class Parameter:
         if self.choices:
             return " or ".join(self.choices)
         return {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}[self.type]
+
+
+def scope(default: str) -> Parameter:
+    """The parameter that says over what a statistic is taken; planning reads it."""
+    return Parameter(
+        "scope",
+        default,
+        "compare within each tensor, or over all tensors of the model together",
+        choices=("tensor", "model"),
+    )
 
 
 class Statistics(Enum):
@@ -198,6 +210,8 @@ class TensorView:
     gram: Gram | None = None
     squares: tuple[float, ...] | None = None
     """Mean square of each model's kept deltas."""
+    place: float = 0.0
+    """Where the tensor's layer stands: 0 is the first, 1 the last; 0 outside the layers."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Methods whose coefficients are given, not computed: the weighted average and task arithmetic."""
+"""Methods whose coefficients are given, not computed: the weighted average, task arithmetic, one model as it is."""
 
 from __future__ import annotations
 
@@ -49,4 +49,19 @@ TASK_ARITHMETIC = Method(
         Parameter("normalize", False, "divide by the sum of the weights"),
     ),
     ignored=("int8_mask", "density", "rescale"),
+)
+
+
+def _passthrough(view: TensorView) -> Coefficients:
+    return Coefficients(per_model(view.parameters["scale"]))
+
+
+PASSTHROUGH = Method(
+    name="passthrough",
+    summary="one model as it is, or scaled: scale W",
+    reference="none: copies, and what frankenmerges are made of",
+    coefficients=_passthrough,
+    parameters=(Parameter("scale", 1.0, "factor of a tensor", per_model=True),),
+    deltas=False,
+    most=1,
 )

@@ -11,13 +11,14 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
 
-from mergecore.methods.base import Election, Keep, Method, Parameter, Statistics, TensorView
+from mergecore.methods.base import Election, Keep, Method, Parameter, Statistics, TensorView, scope
 from mergecore.methods.linear import WEIGHT
 from mergecore.ops import Elect
 
 DENSITY = Parameter("density", 1.0, "share of a model's deltas that is kept", per_model=True)
 GAMMA = Parameter("gamma", 0.01, "share of the largest deltas that is dropped", per_model=True)
 EPSILON = Parameter("epsilon", 0.15, "keep-probabilities lie within density +- epsilon", per_model=True)
+SCOPE = scope("tensor")
 LAMBDA = Parameter("lambda", 1.0, "scale of the merged deltas")
 RESCALE_NORM = Parameter(
     "rescale_norm",
@@ -135,6 +136,7 @@ TIES = _method(
     elects=True,
     normalize=True,
     rescale=False,
+    extra=(SCOPE,),
 )
 BREADCRUMBS = _method(
     "breadcrumbs",
@@ -144,7 +146,7 @@ BREADCRUMBS = _method(
     elects=False,
     normalize=False,
     rescale=False,
-    extra=(GAMMA,),
+    extra=(GAMMA, SCOPE),
 )
 BREADCRUMBS_TIES = _method(
     "breadcrumbs_ties",
@@ -154,7 +156,7 @@ BREADCRUMBS_TIES = _method(
     elects=True,
     normalize=False,
     rescale=False,
-    extra=(GAMMA,),
+    extra=(GAMMA, SCOPE),
 )
 DARE_LINEAR = _method(
     "dare_linear",
