@@ -37,7 +37,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: `nbytes` bytes at `offset` (from the start) of `file`, row by row; dtype as safetensors names it."""
+    """One stored tensor: `nbytes` bytes at `offset` (from the start) of `file`; dtype as safetensors names it."""
 
     name: str
     dtype: str
