@@ -1,6 +1,6 @@
 """A model directory -> names, dtypes, shapes and places on disk of its tensors.
 
-Reads headers, the index and config.json; never tensor data, and never torch.
+Reads headers, the index and config.json; never tensor data, and no torch but for what torch.save wrote (pickled.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -22,6 +23,9 @@ from mergecore.errors import CheckpointError, InputFault
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED_SINGLE = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+_PICKLED = (".bin", ".pt", ".pth")
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -119,9 +123,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The model in a local folder, or in one .safetensors file.
+    """The model in a local folder, or in one file: .safetensors, or what torch.save wrote (.bin, .pt, .pth).
 
-    A folder holds model.safetensors.index.json with its shards, or model.safetensors, or any *.safetensors.
+    A folder holds model.safetensors.index.json with its shards, or model.safetensors, or any *.safetensors; without
+    any of these pytorch_model.bin.index.json with its shards, or pytorch_model.bin.
     CheckpointError says what is missing, malformed or contradictory.
     """
     path = Path(path)
@@ -130,18 +135,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(_not_found(path)) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be opened: {_reason(error)}") from None
+        raise CheckpointError(f"{path} cannot be opened: {reason(error)}") from None
     if not is_folder:
-        if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path} is neither a model folder nor a .safetensors file")
-        weights = [_read_weights(path)]
+        if path.suffix not in (".safetensors", *_PICKLED):
+            raise CheckpointError(f"{path} is neither a model folder nor a .safetensors or {', '.join(_PICKLED)} file")
+        weights = [read_weights(path)]
     else:
         try:
             names = sorted(os.listdir(path))
         except OSError as error:
-            raise CheckpointError(f"{path}: the folder cannot be listed: {_reason(error)}") from None
+            raise CheckpointError(f"{path}: the folder cannot be listed: {reason(error)}") from None
         weights = _folder_weights(path, names)
-    config, config_hash = _read_config((path if is_folder else path.parent) / "config.json")
+    config, config_hash = read_config((path if is_folder else path.parent) / "config.json")
     return Checkpoint(path, config, tuple(weights), config_hash)
 
 
@@ -150,31 +155,50 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 
     CheckpointError names the file, what is wrong and what to do.
     """
-    return {info.name: info for info in _read_weights(Path(path)).tensors}
+    return {info.name: info for info in _read_safetensors(Path(path)).tensors}
 
 
 # ---- one file
 
 
-def _read_weights(path: Path) -> WeightFile:
+def read_weights(path: Path) -> WeightFile:
+    """The tensors of a .safetensors file, or of a .bin, .pt or .pth file that torch.save wrote."""
+    if path.suffix in _PICKLED:
+        from mergecore.pickled import read_pickled
+
+        return read_pickled(path)
+    return _read_safetensors(path)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor of a regular file that stays as it is while it is open; CheckpointError otherwise."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not make us wait
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be opened: {_reason(error)}") from None
+        raise CheckpointError(f"{path} cannot be opened: {reason(error)}") from None
     try:
         before = os.fstat(fd)
         if not stat.S_ISREG(before.st_mode):
             raise CheckpointError(f"{path} is not a regular file")
+        yield fd
+        after = os.fstat(fd)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise CheckpointError(f"{path} changed while its header was read; try again when it is complete")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
+    finally:
+        os.close(fd)
+
+
+def _read_safetensors(path: Path) -> WeightFile:
+    with opened(path) as fd:
+        status = os.fstat(fd)
         layout = _library_layout(path, fd)
         header = os.pread(fd, 8, 0)
         header += os.pread(fd, int.from_bytes(header, "little"), 8)
-        after = os.fstat(fd)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from None
-    finally:
-        os.close(fd)
 
     # safetensors allows no holes and no overlaps: in the order of offsets, each tensor starts where the one before
     # ends. So names, dtypes, shapes and order are the library's own, and there is no second reading of the JSON that
@@ -187,9 +211,9 @@ def _read_weights(path: Path) -> WeightFile:
         nbytes = prod(shape) * _BITS[dtype] // 8
         tensors.append(TensorInfo(name, dtype, shape, path, offset, nbytes))
         offset += nbytes
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or offset != after.st_size:
+    if offset != status.st_size:
         raise CheckpointError(f"{path} changed while its header was read; try again when it is complete")
-    return WeightFile(path, after.st_size, after.st_mtime_ns, xxhash.xxh3_128_hexdigest(header), tuple(tensors))
+    return WeightFile(path, status.st_size, status.st_mtime_ns, xxhash.xxh3_128_hexdigest(header), tuple(tensors))
 
 
 def _library_layout(path: Path, fd: int) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -205,9 +229,9 @@ def _library_layout(path: Path, fd: int) -> list[tuple[str, str, tuple[int, ...]
             raise CheckpointError(
                 f"{path} is a Git LFS pointer and not the weights; run `git lfs pull` in its folder"
             ) from None
-        reason = str(error).removeprefix("Error while deserializing header: ")
+        cause = str(error).removeprefix("Error while deserializing header: ")
         raise CheckpointError(
-            f"{path} is not a valid safetensors file: {reason}. It may be incomplete: copy or download it again"
+            f"{path} is not a valid safetensors file: {cause}. It may be incomplete: copy or download it again"
         ) from None
 
 
@@ -217,17 +241,24 @@ def _library_layout(path: Path, fd: int) -> list[tuple[str, str, tuple[int, ...]
 def _folder_weights(folder: Path, names: list[str]) -> list[WeightFile]:
     weights = [name for name in names if name.endswith(".safetensors") and not name.startswith((".", "adapter_"))]
     if INDEX in names:
-        return _indexed_weights(folder, weights)
+        return _indexed_weights(folder, INDEX, SINGLE if SINGLE in weights else None)
     if SINGLE in weights:
         weights = [SINGLE]
+    elif not weights and PICKLED_INDEX in names:
+        return _indexed_weights(folder, PICKLED_INDEX, PICKLED_SINGLE if PICKLED_SINGLE in names else None)
+    elif not weights and PICKLED_SINGLE in names:
+        weights = [PICKLED_SINGLE]
     if not weights:
         raise CheckpointError(_no_weights(folder, names))
-    return [_read_weights(folder / name) for name in weights]
+    return [read_weights(folder / name) for name in weights]
 
 
-def _indexed_weights(folder: Path, present: list[str]) -> list[WeightFile]:
-    """The shards that the index names; the index and the shards' headers must tell the same."""
-    index = folder / INDEX
+def _indexed_weights(folder: Path, index_name: str, single: str | None) -> list[WeightFile]:
+    """The shards that the index names; the index and the shards' headers must tell the same.
+
+    `single` is the whole model's file, if it is there too.
+    """
+    index = folder / index_name
     weight_map = _parse_json(index, _read_bytes(index)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty; it must map tensor names to file names")
@@ -235,39 +266,42 @@ def _indexed_weights(folder: Path, present: list[str]) -> list[WeightFile]:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index}: weight_map puts {name} into {shard!r}, which is not a file name")
     shards = sorted(set(weight_map.values()))
-    if SINGLE in present and SINGLE not in shards:
+    if single is not None and single not in shards:
         raise CheckpointError(
-            f"{folder} holds {SINGLE} and also {INDEX}, which does not name it: two models, or a leftover; remove one"
+            f"{folder} holds {single} and also {index_name}, which does not name it: two models, or a leftover; "
+            "remove one"
         )
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         raise CheckpointError(
-            f"{folder}: {_some(missing)} missing, of {len(shards)} files that {INDEX} names; copy or download again"
+            f"{folder}: {some(missing)} missing, of {len(shards)} files that {index_name} names; copy or download again"
         )
-    weights = [_read_weights(folder / shard) for shard in shards]
+    weights = [read_weights(folder / shard) for shard in shards]
     for weight in weights:
         stored = {info.name for info in weight.tensors}
         named = {name for name, shard in weight_map.items() if shard == weight.path.name}
         if named - stored:
-            raise CheckpointError(f"{weight.path} lacks {_some(named - stored)}, which {INDEX} puts into it")
+            raise CheckpointError(f"{weight.path} lacks {some(named - stored)}, which {index_name} puts into it")
         if stored - named:
-            raise CheckpointError(f"{weight.path} holds {_some(stored - named)}, which {INDEX} does not put into it")
+            raise CheckpointError(
+                f"{weight.path} holds {some(stored - named)}, which {index_name} does not put into it"
+            )
     return weights
 
 
 def _no_weights(folder: Path, names: list[str]) -> str:
     if any(name.startswith("adapter_") for name in names):
-        return (
-            f"{folder} holds an adapter (LoRA) and no model; merge the adapter into its base model first "
-            "(peft: merge_and_unload) and save that"
-        )
-    old = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf")) and name != "training_args.bin"]
+        return f"{folder} holds an adapter (LoRA) and no model; name it after its model: MODEL+{folder}"
+    old = [name for name in names if name.endswith((*_PICKLED, ".gguf")) and name != "training_args.bin"]
     if old:
         return (
-            f"{folder} holds {_some(old)} and no safetensors file; convert it first (load it with transformers and "
-            "save_pretrained, which writes safetensors)"
+            f"{folder} holds {some(old)} and neither safetensors files nor {PICKLED_SINGLE}; convert it first (load it "
+            "with transformers and save_pretrained, which writes safetensors)"
         )
-    return f"{folder} holds no weights: expected {INDEX} with its shards, {SINGLE}, or other .safetensors files"
+    return (
+        f"{folder} holds no weights: expected {INDEX} with its shards, {SINGLE}, other .safetensors files, or "
+        f"{PICKLED_SINGLE}"
+    )
 
 
 def _not_found(path: Path) -> str:
@@ -283,7 +317,8 @@ def _not_found(path: Path) -> str:
 # ---- JSON beside the weights
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], str | None]:
+def read_config(path: Path) -> tuple[dict[str, Any], str | None]:
+    """A JSON object and the hash of its file; {} and None where there is no file."""
     if not path.exists():
         return {}, None
     content = _read_bytes(path)
@@ -294,7 +329,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from None
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
 
 
 def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
@@ -309,11 +344,11 @@ def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
     return value
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """The first three names, and how many more."""
     ordered = sorted(names)
     more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""

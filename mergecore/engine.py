@@ -28,10 +28,11 @@ from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteE
 from mergecore.inputs import Resolve
 from mergecore.methods.base import Coefficients, Election, Statistics, TensorView
 from mergecore.output import manifest
+from mergecore.output.stages import Stages, stages_folder
 from mergecore.output.writer import OutputWriter
 from mergecore.planning import MergePlan, TensorJob, plan, with_run
 from mergecore.selecting import Part, row_odds, row_pieces
-from mergecore.sources import DTYPES, Source
+from mergecore.sources import DTYPES, Source, files_of
 from mergecore.spec import MergeSpec, load_spec
 from mergecore.survey import Found
 
@@ -94,19 +95,76 @@ def merge(
     """
     spec = spec if isinstance(spec, MergeSpec) else load_spec(spec)
     spec = with_run(spec, device=device, memory=memory, threads=threads)
-    planned = plan(spec, resolve=resolve)
-    for warning in planned.warnings:
-        log.warning(warning)
+    out = Path(out)
+    planned = plan(spec, resolve=resolve, stages=stages_folder(out))
+    for each in (*(earlier for _, earlier in planned.earlier), planned):
+        for warning in each.warnings:
+            log.warning(warning)
     # Before the writer: a device that is missing must not cost the work that `resume` would continue.
     computing = open_device(spec.run.device)
     before = torch.get_num_threads()
     if spec.run.threads:
         torch.set_num_threads(spec.run.threads)
+
+    def run(planned: MergePlan, out: Path, show: Callable[[Progress], None] | None) -> MergeResult:
+        with OutputWriter(out, planned.layout, planned.identity(), resume=resume) as writer:
+            return _Merge(planned, out, writer, computing, show, should_stop).run()
+
     try:
-        with OutputWriter(Path(out), planned.layout, planned.identity(), resume=resume) as writer:
-            return _Merge(planned, Path(out), writer, computing, progress, should_stop).run()
+        if not planned.earlier:
+            return run(planned, out, progress)
+        with Stages(out, resume=resume) as stages:
+            return _run_all(planned, out, stages, run, progress)
     finally:
         torch.set_num_threads(before)
+
+
+def _run_all(
+    planned: MergePlan,
+    out: Path,
+    stages: Stages,
+    run: Callable[[MergePlan, Path, Callable[[Progress], None] | None], MergeResult],
+    progress: Callable[[Progress], None] | None,
+) -> MergeResult:
+    """The merges that `planned` needs, then itself; progress and the result count all of them."""
+    merges = [*planned.earlier, (out, planned)]
+    done = MergeResult(out, planned.method.name, 0, 0, 0, 0.0, 0, False, ())
+    tensors, to_read = (sum(values) for values in zip(*((len(m.jobs), m.bytes_to_read) for _, m in merges), strict=True))
+    to_write = sum(m.bytes_to_write for _, m in merges)
+    for path, merge in merges:
+        if path != out and stages.is_done(path.name, merge.identity()):
+            one = replace(done, tensors=len(merge.jobs), bytes_read=merge.bytes_to_read, resumed=True)
+            one = replace(one, bytes_written=merge.bytes_to_write, seconds=0.0, warnings=merge.warnings)
+        else:
+            before = done
+
+            def show(now: Progress, before: MergeResult = before) -> None:
+                assert progress is not None
+                progress(
+                    Progress(
+                        tensors_done=before.tensors + now.tensors_done,
+                        tensors_total=tensors,
+                        bytes_read=before.bytes_read + now.bytes_read,
+                        bytes_read_total=to_read,
+                        bytes_written=before.bytes_written + now.bytes_written,
+                        bytes_written_total=to_write,
+                        seconds=before.seconds + now.seconds,
+                    )
+                )
+
+            one = run(merge, path, show if progress is not None else None)
+        done = MergeResult(
+            output=out,
+            method=planned.method.name,
+            tensors=done.tensors + one.tensors,
+            bytes_read=done.bytes_read + one.bytes_read,
+            bytes_written=done.bytes_written + one.bytes_written,
+            seconds=done.seconds + one.seconds,
+            peak_rss=max(done.peak_rss, one.peak_rss),
+            resumed=done.resumed or one.resumed,
+            warnings=(*done.warnings, *one.warnings),
+        )
+    return done
 
 
 @dataclass(frozen=True)
@@ -398,7 +456,7 @@ class _Merge:
         if not nonfinite and not overflow:
             return
         if nonfinite:
-            found = [f"{source.files[0]} ({_count_nonfinite(source)} entries)" for source in job.sources()]
+            found = [f"{files_of(source)[0]} ({_count_nonfinite(source)} entries)" for source in job.sources()]
             found = [text for text in found if "(0 entries)" not in text]
             message = f"{job.name} holds NaN or Inf in " + ", ".join(found or ["the coefficients"])
             advice = "mend the model, or set on_nonfinite: warn to let it through"

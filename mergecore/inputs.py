@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mergecore.checkpoint import Checkpoint, open_checkpoint
-from mergecore.sources import Source, Stored
+from mergecore.references import parse_reference
+from mergecore.sources import Source, dequantised
 
 Resolve = Callable[[str, str | None], Path]
 """(path or name, revision) as a spec has them -> where the model lies."""
@@ -53,20 +54,29 @@ class Input:
 class Inputs:
     """Opens each model of a spec once, by whatever name it is listed."""
 
-    def __init__(self, resolve: Resolve) -> None:
-        self._resolve = resolve
-        self._opened: dict[str, Input] = {}
+    def __init__(self, resolve: Resolve, directory: Path) -> None:
+        self._resolve, self._directory = resolve, directory
+        self._results: dict[str, Input] = {}
+        self._opened: dict[tuple[str, str | None], Input] = {}
 
-    def open(self, reference: str) -> Input:
-        """The model that `reference` names; CheckpointError says what is missing or malformed."""
-        path = self._resolve(reference, None)
-        key = os.path.realpath(path)
+    def add(self, name: str, model: Input) -> None:
+        """From now on `name` names this model: the result of an earlier merge."""
+        self._results[name] = model
+
+    def open(self, text: str) -> Input:
+        """The model that `text` names, with its adapter; CheckpointError says what is missing or malformed."""
+        if text in self._results:
+            return self._results[text]
+        reference = parse_reference(text, self._directory)
+        path = self._resolve(reference.path, reference.revision)
+        adapter = None if reference.lora is None else self._resolve(*reference.lora)
+        # The base is the base by whatever name it is listed.
+        key = (os.path.realpath(path), None if adapter is None else os.path.realpath(adapter))
         if key not in self._opened:
-            self._opened[key] = _open(reference, path)
+            self._opened[key] = _open(text, path)
         return self._opened[key]
 
 
-def _open(reference: str, path: Path) -> Input:
+def _open(name: str, path: Path) -> Input:
     checkpoint = open_checkpoint(path)
-    tensors: dict[str, Source] = {name: Stored(info) for name, info in checkpoint.tensors.items()}
-    return Input(reference, checkpoint.path, checkpoint.config, tensors, (checkpoint,))
+    return Input(name, checkpoint.path, checkpoint.config, dequantised(checkpoint), (checkpoint,))

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,20 @@ from pydantic import ValidationError
 
 from mergecore import __version__
 from mergecore.architecture import Architecture, Orientation, is_tied
+from mergecore.checkpoint import TensorInfo
 from mergecore.errors import CheckpointError, SpecError
 from mergecore.inputs import Input, Inputs, Resolve
 from mergecore.matching import FLOATS, Matching
 from mergecore.methods import METHODS
 from mergecore.methods.base import Coefficients, Gram, Keep, Method, Moments, Statistics, TensorView, per_model
 from mergecore.ops import gram_count
+from mergecore.output.config import output_config
 from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
 from mergecore.parameters import check_parameters, parameters_of
+from mergecore.references import local_folder
 from mergecore.sections import Member, Section, Slot, input_error, open_sections
 from mergecore.selecting import BLOCK, held_bytes, planned_reads
-from mergecore.sources import Source
+from mergecore.sources import Source, Stored, files_of
 from mergecore.spec import MergeSpec, Run, Sparsify
 from mergecore.spec.problems import near
 
@@ -143,8 +147,10 @@ class MergePlan:
     jobs: tuple[TensorJob, ...]
     layout: OutputLayout
     warnings: tuple[str, ...]
-    untied_head: bool
-    """The output has a head of its own although the reference's config ties it."""
+    config: Mapping[str, Any]
+    """The output's config.json; empty if the reference has none."""
+    earlier: tuple[tuple[Path, MergePlan], ...] = ()
+    """The merges of the same spec whose results this one reads, and where those lie meanwhile; in order."""
 
     @property
     def passes(self) -> int:
@@ -153,16 +159,18 @@ class MergePlan:
 
     @property
     def bytes_to_read(self) -> int:
+        """Of this merge, without earlier ones."""
         return sum(job.bytes_to_read for job in self.jobs)
 
     @property
     def bytes_to_write(self) -> int:
+        """Of this merge, without earlier ones."""
         return self.layout.nbytes
 
     @property
     def files(self) -> list[Path]:
         """The files that are read."""
-        return list(dict.fromkeys(file for job in self.jobs for source in job.sources() for file in source.files))
+        return list(dict.fromkeys(file for job in self.jobs for source in job.sources() for file in files_of(source)))
 
     @property
     def inputs(self) -> list[Input]:
@@ -180,13 +188,35 @@ class MergePlan:
         return xxhash.xxh3_128_hexdigest(json.dumps(what, sort_keys=True).encode())
 
 
-def plan(spec: MergeSpec, *, resolve: Resolve | None = None) -> MergePlan:
+def plan(spec: MergeSpec, *, resolve: Resolve | None = None, stages: Path = Path(".stages")) -> MergePlan:
     """Plans a merge. `resolve` turns a model's path or name, and its revision, in the spec into where it lies.
 
-    Raises SpecError (method, parameters) and CheckpointError (inputs that are missing or do not fit).
+    The results of earlier merges of the same spec shall lie below `stages`. Raises SpecError (method, parameters)
+    and CheckpointError (inputs that are missing or do not fit).
     """
+    inputs = Inputs(resolve or partial(local_folder, directory=spec.directory), spec.directory)
+    earlier = []
+    for needed in spec.earlier:
+        assert needed.name is not None
+        path = stages / needed.name
+        planned = _plan(needed, inputs, [])
+        inputs.add(needed.name, _result(planned, path))
+        earlier.append((path, planned))
+    return _plan(spec, inputs, earlier)
+
+
+def _result(planned: MergePlan, path: Path) -> Input:
+    """What a merge will have made at `path`, as the input of another one."""
+    tensors: dict[str, Source] = {}
+    for job in planned.jobs:
+        slot = planned.layout.slots[job.name]
+        file = path / planned.layout.shards[slot.shard].filename
+        tensors[job.name] = Stored(TensorInfo(job.name, job.dtype, job.shape, file, slot.offset, slot.nbytes))
+    return Input(path.name, path, dict(planned.config), tensors, identity=planned.identity())
+
+
+def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePlan]]) -> MergePlan:
     method = _method(spec)
-    inputs = Inputs(resolve or spec.resolve)
     sections = open_sections(spec, method, inputs)
     check_parameters(spec, method, sections)
     matching = Matching(spec, sections)
@@ -205,6 +235,7 @@ def plan(spec: MergeSpec, *, resolve: Resolve | None = None) -> MergePlan:
         _check_coefficients(job, spec)
     _check_scope(jobs, spec)
     layout = plan_layout([(job.name, job.dtype, job.shape) for job in jobs], spec.run.shard_size)
+    untied_head = matching.head in matching.names and is_tied(reference.config, reference.tensors)
     models = tuple(dict.fromkeys(member.model for section in sections for member in section.members))
     based = [section.base.model for section in sections if section.base is not None]
     return MergePlan(
@@ -218,7 +249,8 @@ def plan(spec: MergeSpec, *, resolve: Resolve | None = None) -> MergePlan:
         jobs=tuple(jobs),
         layout=layout,
         warnings=tuple(matching.warnings),
-        untied_head=matching.head in matching.names and is_tied(reference.config, reference.tensors),
+        config=output_config(reference.config, spec, sections, untied_head=untied_head),
+        earlier=tuple(earlier),
     )
 
 

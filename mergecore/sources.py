@@ -1,58 +1,407 @@
-"""Where the windows of one input tensor come from."""
+"""What an output tensor is computed from: a stored tensor, or one derived from several while it streams.
+
+A source names the bytes that a window of it needs and makes the window of them once they are mapped; it
+reads no file itself. Derived sources compute in float64, entry by entry in a fixed order, so their values
+do not depend on how the tensor is cut into windows.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mergecore.checkpoint import TensorInfo
+from mergecore.architecture import is_buffer
+from mergecore.checkpoint import Checkpoint, TensorInfo
+from mergecore.errors import CheckpointError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+"""Stored dtypes, as safetensors names them, that windows can show."""
+
+Piece = tuple[Path, int, int]
+"""(file, offset in it, bytes)."""
 
 
 class Source(Protocol):
-    """An input tensor."""
+    """A tensor that can be read in windows of its flattened entries."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def files(self) -> list[Path]: ...
-    def pieces(self, first: int, count: int) -> list[tuple[Path, int, int]]: ...
-    def window(self, first: int, count: int, views: list[memoryview]) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Stored:
-    info: TensorInfo
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.info.shape
 
     @property
     def dtype(self) -> str:
-        return self.info.dtype
+        """What windows hold, as safetensors names it."""
 
     @property
     def nbytes(self) -> int:
-        return self.info.nbytes
+        """Bytes read from disk for the whole tensor, read in one window."""
 
-    @property
-    def files(self) -> list[Path]:
-        return [self.info.file]
+    def pieces(self, first: int, count: int) -> list[Piece]:
+        """What to map for entries [first, first + count) of the flattened tensor; no piece is empty."""
 
-    def pieces(self, first: int, count: int) -> list[tuple[Path, int, int]]:
-        size = self.info.nbytes // max(1, prod(self.info.shape))
-        return [(self.info.file, self.info.offset + first * size, count * size)]
+    def window(self, first: int, count: int, views: Sequence[memoryview]) -> Tensor:
+        """Those entries as a flat tensor of `dtype`, from the bytes of `pieces(first, count)`.
 
-    def window(self, first: int, count: int, views: list[memoryview]) -> Tensor:
-        return torch.frombuffer(views[0], dtype=DTYPES[self.dtype])
+        It may lie in the memory of the views: valid, and read-only, as long as they are.
+        """
+
+
+def files_of(source: Source) -> list[Path]:
+    """The files that a source is read from."""
+    return list(dict.fromkeys(file for file, _, _ in source.pieces(0, prod(source.shape))))
+
+
+class Stored:
+    """A tensor as it lies in a file; windows lie in the mapped memory, nothing is copied."""
+
+    def __init__(self, info: TensorInfo) -> None:
+        self.info = info
+        self.shape, self.dtype, self.nbytes = info.shape, info.dtype, info.nbytes
+
+    def pieces(self, first: int, count: int) -> list[Piece]:
+        size = DTYPES[self.dtype].itemsize
+        return [(self.info.file, self.info.offset + first * size, count * size)] if count else []
+
+    def window(self, first: int, count: int, views: Sequence[memoryview]) -> Tensor:
+        dtype = DTYPES[self.dtype]
+        return torch.frombuffer(views[0], dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+
+
+Read = tuple[Source, int, int]
+"""Entries [first, first + count) of a source: (source, first, count)."""
+
+
+class _Derived:
+    """A source whose windows are made of windows of other sources."""
+
+    shape: tuple[int, ...]
+    dtype = "F64"
+
+    def _reads(self, first: int, count: int) -> list[Read]:
+        """What a window needs of the other sources."""
+        raise NotImplementedError
+
+    def _make(self, first: int, count: int, parts: list[Tensor]) -> Tensor:
+        """The window from the windows of `_reads`, in their order."""
+        raise NotImplementedError
+
+    def pieces(self, first: int, count: int) -> list[Piece]:
+        reads = self._reads(first, count)
+        return [piece for source, start, size in reads for piece in source.pieces(start, size)]
+
+    def window(self, first: int, count: int, views: Sequence[memoryview]) -> Tensor:
+        rest = iter(views)
+        parts = [
+            source.window(start, size, list(islice(rest, len(source.pieces(start, size)))))
+            for source, start, size in self._reads(first, count)
+        ]
+        return self._make(first, count, parts)
+
+
+class _Rows:
+    """The rows that a window touches: whole ones around entries [first, first + count)."""
+
+    def __init__(self, columns: int, first: int, count: int) -> None:
+        self.first = first // columns
+        self.count = -(-(first + count) // columns) - self.first
+        self.columns = columns
+        self.entries = slice(first - self.first * columns, first - self.first * columns + count)
+
+    def around(self, window: Tensor) -> Tensor:
+        """The window as float64 (count, columns), with zeros in the parts of its rows that it does not hold."""
+        whole = torch.zeros(self.count * self.columns, dtype=torch.float64)
+        whole[self.entries] = window.to(torch.float64)
+        return whole.view(self.count, self.columns)
+
+
+class Scaled(_Derived):
+    """A narrow float tensor times its scales: entry * scale, in float64.
+
+    `scale` (..., scale rows, scale columns) has the weight's leading dimensions; each scale belongs to a block of
+    `block` = (rows, columns) of the weight (..., rows, columns), the last blocks of a matrix may be cut short.
+    """
+
+    def __init__(self, weight: Source, scale: Source | None = None, block: tuple[int, int] = (1, 1)) -> None:
+        self.weight, self.scale, self.shape, self.block = weight, scale, weight.shape, block
+        self.nbytes = weight.nbytes + (scale.nbytes if scale is not None else 0)
+        if scale is not None:
+            self.rows, self.columns = self.shape[-2:]
+            self.scale_rows = -(-self.rows // block[0])
+            self.scale_columns = -(-self.columns // block[1])
+            expected = prod(self.shape[:-2]) * self.scale_rows * self.scale_columns
+            if prod(scale.shape) != expected:
+                raise ValueError(f"{list(scale.shape)} scales for {list(self.shape)} in blocks of {list(block)}")
+
+    def _scale_rows_of(self, first: int, count: int) -> np.ndarray:
+        """For every row that the window touches, the row of scales that belongs to it."""
+        rows = _Rows(self.columns, first, count)
+        row = np.arange(rows.first, rows.first + rows.count)
+        return row // self.rows * self.scale_rows + row % self.rows // self.block[0]
+
+    def _reads(self, first: int, count: int) -> list[Read]:
+        if self.scale is None or count == 0:
+            return [(self.weight, first, count)]
+        used = self._scale_rows_of(first, count)
+        start, end = int(used[0]), int(used[-1]) + 1
+        width = self.scale_columns
+        return [(self.weight, first, count), (self.scale, start * width, (end - start) * width)]
+
+    def _make(self, first: int, count: int, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0].to(torch.float64)
+        rows = _Rows(self.columns, first, count)
+        used = self._scale_rows_of(first, count)
+        scales = parts[1].to(torch.float64).view(-1, self.scale_columns)[torch.from_numpy(used - used[0])]
+        scaled = rows.around(parts[0]).mul_(scales.repeat_interleave(self.block[1], 1)[:, : self.columns])
+        return scaled.view(-1)[rows.entries]
+
+
+class Adapted(_Derived):
+    """A weight with a low-rank update: W + scaling * B A, or W + scaling * (B A)^T if `transposed`; float64.
+
+    `a` is (rank, in), `b` is (out, rank); W is (out, in), or (in, out) if `transposed` (Conv1D, embeddings).
+    (Hu et al., "LoRA", 2021, equation 3; scaling is their alpha / r.)
+    """
+
+    def __init__(self, weight: Source, a: Source, b: Source, scaling: float, *, transposed: bool = False) -> None:
+        self.weight, self.a, self.b, self.scaling, self.transposed = weight, a, b, scaling, transposed
+        self.shape, self.rank = weight.shape, a.shape[0]
+        self.nbytes = weight.nbytes + a.nbytes + b.nbytes
+        expected = (b.shape[0], a.shape[1])
+        if b.shape[1] != self.rank or self.shape != (expected[::-1] if transposed else expected):
+            raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} for a weight {list(self.shape)}")
+
+    def _reads(self, first: int, count: int) -> list[Read]:
+        if count == 0:
+            return []
+        rows = _Rows(self.shape[1], first, count)
+        if self.transposed:  # row i of (B A)^T needs column i of A
+            left = [(self.a, k * self.shape[0] + rows.first, rows.count) for k in range(self.rank)]
+            return [(self.weight, first, count), (self.b, 0, prod(self.b.shape)), *left]
+        left = [(self.b, rows.first * self.rank, rows.count * self.rank)]
+        return [(self.weight, first, count), (self.a, 0, prod(self.a.shape)), *left]
+
+    def _make(self, first: int, count: int, parts: list[Tensor]) -> Tensor:
+        if count == 0:
+            return torch.empty(0, dtype=torch.float64)
+        rows = _Rows(self.shape[1], first, count)
+        right = parts[1].to(torch.float64)
+        if self.transposed:
+            left, right = torch.stack([part.to(torch.float64) for part in parts[2:]]), right.view(-1, self.rank).T
+        else:
+            left, right = parts[2].to(torch.float64).view(-1, self.rank).T, right.view(self.rank, -1)
+        # Product by product, in order: a matrix product sums in an order that depends on the window's size.
+        update = torch.zeros(rows.count, rows.columns, dtype=torch.float64)
+        product = torch.empty_like(update)
+        for k in range(self.rank):
+            update += torch.mul(left[k].unsqueeze(1), right[k], out=product)
+        return parts[0].to(torch.float64) + self.scaling * update.view(-1)[rows.entries]
+
+
+class RowMap(_Derived):
+    """Rows of other sources in a new order: `shape` (rows, ...), a vector's rows are its entries.
+
+    `table` (rows, 2), int64, says for every row (which of `sources`, which row of it); (-1, 0) stands for zeros.
+    `means` has the rows that are instead the mean of several: row -> ((source, row), ...).
+    Windows keep the sources' dtype if they share one and nothing is averaged, else they are F64.
+    ValueError for a table that names rows which the sources do not have.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        sources: tuple[Source, ...],
+        table: np.ndarray,
+        means: Mapping[int, Sequence[tuple[int, int]]] | None = None,
+    ) -> None:
+        self.shape, self.sources, self.table, self.means = shape, sources, table.copy(), dict(means or {})
+        self.width = prod(shape[1:])
+        if self.table.shape != (shape[0], 2) or not all(0 <= row < shape[0] for row in self.means):
+            raise ValueError(
+                f"{list(self.table.shape)} entries and means of {len(self.means)} rows for {shape[0]} rows"
+            )
+        self.table[list(self.means)] = _ZEROS, 0
+        averaged = [pair for pairs in self.means.values() for pair in pairs]
+        copied = self.table[self.table[:, 0] != _ZEROS]
+        used = np.concatenate([copied, np.array(averaged, np.int64).reshape(-1, 2)])
+        if any(source.shape[1:] != shape[1:] for source in sources):
+            raise ValueError(f"rows of {[list(source.shape) for source in sources]} for a tensor {list(shape)}")
+        lengths = np.array([source.shape[0] for source in sources], np.int64)
+        known = (used[:, 0] >= 0) & (used[:, 0] < len(sources))
+        if not known.all() or (used[:, 1] < 0).any() or (used[:, 1] >= lengths[used[:, 0]]).any():
+            raise ValueError("the table names a source or a row that there is not")
+        if any(not pairs for pairs in self.means.values()):
+            raise ValueError("a mean of no rows")
+        self.table[list(self.means), 0] = _MEAN
+        dtypes = {source.dtype for source in sources}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 and not self.means else "F64"
+        rows_used = np.bincount(used[:, 0], minlength=len(sources))
+        self.nbytes = sum(
+            source.nbytes * int(rows) // source.shape[0]
+            for source, rows in zip(sources, rows_used, strict=True)
+            if rows
+        )
+
+    def _runs(self, first: int, count: int) -> Iterable[tuple[int, int, int]]:
+        """(first entry, entries, row of the table) of the parts of a window whose rows lie one after the other."""
+        if count == 0:
+            return
+        rows = _Rows(self.width, first, count)
+        source, row = self.table[rows.first : rows.first + rows.count].T
+        joined = (source[1:] == source[:-1]) & ((row[1:] == row[:-1] + 1) | (source[1:] == _ZEROS))
+        joined &= source[1:] != _MEAN
+        starts = rows.first + np.concatenate([[0], np.flatnonzero(~joined) + 1])
+        ends = np.concatenate([starts[1:], [rows.first + rows.count]])
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            begin = max(start * self.width, first)
+            yield begin, min(end * self.width, first + count) - begin, start
+
+    def _run_reads(self, first: int, count: int, start: int) -> list[Read]:
+        source, row = self.table[start].tolist()
+        if source == _ZEROS:
+            return []
+        offset = first - start * self.width
+        origins = self.means[start] if source == _MEAN else [(source, row)]
+        return [(self.sources[source], row * self.width + offset, count) for source, row in origins]
+
+    def _reads(self, first: int, count: int) -> list[Read]:
+        return [read for run in self._runs(first, count) for read in self._run_reads(*run)]
+
+    def _make(self, first: int, count: int, parts: list[Tensor]) -> Tensor:
+        dtype = DTYPES[self.dtype]
+        if len(parts) == 1 and parts[0].numel() == count and parts[0].dtype == dtype:
+            return parts[0]
+        result = torch.zeros(count, dtype=dtype)
+        rest = iter(parts)
+        for begin, size, start in self._runs(first, count):
+            target = result[begin - first : begin - first + size]
+            origins = list(islice(rest, len(self._run_reads(begin, size, start))))
+            if origins:
+                target.copy_(origins[0])
+            for part in origins[1:]:
+                target += part
+            if len(origins) > 1:
+                target /= len(origins)
+        return result
+
+
+_ZEROS, _MEAN = -1, -2
+"""Marks in the first column of a row map's table."""
+
+
+# ---- fp8 checkpoints
+
+_FP8 = ("F8_E4M3", "F8_E5M2")
+_WIDE = ("F64", "F32", "F16", "BF16")
+_ACTIVATION_SCALE = re.compile(r"(?:.*_)?(?:input|output|activation)_scale(?:_ub)?|(?:q|k|v|kv)_scale")
+
+
+def dequantised(checkpoint: Checkpoint) -> dict[str, Source]:
+    """A checkpoint's tensors as sources, in its order: fp8 weights times their scales, others as they are stored.
+
+    Scales of weights and of activations are used or dropped and are not among the result. Known are weights
+    W with a tensor `W_scale_inv` (DeepSeek-V3: blocks of quantization_config.weight_block_size) or `W_scale`
+    (compressed-tensors, FBGEMM: one per tensor, per row or per column), which both multiply, and, where the config
+    names no quantisation, without a scale. CheckpointError names tensors quantised in any other way.
+    """
+    tensors = checkpoint.tensors
+    quantisation = _quantisation(checkpoint.config)
+    if not quantisation and not any(info.dtype in _FP8 for info in tensors.values()):
+        return {name: Stored(info) for name, info in tensors.items()}
+    method = quantisation.get("quant_method", "no quant_method in config.json")
+    scale_of = {
+        name: scale
+        for name, info in tensors.items()
+        if info.dtype in _FP8
+        for scale in (f"{name}_scale_inv", f"{name}_scale")
+        if scale in tensors
+    }
+    scales = set(scale_of.values())
+    narrow_modules = {name.rpartition(".")[0] for name, info in tensors.items() if info.dtype in _FP8}
+    sources: dict[str, Source] = {}
+    for name, info in tensors.items():
+        module, _, last = name.rpartition(".")
+        if name in scales or _ACTIVATION_SCALE.fullmatch(last):
+            continue
+        if info.dtype in _FP8 and (name in scale_of or not quantisation):
+            sources[name] = _scaled(checkpoint, info, scale_of.get(name), quantisation)
+        elif _is_foreign(info) or (module in narrow_modules and "scale" in last):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} ({info.dtype}) is quantised in a way that cannot be undone here "
+                f"({method}); fp8 weights with scales are read as they are: convert the model to bfloat16 first"
+            )
+        else:
+            sources[name] = Stored(info)
+    return sources
+
+
+def _quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """quantization_config of the model or of its text part; {} without one."""
+    for owner in (config, config.get("text_config")):
+        if isinstance(owner, Mapping):
+            for key in ("quantization_config", "compression_config"):
+                if isinstance(owner.get(key), dict) and owner[key]:
+                    return dict(owner[key])
+    return {}
+
+
+def _is_foreign(info: TensorInfo) -> bool:
+    """Whether a tensor of a quantised model is no plain weight: integers, narrow floats, zero points."""
+    if is_buffer(info.name, info.shape) or info.name.endswith("num_batches_tracked"):
+        return False
+    return info.dtype not in _WIDE or info.name.endswith("zero_point")
+
+
+def _scaled(checkpoint: Checkpoint, info: TensorInfo, scale_name: str | None, quantisation: dict[str, Any]) -> Scaled:
+    if scale_name is None:
+        return Scaled(Stored(info))
+    scale = checkpoint.tensors[scale_name]
+    block = _block(info.shape, scale.shape, _configured_blocks(quantisation))
+    if block is None or scale.dtype not in (*_WIDE, "F8_E8M0"):
+        raise CheckpointError(
+            f"{checkpoint.path}: {scale_name} ({scale.dtype} {list(scale.shape)}) does not fit "
+            f"{info.name} {list(info.shape)}: expected one scale per tensor, per row, per column, or per block as "
+            "quantization_config says"
+        )
+    return Scaled(Stored(info), Stored(scale), block)
+
+
+def _configured_blocks(quantisation: dict[str, Any]) -> list[tuple[int, int]]:
+    """The (rows, columns) that one scale covers, as the config may say it: per block, or per group of a row."""
+    found = [quantisation.get("weight_block_size")]
+    groups = quantisation.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            found += [weights.get("block_structure"), [1, weights.get("group_size")]]
+    sizes = [block for block in found if isinstance(block, list) and len(block) == 2]
+    return [(rows, columns) for rows, columns in sizes if all(isinstance(n, int) and n > 0 for n in (rows, columns))]
+
+
+def _block(
+    shape: tuple[int, ...], scales: tuple[int, ...], configured: list[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """How much of a weight (..., rows, columns) one scale covers; None when these scales do not fit."""
+    if len(shape) < 2:
+        return None
+    rows, columns = shape[-2:]
+    if len(shape) == 2 and scales in ((), (1,), (rows,)):
+        scales = (scales[0] if scales else 1, 1)
+    if len(scales) != len(shape) or scales[:-2] != shape[:-2]:
+        return None
+    if scales[-2] in (1, rows) and scales[-1] in (1, columns):
+        return (rows if scales[-2] == 1 else 1, columns if scales[-1] == 1 else 1)
+    fitting = (block for block in configured if (-(-rows // block[0]), -(-columns // block[1])) == scales[-2:])
+    return next(fitting, None)

@@ -417,8 +417,11 @@ def test_a_malformed_config_is_named_with_its_line(tmp_path: Path, config: bytes
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        (["adapter_model.safetensors", "adapter_config.json"], "merge the adapter into its base model first"),
-        (["pytorch_model.bin", "training_args.bin"], r"holds pytorch_model\.bin and no safetensors file; convert"),
+        (
+            ["adapter_model.safetensors", "adapter_config.json"],
+            r"holds an adapter .*: MODEL\+",
+        ),
+        (["consolidated.00.pth", "training_args.bin"], r"holds consolidated\.00\.pth and neither .* convert it first"),
         (["config.json"], "holds no weights"),
         ([], "holds no weights"),
     ],
@@ -441,7 +444,7 @@ def test_a_path_that_is_not_there_or_no_model(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(CheckpointError, match="cannot be opened"):
         open_checkpoint("a\0b")
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(CheckpointError, match=r"neither a model folder nor a \.safetensors file"):
+    with pytest.raises(CheckpointError, match=r"neither a model folder nor a \.safetensors or \.bin"):
         open_checkpoint(tmp_path / "notes.txt")
 
 

@@ -5,33 +5,39 @@ Only values; manifest.py writes the file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergecore.planning import MergePlan
 from mergecore.sections import Section
+from mergecore.spec import MergeSpec
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 """What configs call the number of layers."""
 
 
-def output_config(plan: MergePlan) -> dict[str, Any]:
-    """config.json of the output, as plain JSON values; empty if the reference has none."""
-    config = dict(plan.reference.config)
+def output_config(
+    reference: Mapping[str, Any], spec: MergeSpec, sections: Sequence[Section], *, untied_head: bool
+) -> dict[str, Any]:
+    """config.json of the output, as plain JSON values; empty if the reference has none.
+
+    `untied_head`: the output has a head of its own although the reference ties it.
+    """
+    config = dict(reference)
     if not config:
         return config
-    wanted = plan.spec.out_dtype or plan.spec.dtype
+    wanted = spec.out_dtype or spec.dtype
     if wanted is not None:
         for key in {"torch_dtype", "dtype"} & config.keys() or {"dtype"}:
             config[key] = wanted
     config.pop("quantization_config", None)  # what was quantised is stored plainly
-    if plan.untied_head:
+    if untied_head:
         config["tie_word_embeddings"] = False
         if "tie_word_embeddings" in config.get("text_config", {}):
             config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-    for module in {section.part.module for section in plan.sections}:
-        sections = [section for section in plan.sections if section.part.module == module]
-        if sections[0].layers is not None:
-            _set_layers(config, module, sections)
+    for module in {section.part.module for section in sections}:
+        own = [section for section in sections if section.part.module == module]
+        if own[0].layers is not None:
+            _set_layers(config, module, own)
     return config
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergecore import __version__
-from mergecore.output.config import output_config
 from mergecore.output.verify import MANIFEST_NAME
 from mergecore.planning import MergePlan
 
@@ -32,9 +31,8 @@ TOKENIZER_FILES = (
 def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> None:
     """Adds everything but the weights to an output whose tensors are complete."""
     reference = plan.reference
-    config = output_config(plan)
-    if config:
-        writer.add_file("config.json", _json(config))
+    if plan.config:
+        writer.add_file("config.json", _json(plan.config))
     generation = reference.folder / "generation_config.json"
     if generation.is_file():
         writer.add_file(generation.name, generation)
@@ -86,6 +84,7 @@ def _manifest(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> dic
     return {
         "mergecore": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "identity": plan.identity(),
         "method": plan.method.name,
         "spec": plan.spec.as_dict(),
         "spec_text": plan.spec.text,

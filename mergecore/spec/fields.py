@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Mapping
 from decimal import Decimal
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema
@@ -129,11 +128,6 @@ def _density(value: Any) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
         return float(value)
     raise expected(value, "a number above 0, up to 1")
-
-
-def located(model: str, directory: Path | None) -> Path:
-    """The path of a model as written in a spec: `~` expanded, relative to the spec's directory (or the working one)."""
-    return (directory or Path()).absolute() / os.path.expanduser(model)
 
 
 def _model(value: Any) -> str:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from mergecore.errors import SpecError
-from mergecore.spec.fields import Dtype, ModelPath, OnNonfinite, Orientation, Seed, Text, located, refused, table
+from mergecore.spec.fields import Dtype, ModelPath, OnNonfinite, Orientation, Seed, Text, refused, table
 from mergecore.spec.parts import Models, Module, OutputSlice, Part, Slices, parts_of
 from mergecore.spec.problems import Keys, Problem
 from mergecore.spec.tables import ModelEntry, Parameters, Run, Sparsify, Table
@@ -188,6 +188,11 @@ class MergeSpec(Table):
         return self._path
 
     @property
+    def directory(self) -> Path:
+        """Where relative model paths start: the spec's directory, or the working one."""
+        return Path() if self._path is None else self._path.parent
+
+    @property
     def text(self) -> str:
         """The spec as it was given; YAML made from the dict if it was given as one."""
         if self._text is None:
@@ -201,10 +206,6 @@ class MergeSpec(Table):
     def error(self, message: str, *keys: str | int) -> SpecError:
         """A SpecError `FILE:LINE: key.path: message` about what stands at `keys`."""
         return SpecError(Problem(keys, message, self.line_of(*keys)).worded(self._name))
-
-    def resolve(self, model: str, revision: str | None = None) -> Path:
-        """The absolute path of a model named in this spec; relative ones start at the spec's directory."""
-        return located(model, None if self._path is None else self._path.parent)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that is in effect, defaults included, as plain JSON values that load_spec accepts."""

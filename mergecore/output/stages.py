@@ -1,0 +1,60 @@
+"""Where the results of earlier merges of one spec lie until its last one has read them: `.NAME.stages` beside NAME."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from mergecore.errors import Interrupted, OutputError, OutputExistsError
+from mergecore.output.staging import reporting
+from mergecore.output.verify import MANIFEST_NAME
+
+
+def stages_folder(out: Path) -> Path:
+    """The folder of the output `out`."""
+    out = Path(os.path.abspath(out))
+    return out.parent / f".{out.name}.stages"
+
+
+class Stages:
+    """The folder while a merge uses it. It goes when the merge is done or has failed; what is complete stays for
+    `resume` if the merge was interrupted. Raises OutputError if another merge has it."""
+
+    def __init__(self, out: Path, *, resume: bool) -> None:
+        self.folder, self._resume = stages_folder(out), resume
+        self._lock = -1
+
+    def __enter__(self) -> Stages:
+        with reporting("create", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise OutputError(f"another merge is using {self.folder}") from error
+        return self
+
+    def is_done(self, name: str, identity: str) -> bool:
+        """Whether an interrupted attempt has finished this merge; what else lies there is removed."""
+        path = self.folder / name
+        if self._resume:
+            with suppress(OSError, ValueError, TypeError, KeyError):
+                if json.loads((path / MANIFEST_NAME).read_bytes())["identity"] == identity:
+                    return True
+        with reporting("remove", path):
+            if path.exists():
+                shutil.rmtree(path)
+        return False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, (Interrupted, OutputExistsError)):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
