@@ -132,6 +132,6 @@ def _cached(name: str, revision: str | None, directory: Path) -> Path:
             return Path(incomplete)
         at, option = ("", "") if revision is None else (f" at revision {revision}", f" --revision {revision}")
         raise CheckpointError(
-            f"{absent}, and the Hugging Face cache {constants.HF_HUB_CACHE} does not hold it{at}; nothing is downloaded "
-            f"here: run `hf download {name}{option}`, or give the path of a folder"
+            f"{absent}, and the Hugging Face cache {constants.HF_HUB_CACHE} does not hold it{at}; nothing is "
+            f"downloaded here: run `hf download {name}{option}`, or give the path of a folder"
         ) from None

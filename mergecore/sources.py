@@ -29,6 +29,8 @@ DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 """Stored dtypes, as safetensors names them, that windows can show."""
+FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Those that can be computed with as they are."""
 
 Piece = tuple[Path, int, int]
 """(file, offset in it, bytes)."""
@@ -197,12 +199,31 @@ class Adapted(_Derived):
             left, right = torch.stack([part.to(torch.float64) for part in parts[2:]]), right.view(-1, self.rank).T
         else:
             left, right = parts[2].to(torch.float64).view(-1, self.rank).T, right.view(self.rank, -1)
-        # Product by product, in order: a matrix product sums in an order that depends on the window's size.
-        update = torch.zeros(rows.count, rows.columns, dtype=torch.float64)
-        product = torch.empty_like(update)
-        for k in range(self.rank):
-            update += torch.mul(left[k].unsqueeze(1), right[k], out=product)
-        return parts[0].to(torch.float64) + self.scaling * update.view(-1)[rows.entries]
+        result = parts[0].to(torch.float64, copy=True)
+        step = max(1, _CACHED // rows.columns)
+        for row in range(0, rows.count, step):
+            update = _product(left[:, row : row + step], right).mul_(self.scaling).view(-1)
+            begin = row * rows.columns - rows.entries.start  # where in the window the block begins
+            skipped = max(0, -begin)
+            target = result[begin + skipped : begin + update.numel()]
+            target += update[skipped : skipped + target.numel()]
+        return result
+
+
+_CACHED = 1 << 16
+"""Entries of a low-rank update that are computed at once: few enough to stay in the processor's cache."""
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, for (rank, rows) and (rank, columns), summed in the order of the ranks.
+
+    A matrix product of a library sums in an order that depends on the number of rows, which windows decide.
+    """
+    update = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
+    product = torch.empty_like(update)
+    for column, row in zip(left, right, strict=True):
+        update += torch.mul(column.unsqueeze(1), row, out=product)
+    return update
 
 
 class RowMap(_Derived):
@@ -299,7 +320,6 @@ _ZEROS, _MEAN = -1, -2
 # ---- fp8 checkpoints
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
-_WIDE = ("F64", "F32", "F16", "BF16")
 _ACTIVATION_SCALE = re.compile(r"(?:.*_)?(?:input|output|activation)_scale(?:_ub)?|(?:q|k|v|kv)_scale")
 
 
@@ -356,7 +376,7 @@ def _is_foreign(info: TensorInfo) -> bool:
     """Whether a tensor of a quantised model is no plain weight: integers, narrow floats, zero points."""
     if is_buffer(info.name, info.shape) or info.name.endswith("num_batches_tracked"):
         return False
-    return info.dtype not in _WIDE or info.name.endswith("zero_point")
+    return info.dtype not in FLOATS or info.name.endswith("zero_point")
 
 
 def _scaled(checkpoint: Checkpoint, info: TensorInfo, scale_name: str | None, quantisation: dict[str, Any]) -> Scaled:
@@ -364,7 +384,7 @@ def _scaled(checkpoint: Checkpoint, info: TensorInfo, scale_name: str | None, qu
         return Scaled(Stored(info))
     scale = checkpoint.tensors[scale_name]
     block = _block(info.shape, scale.shape, _configured_blocks(quantisation))
-    if block is None or scale.dtype not in (*_WIDE, "F8_E8M0"):
+    if block is None or scale.dtype not in FLOATS | {"F8_E8M0"}:
         raise CheckpointError(
             f"{checkpoint.path}: {scale_name} ({scale.dtype} {list(scale.shape)}) does not fit "
             f"{info.name} {list(info.shape)}: expected one scale per tensor, per row, per column, or per block as "

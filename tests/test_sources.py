@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergecore._stream import WindowStream
 from mergecore.checkpoint import TensorInfo, open_checkpoint
 from mergecore.errors import CheckpointError
 from mergecore.sources import Adapted, RowMap, Scaled, Source, Stored, dequantised
+from tests.models import streamed
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0"}
@@ -154,6 +154,18 @@ def test_an_adapter_adds_the_scaled_product_of_its_factors(
     check_windows(memory, source, expected, cuts)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_updates_are_computed_in_blocks_of_rows(transposed: bool) -> None:
+    memory, rows, columns = Memory(), 300, 500
+    weight, a, b = tensor((rows, columns)), tensor((4, columns), seed=1), tensor((rows, 4), seed=2)
+    if transposed:
+        a, b = b.T, a.T
+    update = b.double().numpy() @ a.double().numpy()
+    expected = weight.double().numpy() - 1.5 * (update.T if transposed else update)
+    source = Adapted(memory.store(weight), memory.store(a), memory.store(b), -1.5, transposed=transposed)
+    check_windows(memory, source, expected, [3, 499, 70_001, 131_072, 149_999])
+
+
 def test_factors_that_do_not_fit_the_weight_are_refused() -> None:
     memory = Memory()
     a, b = memory.store(tensor((2, 3))), memory.store(tensor((4, 2)))
@@ -261,20 +273,6 @@ def checkpoint_of(folder: Path, tensors: Mapping[str, Tensor], quantisation: Any
     config = {"model_type": "llama"} if quantisation is None else {"quantization_config": quantisation}
     (folder / "config.json").write_text(json.dumps(config))
     return dequantised(open_checkpoint(folder))
-
-
-def streamed(source: Source, entries: int) -> Tensor:
-    """The whole tensor through the stream that merges read with, in windows of `entries`."""
-    size = int(np.prod(source.shape))
-    windows = [(first, min(entries, size - first)) for first in range(0, size, entries)]
-    files = sorted({path for path, _, _ in source.pieces(0, size)})
-    parts = []
-    with WindowStream(files) as stream:
-        for first, count in windows:
-            pieces = [(files.index(path), offset, nbytes) for path, offset, nbytes in source.pieces(first, count)]
-            stream.submit(pieces)
-            parts.append(source.window(first, count, stream.next()).clone())
-    return torch.cat(parts).view(source.shape)
 
 
 FP8 = tensor((6, 10), torch.float8_e4m3fn)
