@@ -1,15 +1,15 @@
 """What an output tensor is computed from: a stored tensor, or one derived from several while it streams.
 
 A source names the bytes that a window of it needs and makes the window of them once they are mapped; it
-reads no file itself. Derived sources compute in float64, entry by entry in a fixed order, so their values
-do not depend on how the tensor is cut into windows.
+reads no file itself. Derived sources compute in float64, every entry in the same way however the tensor is
+cut into windows.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import islice, product
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -199,10 +199,19 @@ class Adapted(_Derived):
             left, right = torch.stack([part.to(torch.float64) for part in parts[2:]]), right.view(-1, self.rank).T
         else:
             left, right = parts[2].to(torch.float64).view(-1, self.rank).T, right.view(self.rank, -1)
+        # A matrix product of a library adds in an order that depends on the sizes, and so on the window. Of parts of so
+        # few bits every sum over the rank is exact, whatever the order (Ozaki et al., "Error-free transformations of
+        # matrix multiplication", 2012).
+        bits = (53 - (self.rank - 1).bit_length()) // 2
+        rights = _parts(right, bits)
         result = parts[0].to(torch.float64, copy=True)
-        step = max(1, _CACHED // rows.columns)
+        step = max(1, _BLOCK // rows.columns)
         for row in range(0, rows.count, step):
-            update = _product(left[:, row : row + step], right).mul_(self.scaling).view(-1)
+            lefts = _parts(left[:, row : row + step], bits)
+            update = torch.zeros(min(step, rows.count - row), rows.columns, dtype=torch.float64)
+            for one, other in product(lefts, rights):
+                update += one.T @ other
+            update = update.mul_(self.scaling).view(-1)
             begin = row * rows.columns - rows.entries.start  # where in the window the block begins
             skipped = max(0, -begin)
             target = result[begin + skipped : begin + update.numel()]
@@ -210,20 +219,23 @@ class Adapted(_Derived):
         return result
 
 
-_CACHED = 1 << 16
-"""Entries of a low-rank update that are computed at once: few enough to stay in the processor's cache."""
+_BLOCK = 1 << 20
+"""Entries of a low-rank update that are computed at once."""
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right, for (rank, rows) and (rank, columns), summed in the order of the ranks.
-
-    A matrix product of a library sums in an order that depends on the number of rows, which windows decide.
-    """
-    update = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
-    product = torch.empty_like(update)
-    for column, row in zip(left, right, strict=True):
-        update += torch.mul(column.unsqueeze(1), row, out=product)
-    return update
+def _parts(factor: Tensor, bits: int) -> list[Tensor]:
+    """Parts that sum to `factor` exactly: in each, a column's entries are multiples, of at most `bits` bits, of one
+    power of two. Infinite and NaN entries are left as they are."""
+    rest = factor.numpy()
+    if not np.isfinite(rest).all():
+        return [factor]
+    parts = []
+    while rest.any():
+        unit = np.frexp(np.abs(rest).max(axis=0))[1] - bits
+        part = np.ldexp(np.rint(np.ldexp(rest, -unit)), unit)
+        rest = rest - part
+        parts.append(torch.from_numpy(part))
+    return parts
 
 
 class RowMap(_Derived):

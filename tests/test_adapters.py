@@ -69,7 +69,7 @@ ATTENTION = ["q_proj", "v_proj"]
 
 
 @pytest.mark.filterwarnings(
-    "ignore:Setting `save_embedding_layers`", "ignore:fan_in_fan_out is set to", "ignore:Model has `tie_word"
+    "ignore:Setting `save_embedding_layers`", "ignore:fan_in_fan_out is set to", "ignore:Model (has|with) `tie_word"
 )
 @pytest.mark.parametrize(
     ("make", "settings", "changed"),
