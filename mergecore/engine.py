@@ -129,7 +129,9 @@ def _run_all(
     """The merges that `planned` needs, then itself; progress and the result count all of them."""
     merges = [*planned.earlier, (out, planned)]
     done = MergeResult(out, planned.method.name, 0, 0, 0, 0.0, 0, False, ())
-    tensors, to_read = (sum(values) for values in zip(*((len(m.jobs), m.bytes_to_read) for _, m in merges), strict=True))
+    tensors, to_read = (
+        sum(values) for values in zip(*((len(m.jobs), m.bytes_to_read) for _, m in merges), strict=True)
+    )
     to_write = sum(m.bytes_to_write for _, m in merges)
     for path, merge in merges:
         if path != out and stages.is_done(path.name, merge.identity()):
