@@ -66,7 +66,7 @@ def with_template(files: Files, template: str) -> Files:
         content = files[name]
         config = read_object(content) if isinstance(content, Path) else json.loads(content)
         if config.pop("chat_template", None) is not None:
-            files[name] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            files[name] = (json.dumps(config, indent=2) + "\n").encode()
     try:
         files[FILE] = template.encode()
     except UnicodeEncodeError as error:

@@ -31,10 +31,13 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 LARGEST_FILE = 256 << 20
 """Bytes. The largest tokenizers in use have some 40 MB."""
+MOST_TOKENS = 1 << 22
+"""The largest vocabularies in use have some 2**18."""
 
 # What comes along when a tokenizer is written anew, and what else holds no vocabulary.
 _SETTINGS = ("chat_template*", "preprocessor_config.json", "processor_config.json", "*.py")
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_ATTRIBUTES = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -108,15 +111,15 @@ class ModelTokenizer:
         if not self.changed:
             return {**own}
         config = dict(self.config)
-        if "added_tokens_decoder" in config:
+        if isinstance(config.get("added_tokens_decoder"), dict):
             # Loaders that find this key add what it lists, and nothing else.
-            attributes = {str(entry["content"]): entry for entry in config["added_tokens_decoder"].values()}
+            attributes = {_content(entry): entry for entry in config["added_tokens_decoder"].values()}
             config["added_tokens_decoder"] = {
                 str(self.ids[token]): attributes.get(token, _attributes(added)) for token, added in self.added.items()
             }
         files: Files = {name: path for name, path in own.items() if _matches(name, _SETTINGS)}
         files["tokenizer.json"] = (self.backend.to_str(pretty=True) + "\n").encode()
-        files["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        files["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files
 
 
@@ -128,7 +131,7 @@ def read_tokenizer(folder: Path, *, convert: bool = True) -> ModelTokenizer | No
     """
     names = tokenizer_files(folder)
     config = read_object(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:
+    if config.get("added_tokens_decoder") is None:
         # Older folders: what these say overrides the config, as in transformers.
         config |= {name: _tagged(value) for name, value in read_object(folder / "special_tokens_map.json").items()}
     if "tokenizer.json" in names:
@@ -140,10 +143,12 @@ def read_tokenizer(folder: Path, *, convert: bool = True) -> ModelTokenizer | No
         backend, roles = _converted(folder, vocabularies)
         config = roles | config
     try:
-        known = backend.get_vocab()
-        backend.add_tokens([token for token in _configured(folder, config) if token.content not in known])
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{folder}: the added tokens in tokenizer_config.json are malformed: {error}") from None
+        if max(backend.get_vocab().values(), default=0) >= MOST_TOKENS:
+            raise CheckpointError(f"{folder}: the tokenizer has ids of {MOST_TOKENS:,} and more; it is malformed")
+        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        backend.add_tokens([token for token in _configured(folder, config) if token.content not in added])
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: the added tokens in tokenizer_config.json are malformed: {error!r}") from None
     return ModelTokenizer(folder, backend, config)
 
 
@@ -168,6 +173,12 @@ def tokenizer_differences(folders: Sequence[Path]) -> list[str]:
     return list(dict.fromkeys(warnings))
 
 
+def some_tokens(tokens: Sequence[str]) -> str:
+    """How many tokens, and the first three."""
+    named = ", ".join(map(repr, tokens[:3])) + (", ..." if len(tokens) > 3 else "")
+    return f"{len(tokens)} token{'s' if len(tokens) > 1 else ''} ({named})"
+
+
 def _differences(reference: ModelTokenizer, other: ModelTokenizer) -> Iterator[str]:
     expected = {row: token for token, row in reference.ids.items()}
     moved = [(row, token) for token, row in other.ids.items() if expected.get(row, token) != token]
@@ -181,8 +192,8 @@ def _differences(reference: ModelTokenizer, other: ModelTokenizer) -> Iterator[s
         )
     elif new:
         yield (
-            f"{other.folder} has {len(new)} token{'s' if len(new) > 1 else ''} that {reference.folder} lacks "
-            f"({new[0]!r}); `tokenizer_source: union` keeps all tokens"
+            f"{other.folder} has {some_tokens(new)} that the tokenizer of {reference.folder} lacks; "
+            "`tokenizer_source: union` keeps all tokens"
         )
 
 
@@ -203,6 +214,8 @@ def _configured(folder: Path, config: Mapping[str, Any]) -> Iterator[AddedToken]
     decoder = config.get("added_tokens_decoder")
     if decoder is None:
         decoder = {row: token for token, row in read_object(folder / "added_tokens.json").items()}
+    if not isinstance(decoder, dict):
+        raise TypeError(f"added_tokens_decoder is {type(decoder).__name__}, not an object")
     named: list[Any] = [decoder[row] for row in sorted(decoder, key=int)]
     named += [config.get(role) for role in _ROLES]
     named += [value for key, value in config.items() if key.endswith("_token") and key not in _ROLES]
@@ -210,10 +223,11 @@ def _configured(folder: Path, config: Mapping[str, Any]) -> Iterator[AddedToken]
         extra = config.get(key) or []
         named += extra.values() if isinstance(extra, dict) else extra
     for value in named:
-        if isinstance(value, dict):
-            yield AddedToken(**{key: entry for key, entry in value.items() if key != "__type"})
-        elif isinstance(value, str):
+        if isinstance(value, str):
             yield AddedToken(value, special=True)
+        elif isinstance(value, dict):
+            attributes = {key: entry for key, entry in value.items() if key in _ATTRIBUTES}
+            yield AddedToken(attributes.pop("content"), **attributes)
 
 
 def _tagged(value: Any) -> Any:
@@ -229,8 +243,7 @@ def _content(value: Any) -> str | None:
 
 
 def _attributes(token: AddedToken) -> dict[str, Any]:
-    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    return {name: getattr(token, name) for name in names}
+    return {name: getattr(token, name) for name in _ATTRIBUTES}
 
 
 def _forget(config: Mapping[str, Any], tokens: set[str]) -> dict[str, Any]:
@@ -241,7 +254,7 @@ def _forget(config: Mapping[str, Any], tokens: set[str]) -> dict[str, Any]:
             kept[key] = None
         elif isinstance(value, list):
             kept[key] = [entry for entry in value if _content(entry) not in tokens]
-        elif key in ("added_tokens_decoder", "extra_special_tokens"):
+        elif key in ("added_tokens_decoder", "extra_special_tokens") and isinstance(value, dict):
             kept[key] = {name: entry for name, entry in value.items() if _content(entry) not in tokens}
         else:
             kept[key] = value

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mergecore.errors import CheckpointError
-from mergecore.tokenizer import Files, ModelTokenizer, read_tokenizer
+from mergecore.tokenizer import Files, ModelTokenizer, read_tokenizer, some_tokens
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -25,8 +25,6 @@ Flags = npt.NDArray[np.bool_]
 Place = tuple[int, int]
 """(number of a model, row of its embedding)."""
 
-MOST_ROWS = 1 << 22
-"""A tokenizer with larger ids is malformed; the largest vocabularies in use have some 2**18 tokens."""
 _NOWHERE = -1
 
 
@@ -119,9 +117,10 @@ def plan_vocabulary(
 
     A model takes its own row of a token if it has one. If not: the base's; else the row of the only model that has the
     token; else the mean of all that have it. A token that no model has a row for is zeros. Tokens that lie beyond a
-    model's embedding are left out. Rows that belong to no token (padding) are a model's own, or those of the model whose
-    tokenizer it is, and the output keeps as many of them as that model has; rows beyond, which `pad_to_multiple_of` can
-    add, are the mean of all rows before. So models of one vocabulary keep their embeddings as they are.
+    model's embedding are left out. Rows that belong to no token (padding) are a model's own, or those of the model
+    whose tokenizer it is, and the output keeps as many of them as that model has; rows beyond, which
+    `pad_to_multiple_of` can add, are the mean of all rows before. So models of one vocabulary keep their embeddings
+    as they are.
 
     CheckpointError where a tokenizer is missing or malformed, or a model lacks a token that `tokens` asks it for.
     """
@@ -143,8 +142,6 @@ def plan_vocabulary(
     output = output.extended(_asked(tokens, output))
 
     needed = max(output.ids.values(), default=-1) + 1
-    if needed > MOST_ROWS:
-        raise CheckpointError(f"{output.folder}: the tokenizer's ids reach {needed:,}; no embedding has as many rows")
     filled = needed if donor is None else max(needed, rows[donor])
     size = -(-filled // pad_to_multiple_of) * pad_to_multiple_of
     own = _own_rows(ids, rows, output.ids, filled, size)
@@ -158,7 +155,7 @@ def plan_vocabulary(
     zeros = [token for token, row in output.ids.items() if fills[row, 0] < 0 and not shared[row]]
     zeros = [token for token in zeros if token not in tokens or tokens[token].source is None]
     if zeros:
-        warnings.append(f"no model has a row for {_some(zeros)}, so it is zeros")
+        warnings.append(f"no model has a row for {some_tokens(zeros)}, so it is zeros")
 
     roles = {f"{role}_id": output.ids.get(output.role(role) or "") for role in output.config if role.endswith("_token")}
     return Vocabulary(
@@ -200,7 +197,9 @@ def _within(tokenizer: ModelTokenizer, folder: Path, rows: int, warnings: list[s
     """The tokens that the model's embedding has rows for."""
     beyond = [token for token, row in tokenizer.ids.items() if row >= rows]
     if beyond:
-        warnings.append(f"{folder} has {rows} rows and none for {_some(beyond)}, which its tokenizer names: left out")
+        warnings.append(
+            f"{folder} has {rows} rows and none for {some_tokens(beyond)}, which its tokenizer names: left out"
+        )
     return {token: row for token, row in tokenizer.ids.items() if row < rows} if beyond else tokenizer.ids
 
 
@@ -222,8 +221,8 @@ def _others(
     if regular:
         regular = list(dict.fromkeys(regular))
         warnings.append(
-            f"{_some(regular)} of other vocabularies become added tokens: they are cut out of any text that contains "
-            "them, also inside words"
+            f"{some_tokens(regular)} of other vocabularies become added tokens: they are cut out of any text that "
+            "contains them, also inside words"
         )
     return [*map(AddedToken, regular), *added.values()]
 
@@ -312,9 +311,3 @@ def _table(
     if size == filled == rows and not replaced.any() and (own[model] == np.arange(size)).all():
         return None
     return RowTable(table, means, filled)
-
-
-def _some(tokens: Sequence[str]) -> str:
-    """How many tokens, and the first three."""
-    named = ", ".join(map(repr, tokens[:3])) + (", ..." if len(tokens) > 3 else "")
-    return f"{len(tokens)} token{'s' if len(tokens) > 1 else ''} ({named})"
