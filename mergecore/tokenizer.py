@@ -123,11 +123,11 @@ class ModelTokenizer:
         return files
 
 
-def read_tokenizer(folder: Path, *, convert: bool = True) -> ModelTokenizer | None:
+def read_tokenizer(folder: Path) -> ModelTokenizer | None:
     """The tokenizer of a model folder; None where there is none.
 
-    One without tokenizer.json is converted by transformers (without `convert` it counts as none). CheckpointError says
-    which file is malformed, too large or not readable, and what to do.
+    One without tokenizer.json is converted by transformers. CheckpointError says which file is malformed, too large or
+    not readable, and what to do.
     """
     names = tokenizer_files(folder)
     config = read_object(folder / "tokenizer_config.json")
@@ -138,38 +138,50 @@ def read_tokenizer(folder: Path, *, convert: bool = True) -> ModelTokenizer | No
         backend = _backend(read_text(folder / "tokenizer.json"), folder / "tokenizer.json")
     else:
         vocabularies = [name for name in names if not _matches(name, (*_SETTINGS, *_COMPANIONS))]
-        if not vocabularies or not convert:
+        if not vocabularies:
             return None
         backend, roles = _converted(folder, vocabularies)
         config = roles | config
     try:
-        if max(backend.get_vocab().values(), default=0) >= MOST_TOKENS:
-            raise CheckpointError(f"{folder}: the tokenizer has ids of {MOST_TOKENS:,} and more; it is malformed")
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
         backend.add_tokens([token for token in _configured(folder, config) if token.content not in added])
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: the added tokens in tokenizer_config.json are malformed: {error!r}") from None
-    return ModelTokenizer(folder, backend, config)
+    tokenizer = ModelTokenizer(folder, backend, config)
+    if max(tokenizer.ids.values(), default=0) >= MOST_TOKENS:
+        raise CheckpointError(f"{folder}: the tokenizer has ids of {MOST_TOKENS:,} and more; it is malformed")
+    return tokenizer
+
+
+def same_tokenizer_files(first: Path, second: Path) -> bool:
+    """Whether both folders have the same tokenizer.json and companions, byte for byte."""
+
+    def content(path: Path) -> bytes | None:
+        return read_bytes(path) if path.exists() else None
+
+    if not (first / "tokenizer.json").exists():
+        return False
+    return all(content(first / name) == content(second / name) for name in ("tokenizer.json", *_COMPANIONS))
 
 
 def tokenizer_differences(folders: Sequence[Path]) -> list[str]:
     """Warnings, one per model at most, about tokenizers that do not number tokens as that of `folders[0]` does.
 
-    Reads tokenizers and no tensors; silent about folders without one.
+    Quick: compares what tokenizer.json lists. Silent about folders that have none; no tensor is read.
     """
     warnings: list[str] = []
-    first: ModelTokenizer | None = None
+    first: dict[int, str] | None = None
     for folder in folders[1:]:
         try:
-            if _same_files(folders[0], folder):
+            if same_tokenizer_files(folders[0], folder):
                 continue
-            first = first or read_tokenizer(folders[0], convert=False)
-            other = read_tokenizer(folder, convert=False)
+            first = first or _listed(folders[0])
+            other = _listed(folder)
         except CheckpointError as error:
             warnings.append(str(error))
             continue
-        if first is not None and other is not None:
-            warnings += _differences(first, other)
+        if first and other:
+            warnings += _differences(folders[0], first, folder, other)
     return list(dict.fromkeys(warnings))
 
 
@@ -179,29 +191,39 @@ def some_tokens(tokens: Sequence[str]) -> str:
     return f"{len(tokens)} token{'s' if len(tokens) > 1 else ''} ({named})"
 
 
-def _differences(reference: ModelTokenizer, other: ModelTokenizer) -> Iterator[str]:
-    expected = {row: token for token, row in reference.ids.items()}
-    moved = [(row, token) for token, row in other.ids.items() if expected.get(row, token) != token]
-    new = [token for token in other.ids if token not in reference.ids]
+def _listed(folder: Path) -> dict[int, str] | None:
+    """Row -> token, as tokenizer.json lists them; None without the file."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    data = read_object(path)
+    try:
+        vocabulary = data["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: (token, score) pairs
+            tokens = {row: pair[0] for row, pair in enumerate(vocabulary)}
+        else:
+            tokens = {row: token for token, row in vocabulary.items()}
+        return tokens | {entry["id"]: entry["content"] for entry in data.get("added_tokens") or []}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} is not a valid tokenizer: {error!r}") from None
+
+
+def _differences(first: Path, expected: Mapping[int, str], second: Path, found: Mapping[int, str]) -> Iterator[str]:
+    moved = [row for row, token in found.items() if expected.get(row, token) != token]
+    known = set(expected.values())
+    new = [token for token in found.values() if token not in known]
     if moved:
-        row, token = moved[0]
+        row = min(moved)
         yield (
-            f"the tokenizers of {reference.folder} and {other.folder} mean different tokens by {len(moved)} of "
-            f"{len(other.ids)} ids ({row} is {expected[row]!r} in the first, {token!r} in the second), but rows of the "
-            "embeddings are merged by id; `tokenizer_source: union` merges them by token"
+            f"the tokenizers of {first} and {second} mean different tokens by {len(moved)} of {len(found)} ids ({row} "
+            f"is {expected[row]!r} in the first, {found[row]!r} in the second), but rows of the embeddings are merged "
+            "by id; `tokenizer_source: union` merges them by token"
         )
     elif new:
         yield (
-            f"{other.folder} has {some_tokens(new)} that the tokenizer of {reference.folder} lacks; "
-            "`tokenizer_source: union` keeps all tokens"
+            f"{second} has {some_tokens(new)} that the tokenizer of {first} lacks; `tokenizer_source: union` keeps all "
+            "tokens"
         )
-
-
-def _same_files(first: Path, second: Path) -> bool:
-    def content(path: Path) -> str | None:
-        return read_text(path) if path.exists() else None
-
-    return all(content(first / name) == content(second / name) for name in ("tokenizer.json", *_COMPANIONS))
 
 
 # ---- What the files say
@@ -315,15 +337,23 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text in a regular file; CheckpointError if there is none or it is larger than LARGEST_FILE."""
-    check_size(path)
+    """The UTF-8 text in a regular file; CheckpointError if it is none or larger than LARGEST_FILE."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        text = read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: {error}") from None
     if text.startswith("version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer; run `git lfs pull` in its folder")
     return text
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file; CheckpointError if it is none or larger than LARGEST_FILE."""
+    check_size(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def check_size(path: Path) -> None:

@@ -7,7 +7,7 @@ like any other tensor; here are only tables of rows, made from tokenizers and nu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mergecore.errors import CheckpointError
-from mergecore.tokenizer import Files, ModelTokenizer, read_tokenizer, some_tokens
+from mergecore.tokenizer import Files, ModelTokenizer, read_tokenizer, same_tokenizer_files, some_tokens
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -186,7 +186,10 @@ def _read(folders: Sequence[Path], reference: int, warnings: list[str]) -> list[
     known = []
     expected = _required(folders[reference])
     for model, folder in enumerate(folders):
-        tokenizer = expected if model == reference else read_tokenizer(folder)
+        if model == reference or same_tokenizer_files(folders[reference], folder):
+            known.append(replace(expected, folder=folder))
+            continue
+        tokenizer = read_tokenizer(folder)
         if tokenizer is None:
             warnings.append(f"{folder} has no tokenizer; taken to be that of {folders[reference]}")
         known.append(tokenizer or expected)

@@ -475,7 +475,7 @@ def test_a_malformed_tokenizer_is_told(broken: str, tmp_path: Path) -> None:
     (folders[1] / "tokenizer.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CheckpointError, match=r"near/tokenizer\.json"):
         plan_vocabulary(folders, [1, 1], base=0)
-    assert len(tokenizer_differences(folders)) == 1
+    assert all("near" in warning for warning in tokenizer_differences(folders))
 
 
 @pytest.mark.parametrize(
