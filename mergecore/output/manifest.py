@@ -17,15 +17,11 @@ import torch
 from mergecore import __version__
 from mergecore.output.verify import MANIFEST_NAME
 from mergecore.planning import MergePlan
+from mergecore.tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
     from mergecore.engine import MergeResult
     from mergecore.output.writer import OutputWriter
-
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
-    "spiece.model", "sentencepiece*.model", "chat_template*", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
 
 
 def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> None:
@@ -47,8 +43,7 @@ def _json(value: Any) -> bytes:
 
 
 def _tokenizer_files(plan: MergePlan) -> list[Path]:
-    folder = plan.tokenizer.folder
-    files = {path.name: path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+    files = tokenizer_files(plan.tokenizer.folder)
     if "auto_map" in plan.reference.config:
         # Code of the model's own: carried along as it is, never run here.
         files = {path.name: path for path in plan.reference.folder.glob("*.py")} | files
