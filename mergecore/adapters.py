@@ -59,7 +59,7 @@ def adapted(sources: Mapping[str, Source], adapter: Checkpoint, config: Mapping[
 
     W + scaling B A for each pair of factors, with scaling = alpha / r, or alpha / sqrt(r) with use_rslora. What
     PEFT's merge_and_unload computes, in float64. CheckpointError for tensors of the adapter that the model has
-    not, or that do not fit.
+    not, or that do not fit. The model must not be under an adapter already.
     """
     result = dict(sources)
     factors: dict[str, dict[str, TensorInfo]] = {}
@@ -88,6 +88,8 @@ def adapted(sources: Mapping[str, Source], adapter: Checkpoint, config: Mapping[
     for module, pair in factors.items():
         name = next(iter(pair.values())).name
         target = _target(sources, adapter, f"{module}.weight", name)
+        if isinstance(result[target], Adapted):
+            raise CheckpointError(f"{adapter.path}: {name} is for {target}, which another pair of factors is for too")
         result[target] = _adapted(adapter, architecture, module, pair, target, result[target])
     return result
 

@@ -353,6 +353,11 @@ def dequantised(checkpoint: Checkpoint) -> dict[str, Source]:
     if not quantisation and not any(info.dtype in _FP8 for info in tensors.values()):
         return {name: Stored(info) for name, info in tensors.items()}
     method = quantisation.get("quant_method", "no quant_method in config.json")
+    if quantisation.get("transform_config"):
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights are stored rotated ({method}, transform_config), which cannot be undone "
+            "here; convert the model to bfloat16 first"
+        )
     scale_of = {
         name: scale
         for name, info in tensors.items()

@@ -400,6 +400,12 @@ def test_what_cannot_be_dequantised_is_named_with_its_method(
         checkpoint_of(tmp_path, tensors, {"quant_method": method})
 
 
+def test_rotated_weights_are_refused(tmp_path: Path) -> None:
+    quantisation = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R1": {}}}}
+    with pytest.raises(CheckpointError, match=r"stored rotated \(compressed-tensors, transform_config\)"):
+        checkpoint_of(tmp_path, {"a.weight": FP8, "a.weight_scale": tensor(())}, quantisation)
+
+
 def test_scales_that_fit_no_known_kind_are_an_error(tmp_path: Path) -> None:
     tensors = {"a.weight": FP8, "a.weight_scale_inv": tensor((2, 3))}
     with pytest.raises(CheckpointError, match=r"a\.weight_scale_inv .* does not fit a\.weight \[6, 10\]"):
