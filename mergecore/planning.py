@@ -415,7 +415,7 @@ def _decomposition_bytes(job: TensorJob, models: int) -> int:
 
     Measured (peak resident bytes), for matrices from square to 1 : 8.
     """
-    whole, squares = (models + 9, 4) if job.statistics is Statistics.DELTAS else (1 + 4, 3)
+    whole, squares = (models + 7, 7) if job.statistics is Statistics.DELTAS else (1 + 4, 3)
     return 8 * (whole * job.rows * job.columns + squares * min(job.rows, job.columns) ** 2)
 
 
