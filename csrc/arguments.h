@@ -36,10 +36,18 @@ inline Dtype dtype_of(const Tensor& tensor, const char* what) {
       return Dtype::f16;
     case ScalarType::BFloat16:
       return Dtype::bf16;
+    case ScalarType::Double:
+      return Dtype::f64;
     default:
       throw std::runtime_error(std::string("mergecore: ") + what +
-                               " must be float32, float16 or bfloat16");
+                               " must be float32, float16, bfloat16 or float64");
   }
+}
+
+inline Dtype result_dtype_of(const Tensor& out) {
+  const Dtype dtype = dtype_of(out, "out");
+  check(dtype != Dtype::f64, "out must be float32, float16 or bfloat16");
+  return dtype;
 }
 
 inline void check_device(const Tensor& tensor, const Tensor& like, const char* what) {
@@ -150,7 +158,7 @@ struct BlendArguments : Arguments {
                   coefficients.size(1),
                   base_coefficient,
                   out.data_ptr(),
-                  dtype_of(out, "out")};
+                  result_dtype_of(out)};
   }
 };
 
@@ -259,14 +267,14 @@ struct CountArguments : KeptArguments {
   int64_t bins;
 
   CountArguments(const std::optional<Tensor>& base, const Tensors& models, const Tensor& counts,
-                 int64_t shift, const Integers& offsets, int64_t measure, int64_t first_row,
-                 int64_t first_entry, const Integers& keys, const Integers& thresholds,
-                 const Reals& scales)
+                 int64_t shift, const Integers& offsets, bool clamp, int64_t measure,
+                 int64_t first_row, int64_t first_entry, const Integers& keys,
+                 const Integers& thresholds, const Reals& scales)
       : KeptArguments(base, models, first_row, first_entry, keys, thresholds, scales, measure) {
     check(shift >= 0 && shift < 63, "shift must be 0 to 62");
     check(static_cast<int64_t>(offsets.size()) == sets(), "there must be one offset per histogram");
-    check(counts.dim() == 2 && counts.size(0) == sets() && counts.size(1) > 0,
-          "histogram must be (models, bins), or (1, bins) of the spread");
+    check(counts.dim() == 2 && counts.size(0) == sets() && counts.size(1) > (clamp ? 3 : 0),
+          "histogram must be (models, bins), or (1, bins) of the spread; at least 4 bins to clamp");
     bins = counts.size(1);
     histogram = int64(counts, models[0], sets() * bins, "histogram");
   }
@@ -339,7 +347,7 @@ struct ElectArguments : KeptArguments {
           "there must be one weight per model");
     int64(counts, models[0], 2, "counts");
     election = Election{kept,           static_cast<Elect>(elect), normalize, scale, weights.data(),
-                        out.data_ptr(), dtype_of(out, "out")};
+                        out.data_ptr(), result_dtype_of(out)};
   }
 };
 

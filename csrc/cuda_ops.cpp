@@ -112,8 +112,8 @@ void count_magnitudes_cuda(std::optional<Tensor> base, Tensors models, Tensor hi
                            int64_t first_row, int64_t first_entry, Integers keys,
                            Integers thresholds, Reals scales) {
   const OnDevice on(histogram);
-  CountArguments a(base, models, histogram, shift, offsets, measure, first_row, first_entry, keys,
-                   thresholds, scales);
+  CountArguments a(base, models, histogram, shift, offsets, clamp, measure, first_row, first_entry,
+                   keys, thresholds, scales);
   succeed(cuda::count_magnitudes(a.kept, static_cast<int>(shift), offsets.data(), clamp, a.bins,
                                  a.histogram, on.stream),
           "count_magnitudes");

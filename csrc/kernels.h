@@ -130,6 +130,14 @@ MERGECORE_INLINE int64_t magnitude_bits(double magnitude) {
   return static_cast<int64_t>(bit_cast<uint64_t>(magnitude) & 0x7fffffffffffffffull);
 }
 
+// The bin of a key among `bins` from `offset` on, of 2^shift keys each. Keys beyond go to the outer
+// ones: zeros and what is not finite have the first and the last for themselves.
+MERGECORE_INLINE int64_t clamped_bin(int64_t key, int shift, int64_t offset, int64_t bins) {
+  const int64_t bin = (key >> shift) - offset, most = bins - 2;
+  const int64_t inner = bin < 1 ? 1 : bin > most ? most : bin;
+  return key == 0 ? 0 : key >= 0x7ff0000000000000 ? bins - 1 : inner;
+}
+
 // 40 significant bits: float64 noise must not tell apart what is equal in exact arithmetic.
 MERGECORE_INLINE double snapped(double value) {
   constexpr double snap = 1.5 * static_cast<double>(1ull << (53 - kSnapBits));
@@ -212,8 +220,8 @@ void calibrated_softmax(const double* scores, const double* thresholds, double d
                         double* out, int models, int64_t count, int64_t begin, int64_t end);
 
 // Counts the magnitudes of window entries [begin, end) in histogram[models or 1][bins]: bin b of
-// model n has the keys whose bits >> shift is offsets[n] + b. Keys beyond go to the end bins with
-// `clamp`, else nowhere. May run at the same time on parts of one window.
+// model n has the keys whose bits >> shift is offsets[n] + b. Keys beyond go to the outer bins with
+// `clamp` (see clamped_bin), else nowhere. May run at the same time on parts of one window.
 void count_magnitudes(const Kept& kept, int shift, const int64_t* offsets, bool clamp, int64_t bins,
                       int64_t* histogram, int64_t begin, int64_t end);
 // Appends key and index (in the tensor) of entries whose key lies within (low, high) of a range, in

@@ -17,9 +17,12 @@
 
 namespace mergecore {
 
-enum class Dtype : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
+// Windows hold any of them; results are f32, f16 or bf16.
+enum class Dtype : int32_t { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
 
-MERGECORE_INLINE int dtype_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+MERGECORE_INLINE int dtype_size(Dtype dtype) {
+  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
+}
 
 template <class To, class From>
 MERGECORE_INLINE To bit_cast(From from) {
@@ -88,6 +91,13 @@ struct F16 {
     uint32_t half = bit_cast<uint32_t>(bit_cast<float>(bits & 0x7fffffffu) * 0x1p-112f) >> 13;
     return static_cast<Bits>(half | ((bits >> 16) & 0x8000u));
   }
+};
+
+// What is computed from files, not stored in them: windows only.
+struct F64 {
+  using Bits = uint64_t;
+  static constexpr Dtype dtype = Dtype::f64;
+  static MERGECORE_INLINE double load(Bits bits) { return bit_cast<double>(bits); }
 };
 
 // 2^exponent for normal exponents.

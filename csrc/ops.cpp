@@ -129,8 +129,8 @@ void count_magnitudes_cpu(std::optional<Tensor> base, Tensors models, Tensor his
                           int64_t shift, Integers offsets, bool clamp, int64_t measure,
                           int64_t first_row, int64_t first_entry, Integers keys,
                           Integers thresholds, Reals scales) {
-  CountArguments a(base, models, histogram, shift, offsets, measure, first_row, first_entry, keys,
-                   thresholds, scales);
+  CountArguments a(base, models, histogram, shift, offsets, clamp, measure, first_row, first_entry,
+                   keys, thresholds, scales);
   // Large parts: each goes through all bins once.
   parallel_lines(a.entries(), int64_t{1} << 20, [&](int64_t begin, int64_t end) {
     cpu::count_magnitudes(a.kept, static_cast<int>(shift), offsets.data(), clamp, a.bins,

@@ -1,8 +1,9 @@
 """The kernels as torch ops (`torch.ops.mergecore.*`): loading, fakes and typed Python signatures.
 
 Every op writes into tensors that the caller made. Windows are contiguous (rows, columns) views of
-float32, float16 or bfloat16, mixed freely; statistics, scores and coefficients are float64. CPU and
-CUDA tensors give equal bits. The arithmetic is described in docs/design.md, section 5.
+float32, float16, bfloat16 or float64, mixed freely, results of the first three; statistics, scores and
+coefficients are float64. CPU and CUDA tensors give equal bits. The arithmetic is described in
+docs/design.md, section 5.
 """
 
 from __future__ import annotations
@@ -262,7 +263,8 @@ def count_magnitudes(
     """Adds a window's magnitudes to `histogram`, int64 (models, bins), or (1, bins) of Measure.SPREAD.
 
     A magnitude's key is its float64 bits; bin b of model n counts keys with key >> shift == offsets[n] + b.
-    Keys beyond the bins count in the end ones with `clamp`, else nowhere.
+    Keys beyond the bins count in the outer ones with `clamp`, where zeros and what is not finite have the
+    first and the last bin for themselves; else nowhere.
     """
     first_row, entry, *drops = place.arguments()
     torch.ops.mergecore.count_magnitudes(

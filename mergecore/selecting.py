@@ -34,6 +34,7 @@ RANK_BYTES = 16 << 20  # of ranks and probabilities at a time
 SHIFT = 42  # key bits below a bin of the first read: ten bits of mantissa are left
 FIRST, LAST = 863 << 10, 1208 << 10  # bins of 2^-160 to 2^185: beyond every float32 difference, rescaled
 BINS = LAST - FIRST
+INFINITE = 0x7FF << 52  # the key of infinity; NaN has larger ones
 DIGIT = 14  # bits by which a further read narrows a bin
 
 Selected = tuple[float, int]
@@ -238,16 +239,15 @@ def _select(
     bins = []
     for query in queries:
         number, rank, entries = _bin_of(histogram[query.which], query.count)
-        low = (FIRST + number) << SHIFT if number > 0 else 0
-        high = (FIRST + number + 1) << SHIFT if number < BINS - 1 else 2**63 - 1
+        # Zeros and what is not finite have bins of their own, the ones beside them hold all other keys beyond.
+        low = {0: 0, 1: 1, BINS - 1: INFINITE}.get(number, (FIRST + number) << SHIFT)
+        high = {0: 1, BINS - 2: INFINITE, BINS - 1: 2**63 - 1}.get(number, (FIRST + number + 1) << SHIFT)
         bins.append(_Bin(low, high, rank, entries))
     # Where nothing is asked, the planned read still has to be taken.
     found = _collected(queries, bins, reads, reads.planned(), place)
     for n, query in enumerate(queries):
-        shift = SHIFT
         while found[n] is None:
-            shift -= DIGIT
-            bins[n] = _narrowed(query, bins[n], shift, reads, place)
+            bins[n] = _narrowed(query, bins[n], reads, place)
             found[n] = _collected([query], [bins[n]], reads, reads.further(), place)[0]
     return {
         (query.which, query.count): selected
@@ -326,18 +326,21 @@ def _tie_limit(query: _Query, key: int, kept: int, reads: Reads, block: tuple[in
     return int(indices[0, : int(found[0])].sort().values[kept - 1]) + 1
 
 
-def _narrowed(query: _Query, within: _Bin, shift: int, reads: Reads, place: Place) -> _Bin:
+def _narrowed(query: _Query, within: _Bin, reads: Reads, place: Place) -> _Bin:
     """The part of a bin that holds the threshold, by a read of its own."""
+    shift = max(0, (within.high - within.low - 1).bit_length() - DIGIT)
     offset = within.low >> shift
     one = place.measure is Measure.OWN
-    histogram = torch.zeros(1, (within.high >> shift) - offset, dtype=torch.int64, device=reads.device)
+    bins = ((within.high - 1) >> shift) - offset + 1
+    histogram = torch.zeros(1, bins, dtype=torch.int64, device=reads.device)
     for part in reads.further():
         models = part.models[query.which : query.which + 1] if one else part.models
         drops = place.drops[query.which : query.which + 1] if one else place.drops
         here = replace(place, first_entry=part.first_entry, drops=drops)
         ops.count_magnitudes(part.base, models, histogram, shift=shift, offsets=[offset], clamp=False, place=here)
     number, rank, entries = _bin_of(histogram[0], within.rank)
-    return _Bin((offset + number) << shift, (offset + number + 1) << shift, rank, entries)
+    low, high = (offset + number) << shift, (offset + number + 1) << shift
+    return _Bin(max(low, within.low), min(high, within.high), rank, entries)
 
 
 def _magnitude(key: int) -> float:

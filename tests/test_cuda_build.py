@@ -48,12 +48,16 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("op", "cases", "kernels"),
     [
-        ("column_moments", 250, 4 * 2 + 1),  # bf16, f16, f32, mixed; 16-byte loads or not; the adding up of tiles
-        ("row_moments", 30, 4 * 2),
-        ("gram", 200, 4 * 2 + 1),
-        ("row_gram", 40, 4 * 2),
-        ("column_gram", 120, 4 * 2 + 1),
-        ("blend", 400, 4 * 2 * 3),  # to three dtypes
+        (
+            "column_moments",
+            300,
+            5 * 2 + 1,
+        ),  # bf16, f16, f32, mixed, with f64; 16-byte loads or not; the adding up of tiles
+        ("row_moments", 60, 5 * 2),
+        ("gram", 250, 5 * 2 + 1),
+        ("row_gram", 60, 5 * 2),
+        ("column_gram", 150, 5 * 2 + 1),
+        ("blend", 500, 5 * 2 * 3),  # to three dtypes
         ("rank", 150, 2),
         ("selection", 200, 3 + 4),  # elections to three dtypes; sums, magnitudes, counting, collecting
         ("calibrated_softmax", 150, 1),

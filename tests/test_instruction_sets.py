@@ -65,7 +65,7 @@ class Matrix(ctypes.Structure):
     def of(cls, tensor: Tensor | None) -> Matrix:
         if tensor is None:
             return cls(None, 0)
-        return cls(tensor.data_ptr(), [torch.float32, torch.float16, torch.bfloat16].index(tensor.dtype))
+        return cls(tensor.data_ptr(), [torch.float32, torch.float16, torch.bfloat16, torch.float64].index(tensor.dtype))
 
 
 class Drop(ctypes.Structure):
@@ -142,6 +142,7 @@ DROPS = (ops.Drop(2**64 - 5, 1 << 31, 2.0), ops.Drop(1, 0, 1.0, 1e-4, 900, 0.5),
 CASES: dict[str, tuple[torch.dtype | None, tuple[torch.dtype, ...], bool]] = {
     "bf16": (torch.bfloat16, (torch.bfloat16,) * 3, False),
     "mixed": (torch.float32, (torch.float16, torch.bfloat16, torch.float32), False),
+    "double": (torch.bfloat16, (torch.float64, torch.float16, torch.float64), False),
     "dropping": (torch.float16, (torch.float32, torch.float16, torch.bfloat16), True),
     "no base": (None, (torch.float16, torch.float32, torch.bfloat16), False),
 }

@@ -198,6 +198,49 @@ def test_every_op_passes_opcheck() -> None:
     torch.library.opcheck(registered.calibrated_softmax.default, softmax)
 
 
+# Dtypes -------------------------------------------------------------------------------------------
+
+
+def grams(made: Inputs) -> list[Tensor]:
+    pairs, (rows, columns) = ops.gram_count(len(made.models)), made.shape
+    whole, by_row, by_column, pending = (
+        torch.zeros(pairs, n, dtype=torch.float64) for n in (1, rows, columns, columns)
+    )
+    ops.gram(whole, made.base, made.models, drops=made.drops)
+    ops.row_gram(by_row, made.base, made.models, drops=made.drops)
+    ops.column_gram(by_column, pending, made.base, made.models, drops=made.drops)
+    return [whole, by_row, by_column, pending]
+
+
+@few
+@given(made=inputs(largest=3000), wide=st.sets(st.integers(0, 16)))
+def test_float64_windows_give_the_bits_of_the_same_numbers_in_other_dtypes(made: Inputs, wide: set[int]) -> None:
+    base = made.base.double() if made.base is not None and 0 in wide else made.base
+    models = [model.double() if n + 1 in wide else model for n, model in enumerate(made.models)]
+    widened = Inputs(base, models, made.drops)
+    coefficients = torch.rand(len(models), made.shape[1], dtype=torch.float64)
+    found, wanted = (
+        [
+            one.column_moments(),
+            one.row_moments(),
+            *grams(one),
+            *(one.blend(coefficients, ops.Axis.COLUMNS, dtype) for dtype in DTYPES),
+        ]
+        for one in (widened, made)
+    )
+    for x, y in zip(found, wanted, strict=True):
+        assert torch.equal(oracle.bits(x), oracle.bits(y))
+
+
+def test_float64_windows_are_not_rounded_on_the_way() -> None:
+    base = torch.full((1, 3), 1.0, dtype=torch.float64)
+    model = base + torch.tensor([2.0**-30, 2.0**-40, -(2.0**-50)], dtype=torch.float64)
+    one = torch.tensor([[2.0**20]], dtype=torch.float64)
+    found = Inputs(base, [model]).blend(one, ops.Axis.TENSOR, F32)
+    assert found.tolist() == [[1 + 2.0**-10, 1 + 2.0**-20, 1.0]]  # 1 - 2^-30 rounds to 1
+    assert Inputs(base, [model]).column_moments()[1].tolist() == [2.0**-60, 2.0**-80, 2.0**-100]
+
+
 # Moments ------------------------------------------------------------------------------------------
 
 
@@ -686,8 +729,11 @@ DROP = ops.Drop(1, 1 << 31, 2.0)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"models": [zeros(4, 6)]}, "a model's window must be float32, float16 or bfloat16"),
-        ({"base": zeros(4, 6, dtype=torch.int32)}, "the base's window must be float32, float16 or bfloat16"),
+        (
+            {"models": [zeros(4, 6, dtype=torch.int64)]},
+            "a model's window must be float32, float16, bfloat16 or float64",
+        ),
+        ({"base": zeros(4, 6, dtype=torch.int32)}, "the base's window must be float32, float16, bfloat16 or float64"),
         ({"models": []}, "the number of models must be 1 to 64"),
         ({"models": [WINDOW] * 65}, "the number of models must be 1 to 64"),
         ({"models": [WINDOW, WINDOW[:3]]}, "a model's window must be contiguous and of the same shape"),

@@ -158,7 +158,7 @@ def tensors(draw: st.DrawFn, most: int = 16) -> InMemory:
     shape = draw(st.sampled_from([(entries,), (entries, 1), (1, entries)]))
     dtypes = draw(st.lists(st.sampled_from([F32, F16, BF16]), min_size=count + 1, max_size=count + 1))
     base = torch.randn(shape, generator=random) * draw(st.sampled_from([0.0, 0.02, 1.0]))
-    kind = draw(st.sampled_from(["any", "grid", "zeros", "wide"]))
+    kind = draw(st.sampled_from(["any", "grid", "zeros", "wide", "beyond"]))
     models = []
     for _ in range(count):
         delta = torch.randn(shape, generator=random) * 0.05
@@ -170,6 +170,9 @@ def tensors(draw: st.DrawFn, most: int = 16) -> InMemory:
             delta = delta * 2.0 ** torch.randint(-30, 10, shape, generator=random)
         models.append(base + delta)
     base, *models = [tensor.to(dtype) for tensor, dtype in zip([base, *models], dtypes, strict=True)]
+    if kind == "beyond":  # what no float32 can hold, or float32 numbers as float64
+        models = [model.double() * 2.0 ** draw(st.sampled_from([-400, 0, 300])) for model in models]
+        base = torch.zeros_like(base)
     cuts = tuple(draw(st.lists(st.integers(0, entries), max_size=3)))
     return InMemory(base, models, cuts, block=draw(st.sampled_from([1, 5, 8, 4096])))
 

@@ -44,7 +44,7 @@ MERGECORE_CLONES
 bool store_finite_chunk(const double* base, double base_coefficient, double* sum, int n,
                         Dtype dtype, void* out) {
   bool finite = true;
-  with_dtype(dtype, [&](auto type) __attribute__((always_inline)) {
+  with_result(dtype, [&](auto type) __attribute__((always_inline)) {
     using T = decltype(type);
     float rounded[kChunk];
     uint64_t largest = 0;
@@ -67,7 +67,7 @@ bool store_finite_chunk(const double* base, double base_coefficient, double* sum
 // The rare chunk with values that are not finite or overflow: stored one by one and counted.
 void store_any_chunk(const double* values, int n, Dtype dtype, void* out, int64_t& nonfinite,
                      int64_t& overflow) {
-  with_dtype(dtype, [&](auto type) {
+  with_result(dtype, [&](auto type) {
     using T = decltype(type);
     auto* bits = static_cast<typename T::Bits*>(out);
     for (int i = 0; i < n; ++i) {

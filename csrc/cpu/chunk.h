@@ -29,7 +29,7 @@ inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
 }
 
-// Calls f with the storage type of `dtype`.
+// Calls f with the storage type of a window's `dtype`.
 template <class F>
 inline __attribute__((always_inline)) void with_dtype(Dtype dtype, F&& f) {
   switch (dtype) {
@@ -39,6 +39,21 @@ inline __attribute__((always_inline)) void with_dtype(Dtype dtype, F&& f) {
       return f(F16{});
     case Dtype::bf16:
       return f(BF16{});
+    case Dtype::f64:
+      return f(F64{});
+  }
+}
+
+// Calls f with the storage type of a result's `dtype`.
+template <class F>
+inline __attribute__((always_inline)) void with_result(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::f16:
+      return f(F16{});
+    case Dtype::bf16:
+      return f(BF16{});
+    default:
+      return f(F32{});
   }
 }
 

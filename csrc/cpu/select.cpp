@@ -103,8 +103,8 @@ void count_magnitudes(const Kept& kept, int shift, const int64_t* offsets, bool 
       const int n = static_cast<int>(std::min<int64_t>(kRun, end - entry));
       with_keys(part, entry, n, [&](int, const int64_t* keys) {
         for (int i = 0; i < n; ++i) {
-          int64_t bin = (keys[i] >> shift) - offset;
-          if (clamp) bin = std::clamp<int64_t>(bin, 0, bins - 1);
+          const int64_t bin =
+              clamp ? clamped_bin(keys[i], shift, offset, bins) : (keys[i] >> shift) - offset;
           if (bin >= 0 && bin < bins) ++counts[static_cast<size_t>(bin)];
         }
       });
@@ -274,7 +274,7 @@ void mix_chunk(const Election& e, Deltas* values, const Deltas* factors, int n, 
 
 void store_run(const double* base, const double* mixed, int n, Dtype dtype, void* out,
                int64_t& nonfinite, int64_t& overflow) {
-  with_dtype(dtype, [&](auto type) {
+  with_result(dtype, [&](auto type) {
     using T = decltype(type);
     auto* bits = static_cast<typename T::Bits*>(out);
     for (int i = 0; i < n; ++i) {

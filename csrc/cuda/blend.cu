@@ -199,10 +199,9 @@ int blend(const Blend& blend, int64_t* counts, Stream stream) {
         return launch_blend<T, F32>(b, vectors, blocks, counts, stream);
       case Dtype::f16:
         return launch_blend<T, F16>(b, vectors, blocks, counts, stream);
-      case Dtype::bf16:
+      default:
         return launch_blend<T, BF16>(b, vectors, blocks, counts, stream);
     }
-    return static_cast<int>(cudaErrorInvalidValue);
   });
 }
 

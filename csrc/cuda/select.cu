@@ -34,6 +34,8 @@ int64_t entries_of(const Kept& kept) {
 
 __device__ __forceinline__ double number_at(const Matrix& matrix, int64_t entry) {
   switch (matrix.dtype) {
+    case Dtype::f64:
+      return F64::load(static_cast<const uint64_t*>(matrix.data)[entry]);
     case Dtype::f32:
       return F32::load(static_cast<const uint32_t*>(matrix.data)[entry]);
     case Dtype::f16:
@@ -128,8 +130,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (entry >= entries) return;
   for (int set = 0; set < sets; ++set) {
-    int64_t bin = (key_of(kept, set, entry) >> shift) - offsets.of[set];
-    if (clamp) bin = bin < 0 ? 0 : bin >= bins ? bins - 1 : bin;
+    const int64_t key = key_of(kept, set, entry), offset = offsets.of[set];
+    const int64_t bin = clamp ? clamped_bin(key, shift, offset, bins) : (key >> shift) - offset;
     if (bin >= 0 && bin < bins) count_one(histogram + set * bins + bin);
   }
 }
@@ -339,10 +341,9 @@ int elect(const Election& election, int64_t* counts, Stream stream) {
       return launch(&elect_window<F32>, blocks, kThreads, stream, e, entries, counts);
     case Dtype::f16:
       return launch(&elect_window<F16>, blocks, kThreads, stream, e, entries, counts);
-    case Dtype::bf16:
+    default:
       return launch(&elect_window<BF16>, blocks, kThreads, stream, e, entries, counts);
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace mergecore::cuda

@@ -57,25 +57,31 @@ inline DeviceInputs by_value(const Inputs& in) {
   return out;
 }
 
-// The storage type of a kernel whose matrices differ in dtype: looked up at each use.
+// The storage types of kernels whose matrices differ in dtype, which is looked up at each use:
+// without float64, and with it.
 struct Mixed {};
+struct Wide {};
 
 // Calls f with the storage type of base and models.
 template <class F>
 int with_storage(const Inputs& in, const F& f) {
   const Dtype dtype = in.models[0].dtype;
-  bool same = in.base.data == nullptr || in.base.dtype == dtype;
-  for (int m = 1; m < in.count; ++m) same = same && in.models[m].dtype == dtype;
+  const Dtype base = in.base.data == nullptr ? dtype : in.base.dtype;
+  bool same = base == dtype, wide = base == Dtype::f64;
+  for (int m = 0; m < in.count; ++m) {
+    same = same && in.models[m].dtype == dtype;
+    wide = wide || in.models[m].dtype == Dtype::f64;
+  }
+  if (wide) return f(Wide{});
   if (!same) return f(Mixed{});
   switch (dtype) {
     case Dtype::f32:
       return f(F32{});
     case Dtype::f16:
       return f(F16{});
-    case Dtype::bf16:
+    default:
       return f(BF16{});
   }
-  return cudaErrorInvalidValue;
 }
 
 // The bits of a thread's entries as they were loaded.
@@ -91,9 +97,15 @@ struct Entries<Mixed> {
   uint32_t words[kEntries];
 };
 
+template <>
+struct Entries<Wide> {
+  static constexpr int size = 8;
+  uint32_t words[2 * kEntries];
+};
+
 // Rows or models whose loads are in flight together: 64 bytes of each matrix.
 template <class T>
-constexpr int kInFlight = Entries<T>::size == 2 ? 4 : 2;
+constexpr int kInFlight = 8 / Entries<T>::size;
 
 template <class Bits, bool kVector>
 __device__ __forceinline__ void load_bits(const void* data, int64_t entry, int n, uint32_t* words) {
@@ -115,8 +127,13 @@ __device__ __forceinline__ void load_bits(const void* data, int64_t entry, int n
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
     if (j >= n) continue;
-    const uint32_t bits = from[j];
-    words[j * kSize / 4] |= kSize == 4 ? bits : bits << (16 * (j % 2));
+    const Bits bits = from[j];
+    if constexpr (kSize == 2) {
+      words[j / 2] |= static_cast<uint32_t>(bits) << (16 * (j % 2));
+    } else {
+      words[j * kSize / 4] = static_cast<uint32_t>(bits);
+      if constexpr (kSize == 8) words[2 * j + 1] = static_cast<uint32_t>(bits >> 32);
+    }
   }
 }
 
@@ -128,6 +145,12 @@ __device__ __forceinline__ Entries<T> load(const Matrix& matrix, int64_t entry, 
   if constexpr (Entries<T>::size == 2) {
     load_bits<uint16_t, kVector>(matrix.data, entry, n, out.words);
   } else {
+    if constexpr (Entries<T>::size == 8) {
+      if (matrix.dtype == Dtype::f64) {
+        load_bits<uint64_t, kVector>(matrix.data, entry, n, out.words);
+        return out;
+      }
+    }
     if (std::is_same_v<T, F32> || matrix.dtype == Dtype::f32) {
       load_bits<uint32_t, kVector>(matrix.data, entry, n, out.words);
     } else {
@@ -141,8 +164,14 @@ __device__ __forceinline__ Entries<T> load(const Matrix& matrix, int64_t entry, 
 template <class T>
 __device__ __forceinline__ double value(const Entries<T>& entries, Dtype dtype, int j) {
   const uint32_t half = (entries.words[j / 2] >> (16 * (j % 2))) & 0xffffu;
-  if constexpr (std::is_same_v<T, Mixed>) {
+  if constexpr (std::is_same_v<T, Mixed> || std::is_same_v<T, Wide>) {
     switch (dtype) {
+      case Dtype::f64:
+        if constexpr (std::is_same_v<T, Wide>) {
+          const uint64_t high = entries.words[2 * j + 1];
+          return F64::load(high << 32 | entries.words[2 * j]);
+        }
+        return 0.0;
       case Dtype::f32:
         return F32::load(entries.words[j]);
       case Dtype::f16:

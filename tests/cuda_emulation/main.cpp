@@ -94,15 +94,19 @@ struct Case {
     if (chance(5)) first_entry += int64_t{1} << 40;
     wild = chance(30);
     const bool based = chance(75), mixed = chance(40), unaligned = chance(15);
-    const auto common = static_cast<Dtype>(draw(0, 2));
+    const auto common = static_cast<Dtype>(draw(0, 3));
+    const int widest = chance(50) ? 3 : 2;
     for (int m = 0; m <= models; ++m) {
-      const Dtype dtype = mixed ? static_cast<Dtype>(draw(0, 2)) : common;
+      const Dtype dtype = mixed ? static_cast<Dtype>(draw(0, widest)) : common;
       const int64_t size = dtype_size(dtype);
       memory.emplace_back(rows * columns * size, unaligned ? size * draw(0, 7) : 0);
       void* data = memory.back().as<void>();
       if (dtype == Dtype::f32) fill<F32>(data, rows * columns, wild);
       if (dtype == Dtype::f16) fill<F16>(data, rows * columns, wild);
       if (dtype == Dtype::bf16) fill<BF16>(data, rows * columns, wild);
+      if (dtype == Dtype::f64) {
+        for (int64_t i = 0; i < rows * columns; ++i) static_cast<double*>(data)[i] = number(wild);
+      }
       matrices.push_back({data, dtype});
     }
     if (!based) matrices[0] = {nullptr, Dtype::f32};
