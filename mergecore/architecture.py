@@ -23,7 +23,66 @@ _EMBEDDINGS = {
 # transformers.pytorch_utils.Conv1D stores (in, out): an input feature is a stored row.
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+_TOWER = re.compile(r"visi|visual|image|audio|speech|multi_?modal|mm_|projector|connector")
 _BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|\.(attn|attention)\.bias)$")
+
+
+def layer_of(name: str) -> tuple[str, int, str] | None:
+    """The stack, the layer's number and the rest of a tensor's name; None outside of the layers.
+
+    "model.layers.3.mlp.up_proj.weight" is ("model.layers", 3, "mlp.up_proj.weight").
+    """
+    match = _LAYER.match(name)
+    return None if match is None else (match["stack"], int(match["index"]), name[match.end() :])
+
+
+def with_layer(name: str, number: int) -> str:
+    """The name of the same tensor in another layer."""
+    match = _LAYER.match(name)
+    return name if match is None else f"{match['stack']}.{number}.{name[match.end() :]}"
+
+
+def layer_stacks(names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Of each stack, the rest of the name of the tensors in its layers, and how many layers have it."""
+    stacks: dict[str, dict[str, int]] = {}
+    for layer in filter(None, map(layer_of, names)):
+        rests = stacks.setdefault(layer[0], {})
+        rests[layer[2]] = rests.get(layer[2], 0) + 1
+    return stacks
+
+
+def renaming(names: Iterable[str], others: Iterable[str]) -> tuple[str, str] | None:
+    """What `others` has in front of its names where `names` has something else: ("model.", "model.language_model.").
+
+    A text model and the text part of a larger one have the same layers below other names. None where they are
+    called alike, or where no stack of layers is the same.
+    """
+    ours, theirs = layer_stacks(names), layer_stacks(others)
+    for stack in [stack for stack in ours if stack not in theirs]:
+        for other in [other for other in theirs if other not in ours]:
+            if set(ours[stack]) == set(theirs[other]) and stack.split(".")[-1] == other.split(".")[-1]:
+                front, back = stack.split("."), other.split(".")
+                while front and back and front[-1] == back[-1]:
+                    front.pop(), back.pop()
+                return "".join(f"{part}." for part in back), "".join(f"{part}." for part in front)
+    return None
+
+
+def tower_of(name: str) -> str | None:
+    """The component for images, sound and the like that a tensor belongs to; None for the language model."""
+    parts = name.split(".")
+    found = next((i for i, part in enumerate(parts[:-1]) if _TOWER.search(part)), None)
+    return None if found is None else ".".join(parts[: found + 1])
+
+
+def is_before_layers(name: str) -> bool:
+    """Whether a tensor outside of the layers comes before them (embeddings) and not after (last norm, head)."""
+    return any(part in _EMBEDDINGS or part.startswith("embed") for part in name.split(".")[:-1]) and not is_head(name)
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is the output head's, or its bias."""
+    return name.endswith(("lm_head.weight", "lm_head.bias", "embed_out.weight", "embed_out.bias"))
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
@@ -59,11 +118,21 @@ def embedding_of(names: Iterable[str]) -> str | None:
     return next((name for name in names if name.endswith(endings)), None)
 
 
+def head_of(names: Iterable[str]) -> str | None:
+    """The name of the output head; None where none is stored."""
+    return next((name for name in names if is_head(name) and name.endswith(".weight")), None)
+
+
 def is_tied(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     """Whether a model's output head is its token embedding."""
     text = config.get("text_config")
     flags = [source.get("tie_word_embeddings") for source in (config, text if isinstance(text, Mapping) else {})]
-    return HEAD not in names or True in flags
+    return head_of(names) is None or True in flags
+
+
+def place_in(layer: int, count: int) -> float:
+    """How far down `count` layers one is, from 0 (first) to 1 (last); a single one stands at 1, as in mergekit."""
+    return layer / (count - 1) if count > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -82,22 +151,16 @@ class Architecture:
         cls, config: Mapping[str, Any], names: Iterable[str], orientations: Mapping[str, Orientation]
     ) -> Architecture:
         layers: dict[str, int] = {}
-        for match in filter(None, map(_LAYER.match, names)):
-            layers[match["stack"]] = max(layers.get(match["stack"], 0), int(match["index"]) + 1)
+        for stack, number, _ in filter(None, map(layer_of, names)):
+            layers[stack] = max(layers.get(stack, 0), number + 1)
         counts = [config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
         experts = frozenset(count for count in counts if isinstance(count, int))
         return cls(str(config.get("model_type", "")), experts, layers, orientations)
 
     def place(self, name: str) -> float:
-        """Where in its stack a tensor's layer stands, 0 (first) to 1 (last); 0 outside the layers.
-
-        A stack of one layer stands at 1, as in mergekit.
-        """
-        match = _LAYER.match(name)
-        if match is None:
-            return 0.0
-        count = self.layers[match["stack"]]
-        return int(match["index"]) / (count - 1) if count > 1 else 1.0
+        """Where in its stack a tensor's layer stands, 0 (first) to 1 (last); 0 outside the layers."""
+        layer = layer_of(name)
+        return 0.0 if layer is None else place_in(layer[1], self.layers[layer[0]])
 
     def orientation(self, name: str, shape: tuple[int, ...]) -> Orientation:
         """Whether WIDEN's columns lie across the stored rows ("columns") or along them ("rows").

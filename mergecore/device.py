@@ -17,9 +17,9 @@ from mergecore.errors import MergecoreError
 
 @dataclass(frozen=True)
 class HostWindow:
-    """One input's window in host memory: bytes, or None for zeros."""
+    """One input's window in host memory: its entries or their bytes, or None for zeros."""
 
-    data: memoryview | None
+    data: Tensor | memoryview | None
     dtype: torch.dtype
     rows: int
     columns: int
@@ -28,7 +28,8 @@ class HostWindow:
         """The window as a (rows, columns) tensor over the same memory."""
         if self.data is None:
             return torch.zeros(self.rows, self.columns, dtype=self.dtype)
-        return torch.frombuffer(self.data, dtype=self.dtype).view(self.rows, self.columns)
+        entries = self.data if isinstance(self.data, Tensor) else torch.frombuffer(self.data, dtype=self.dtype)
+        return entries.view(self.rows, self.columns)
 
 
 class CpuDevice:

@@ -7,6 +7,7 @@ that the plan fixes, results go to planned offsets.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import resource
 import time
@@ -22,21 +23,20 @@ from torch import Tensor
 
 from mergecore import ops, statistics, survey
 from mergecore._stream import ReadFault, WindowStream
-from mergecore.checkpoint import TensorInfo
 from mergecore.device import Device, HostWindow, open_device
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
-from mergecore.matching import FLOATS
+from mergecore.inputs import Resolve
 from mergecore.methods.base import Coefficients, Dense, Election, Statistics, TensorView
 from mergecore.output import manifest
 from mergecore.output.writer import OutputWriter
 from mergecore.planning import MergePlan, TensorJob, plan, with_run
 from mergecore.selecting import Part, row_odds, row_pieces
+from mergecore.sources import DTYPES, Source
 from mergecore.spec import MergeSpec, load_spec
 from mergecore.survey import Found
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 READ_AHEAD = 1  # windows
 
 
@@ -82,14 +82,15 @@ def merge(
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    resolve: Callable[[str], Path] | None = None,
+    resolve: Resolve | None = None,
 ) -> MergeResult:
     """Merges `spec` into the model directory `out`, which must not exist yet (an empty folder may).
 
     `device` (cpu, cuda, cuda:N, auto), `memory` (bytes) and `threads` override the spec's `run`;
     `progress` is called after every window; when `should_stop` returns True the merge ends with
-    Interrupted, its finished tensors are kept, and `resume=True` continues. `resolve` maps model names
-    of the spec to paths. On any other error nothing is left at or beside `out`. Errors: mergecore.errors.
+    Interrupted, its finished tensors are kept, and `resume=True` continues. `resolve` maps models
+    of the spec (path or name, revision) to where they lie. On any other error nothing is left at or beside `out`.
+    Errors: mergecore.errors.
     """
     spec = spec if isinstance(spec, MergeSpec) else load_spec(spec)
     spec = with_run(spec, device=device, memory=memory, threads=threads)
@@ -117,6 +118,11 @@ class _Window:
     first_row: int
     rows: int
     blends: bool
+
+    @property
+    def entries(self) -> tuple[int, int]:
+        """The first entry in the tensor, and how many."""
+        return (self.matrix * self.job.rows + self.first_row) * self.job.columns, self.rows * self.job.columns
 
 
 _Windows = Iterator[tuple[_Window, list[memoryview]]]
@@ -194,7 +200,7 @@ class _Merge:
                 drops = list(found.drops)
             else:
                 drops = statistics.chosen(job, job.sparsify, reads, ops.Place(), seed) if job.sparsify else []
-            if self.plan.method.keeps is not None:
+            if job.method.keeps is not None:
                 self._elect(job, drops, counts, reads)
             else:
                 for matrix in range(job.matrices):
@@ -217,14 +223,14 @@ class _Merge:
     def _copy(self, job: TensorJob, windows: _Windows) -> None:
         for first_row, rows in job.windows():
             _, (data,) = next(windows)
-            buffer = self.writer.acquire(rows)
+            buffer = self.writer.acquire(data.nbytes)
             buffer[:] = data
-            self.writer.write(job.name, first_row, buffer)
-            self._count(rows, rows)
+            self.writer.write(job.name, first_row * (data.nbytes // rows), buffer)
+            self._count(data.nbytes, data.nbytes)
 
     def _solve(self, view: TensorView, job: TensorJob) -> Coefficients | Election | Dense:
         try:
-            return self.plan.method.coefficients(view)
+            return job.method.coefficients(view)
         except ValueError as error:
             raise MergecoreError(f"{job.name}: {error}") from error
 
@@ -331,13 +337,16 @@ class _Merge:
             self._count(sum(map(len, views)), nbytes)
 
     def _upload(self, window: _Window, views: list[memoryview]) -> tuple[Tensor | None, list[Tensor]]:
-        job, stored = window.job, iter(views)
-        hosts = [
-            HostWindow(None, torch.bfloat16, window.rows, job.columns)
-            if info is None
-            else HostWindow(next(stored), DTYPES[info.dtype], window.rows, job.columns)
-            for info in job.inputs
-        ]
+        job, rest = window.job, views
+        first, count = window.entries
+        hosts = []
+        for source in job.inputs:
+            data = None
+            if source is not None:
+                pieces = len(source.pieces(first, count))
+                data, rest = source.window(first, count, rest[:pieces]), rest[pieces:]
+            dtype = torch.bfloat16 if source is None else DTYPES[source.dtype]
+            hosts.append(HostWindow(data, dtype, window.rows, job.columns))
         tensors = self.device.upload(hosts)
         return (tensors[0], tensors[1:]) if job.has_base else (None, tensors)
 
@@ -378,14 +387,10 @@ class _Merge:
                 yield _Window(job, matrix, first_row, rows, blends)
 
     def _pieces(self, window: _Window) -> list[tuple[int, int, int]]:
-        job = window.job
-        first = (window.matrix * job.rows + window.first_row) * job.columns
-        count = window.rows * job.columns
         return [
-            (self.file_numbers[info.file], info.offset + first * size, count * size)
-            for info in job.inputs
-            if info is not None
-            for size in (FLOATS[info.dtype] if job.parameters is not None else 1,)
+            (self.file_numbers[file], offset, nbytes)
+            for source in window.job.sources()
+            for file, offset, nbytes in source.pieces(*window.entries)
         ]
 
     def _count(self, read: int, written: int) -> None:
@@ -413,7 +418,7 @@ class _Merge:
         if not nonfinite and not overflow:
             return
         if nonfinite:
-            found = [f"{info.file} ({_count_nonfinite(info)} entries)" for info in job.inputs if info is not None]
+            found = [f"{source.files[0]} ({_count_nonfinite(source)} entries)" for source in job.sources()]
             found = [text for text in found if "(0 entries)" not in text]
             message = f"{job.name} holds NaN or Inf in " + ", ".join(found or ["the coefficients"])
             advice = "mend the model, or set on_nonfinite: warn to let it through"
@@ -468,8 +473,7 @@ class _Reads:
 
     def _part(self, window: _Window, views: list[memoryview]) -> Part:
         base, models = self.merge._upload(window, views)
-        first = (window.matrix * self.job.rows + window.first_row) * self.job.columns
-        return Part(first, base, models)
+        return Part(window.entries[0], base, models)
 
 
 def _peak_rss() -> int:
@@ -481,12 +485,14 @@ def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _count_nonfinite(info: TensorInfo) -> int:
-    """NaN and Inf entries of a stored tensor: a second look at inputs, only when something is wrong."""
-    count, step = 0, 16 << 20
-    with open(info.file, "rb") as file:
-        file.seek(info.offset)
-        for begin in range(0, info.nbytes, step):
-            data = bytearray(file.read(min(step, info.nbytes - begin)))
-            count += int((~torch.isfinite(torch.frombuffer(data, dtype=DTYPES[info.dtype]))).sum())
+def _count_nonfinite(source: Source) -> int:
+    """NaN and Inf entries of an input: a second look, only when something is wrong."""
+    count, step, entries = 0, 4 << 20, math.prod(source.shape)
+    for first in range(0, entries, step):
+        views = []
+        for file, offset, nbytes in source.pieces(first, min(step, entries - first)):
+            with open(file, "rb") as opened:
+                opened.seek(offset)
+                views.append(memoryview(bytearray(opened.read(nbytes))))
+        count += int((~torch.isfinite(source.window(first, min(step, entries - first), views))).sum())
     return count

@@ -5,129 +5,325 @@ Only names, shapes and dtypes are compared: what is done to the tensors is plann
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from mergecore.architecture import HEAD, embedding_of, is_bias, is_buffer, is_embedding, is_tied
-from mergecore.checkpoint import Checkpoint, TensorInfo
-from mergecore.errors import CheckpointError
+from mergecore.architecture import (
+    Architecture,
+    embedding_of,
+    head_of,
+    is_before_layers,
+    is_bias,
+    is_buffer,
+    is_embedding,
+    is_head,
+    is_tied,
+    layer_of,
+    layer_stacks,
+    place_in,
+    renaming,
+    tower_of,
+)
+from mergecore.inputs import Input
 from mergecore.output.layout import ITEM_BYTES
+from mergecore.sections import Member, Section, Slot, input_error
+from mergecore.sources import Source
 from mergecore.spec import MergeSpec
 from mergecore.spec.problems import Keys
 
-FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 WHOLE_NUMBERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 """Stored dtypes that are merged, with their bytes, and those that are copied."""
 MAX_LISTED = 8
 
 
 class Matching:
-    """Which tensor of each model belongs to which output tensor; raises CheckpointError where they do not fit."""
+    """The output's slots, and which tensor of each member belongs to them; CheckpointError where they do not fit.
 
-    def __init__(self, spec: MergeSpec, reference: Checkpoint, members: list[tuple[Checkpoint, int | None]]) -> None:
-        self.spec, self.reference = spec, reference
-        self.models = tuple(model for model, _ in members)
-        self.everyone = list({model.path: model for model in (reference, *self.models)}.values())
-        self.keys: dict[Path, Keys] = {reference.path: ("base_model",)}
-        self.keys |= {model.path: ("models", i, "model") for model, i in members if i is not None}
-        self.tied = all(is_tied(model.config, model.tensors) for model in self.everyone)
+    `reference` gives the names outside of the layers and the config: the base or the first model, or the first model
+    that has a tower (for images, say) which that one lacks.
+    """
+
+    def __init__(self, spec: MergeSpec, sections: Sequence[Section]) -> None:
+        self.spec, self.sections = spec, sections
         self.warnings: list[str] = []
-        self.names = list(reference.tensors)
-        for model in self.models:
-            self._add_names(model)
-        if self.tied and HEAD in self.names:
-            self.names.remove(HEAD)
-            self.warnings.append(f"{HEAD} is tied to the embedding; the output stores it once")
-        self.constants = {name for name in self.names if is_buffer(name, self.any_tensor(name).shape)}
-        self.merged = {name for name in self.names if name not in self.constants and self._has_floats(name)}
-        for model in self.everyone:
-            self._check(model)
+        self._towers: dict[Input, set[str]] = {}
+        self.members = [member for section in sections for member in section.everyone()]
+        references = [section.reference for section in sections]
+        self.models = list(dict.fromkeys((*references, *(member.model for member in self.members))))
+        self.keys: dict[Input, Keys] = {section.reference: section.part.base_keys for section in sections}
+        for section in sections:
+            for member in section.members:
+                if member.source is not None:
+                    known = member.model is section.reference and section.part.base_model is not None
+                    self.keys[member.model] = (
+                        section.part.base_keys if known else section.part.sources[member.source].keys
+                    )
+        self.reference = self._most_complete()
+        self.renamings = {model: renaming(self.reference.tensors, model.tensors) for model in self.models}
+        self.tied = all(is_tied(model.config, model.tensors) for model in self.models)
+        names = self._names()
+        self.head = head_of(names)
+        if self.tied and self.head in names:
+            names.remove(self.head)
+            self.warnings.append(f"{self.head} is tied to the embedding; the output stores it once")
+        self.slots = list(self._slots(names))
+        self.names = [slot.name for slot in self.slots]
+        self.constants = {slot.name for slot in self.slots if is_buffer(slot.name, self.any_tensor(slot).shape)}
+        self.merged = {slot.name for slot in self.slots if slot.name not in self.constants and self._has_floats(slot)}
+        self._check()
         copied = [name for name in self.names if name not in self.merged | self.constants]
         if copied:
-            self.warnings.append(f"{_count(copied)} of whole numbers copied from {reference.path}: {_listed(copied)}")
+            self.warnings.append(
+                f"{_count(copied)} of whole numbers copied from {self.reference.path}: {_listed(copied)}"
+            )
 
-    def tensor(self, model: Checkpoint, name: str) -> TensorInfo | None:
-        """The tensor of `model` for output tensor `name`; a tied head is the embedding; None stands for zeros."""
-        info = model.tensors.get(name)
-        if info is None and name == HEAD:
+    # Lookups
+
+    def tensor(self, member: Member, slot: Slot) -> Source | None:
+        """The member's tensor for a slot; a tied head is the embedding; None: zeros, or nothing (`takes_part`)."""
+        return self._find(member.model, slot.name_in(member))
+
+    def any_tensor(self, slot: Slot) -> Source:
+        """The first one that is there: of the section's pattern, of its members, of the reference."""
+        section = slot.section
+        for member in (Member(section.reference, None), *section.everyone(), Member(self.reference, None)):
+            if slot.layer is not None and member.first_layer is None:
+                continue  # a slice's layers are those of its members
+            found = self.tensor(member, slot)
+            if found is not None:
+                return found
+        raise AssertionError(f"no model has {slot.name}")
+
+    def takes_part(self, member: Member, slot: Slot) -> bool:
+        """Whether the member has this part of the model at all: a text model lacks the tower of a larger one."""
+        tower = tower_of(slot.name)
+        return tower is None or self._has_tower(member.model, tower)
+
+    def _find(self, model: Input, name: str) -> Source | None:
+        for candidate in self._called(model, name):
+            if candidate in model.tensors:
+                return model.tensors[candidate]
+        if name == self.head:
             embedding = embedding_of(model.tensors)
-            info = model.tensors[embedding] if embedding is not None else None
-        return info
+            return model.tensors[embedding] if embedding is not None else None
+        return None
 
-    def any_tensor(self, name: str) -> TensorInfo:
-        """The first model's that has it, the reference first."""
-        found = (self.tensor(model, name) for model in self.everyone)
-        return next(info for info in found if info is not None)
+    def _called(self, model: Input, name: str) -> Iterator[str]:
+        """What the model may call the tensor that the output calls `name`."""
+        yield name
+        found = self.renamings.get(model)
+        if found is not None:
+            theirs, ours = found
+            if name.startswith(ours):
+                yield theirs + name.removeprefix(ours)
 
-    def _has_floats(self, name: str) -> bool:
-        infos = (self.tensor(model, name) for model in self.everyone)
+    def _our_name(self, model: Input, name: str) -> str:
+        """What the output calls the tensor that the model calls `name`."""
+        found = self.renamings[model]
+        if name in self.reference.tensors or found is None or not name.startswith(found[0]):
+            return name
+        return found[1] + name.removeprefix(found[0])
+
+    def _has_tower(self, model: Input, tower: str) -> bool:
+        if model not in self._towers:
+            self._towers[model] = set(filter(None, map(tower_of, model.tensors)))
+        return tower in self._towers[model]
+
+    def _has_floats(self, slot: Slot) -> bool:
+        infos = (self.tensor(member, slot) for member in (Member(self.reference, None), *slot.section.everyone()))
         return any(info.dtype in FLOATS for info in infos if info is not None)
 
-    def _add_names(self, model: Checkpoint) -> None:
-        """Adds what the model has and the models before it have not, as far as it may be absent."""
-        known = set(self.names)
-        extra = [name for name in model.tensors if name not in known]
-        for name in [name for name in extra if is_buffer(name, model.tensors[name].shape)]:
-            extra.remove(name)
-            self.warnings.append(
-                f"{model.path}: {name} is a constant that {self.reference.path} does not store; left out"
+    # The output's names
+
+    def _most_complete(self) -> Input:
+        first = self.sections[0].reference
+        towers = set(filter(None, map(tower_of, first.tensors)))
+        for model in self.models:
+            more = set(filter(None, map(tower_of, model.tensors))) - towers
+            if more and layer_stacks(model.tensors):
+                self.warnings.append(
+                    f"{first.path} has no {_listed(sorted(more))}; the output is made like {model.path}, which has"
+                )
+                return model
+        return first
+
+    def _names(self) -> list[str]:
+        """All names, as far as they may be absent from some models; with slices, of whole models."""
+        names = list(self.reference.tensors)
+        known = set(names)
+        for model in self.models:
+            extra = [name for name in model.tensors if self._our_name(model, name) not in known]
+            for name in [name for name in extra if is_buffer(name, model.tensors[name].shape)]:
+                extra.remove(name)
+                self.warnings.append(
+                    f"{model.path}: {name} is a constant that {self.reference.path} does not store; left out"
+                )
+            sliced = any(section.layers is not None for section in self.sections)
+            extra = [name for name in extra if not (sliced and layer_of(name))]
+            unknown = [name for name in extra if not is_head(name) and not is_bias(name)]
+            if unknown:
+                raise self._error(
+                    model,
+                    f"has {_count(unknown)} that {self.reference.path} does not have: {_listed(unknown)}; "
+                    "the models must be of one architecture",
+                )
+            added = [self._our_name(model, name) for name in extra]
+            names += added
+            known.update(added)
+        return names
+
+    def _slots(self, names: list[str]) -> Iterator[Slot]:
+        """The output tensors; each module's layers are where the reference has them."""
+        for module, sections in self._by_module().items():
+            own = [name for name in names if module is None or self._module_of(name) == module]
+            if not own:
+                raise self.spec.error(
+                    f"{self.reference.path} has no tensors below {module!r}; it has {_listed(self._modules())}",
+                    "modules",
+                    str(module),
+                )
+            if sections[0].layers is None:
+                architecture = Architecture.of({}, own, {})
+                yield from (Slot(name, sections[0], None, architecture.place(name)) for name in own)
+            else:
+                yield from self._sliced(own, sections)
+        if self.spec.modules is not None:
+            left = [name for name in names if self._module_of(name) not in self.spec.modules]
+            if left:
+                raise self.spec.error(
+                    f"no module takes {_count(left)} of {self.reference.path}: {_listed(left)}; "
+                    f"expected modules {_listed(self._modules())}",
+                    "modules",
+                )
+
+    def _by_module(self) -> dict[str | None, list[Section]]:
+        found: dict[str | None, list[Section]] = {}
+        for section in self.sections:
+            found.setdefault(section.part.module, []).append(section)
+        return found
+
+    def _module_of(self, name: str) -> str:
+        """The module that a tensor belongs to, by mergekit's names or by the name of a component."""
+        modules = self.spec.modules or {}
+        parts = name.split(".")
+        named = [module for module in modules if module in parts]
+        if named:
+            return named[0]
+        tower = tower_of(name)
+        if tower is None:
+            kind = "text_decoder" if "text_decoder" in modules else "default"
+        else:
+            kind = "multi_modal_projector" if "proj" in tower or "connector" in tower else "vision_tower"
+        return next((module for module in (kind, parts[0]) if module in modules), kind if tower else parts[0])
+
+    def _modules(self) -> list[str]:
+        return sorted({self._module_of(name) for name in self.reference.tensors})
+
+    def _sliced(self, names: list[str], sections: list[Section]) -> Iterator[Slot]:
+        stacks = layer_stacks(names)
+        if len(stacks) != 1:
+            raise self.spec.error(
+                f"{self.reference.path} has {len(stacks)} stacks of layers ({_listed(sorted(stacks))}); slices need "
+                "one: describe each component under 'modules'",
+                *sections[0].part.keys,
             )
-        unknown = [name for name in extra if name != HEAD and not is_bias(name)]
-        if unknown:
-            raise self._error(
-                model,
-                f"has {_count(unknown)} that {self.reference.path} does not have: {_listed(unknown)}; "
-                "the models must be of one architecture",
-            )
-        self.names += extra
+        (stack,) = stacks
+        for name in names:
+            if layer_of(name) is None:
+                yield Slot(name, sections[0] if is_before_layers(name) else sections[-1], None, 0.0)
+        number = 0
+        for section in sections:
+            assert section.layers is not None
+            for layer in range(section.layers):
+                for rest in self._layer(section, stack, layer):
+                    yield Slot(f"{stack}.{number}.{rest}", section, layer, place_in(layer, section.layers))
+                number += 1
 
-    def _check(self, model: Checkpoint) -> None:
-        missing, zeros, differing, unsupported = [], [], [], []
-        for name in self.names:
-            info, expected = self.tensor(model, name), self.any_tensor(name)
-            if info is None:
-                if is_bias(name):
-                    zeros.append(name)
-                elif name not in self.constants:
-                    missing.append(name)
-                continue
-            if info.shape != expected.shape:
-                differing.append((name, info.shape, expected.shape))
-            usable = ITEM_BYTES if name in self.constants else FLOATS if name in self.merged else WHOLE_NUMBERS
-            if info.dtype not in usable or (usable is WHOLE_NUMBERS and "quantization_config" in model.config):
-                unsupported.append(f"{name} ({info.dtype})")
-        if missing:
-            raise self._error(
-                model,
-                f"lacks {_count(missing)} that the other models have: {_listed(missing)}; "
-                "the models must be of one architecture",
-            )
-        if differing:
-            raise self._error(model, _differing(differing, self.reference))
-        if unsupported:
-            raise self._error(
-                model,
-                f"is quantised or of a dtype that cannot be merged: {_listed(unsupported)}; "
-                "inputs can be F32, F16 or BF16: convert the model first",
-            )
-        if zeros:
-            self.warnings.append(f"{model.path} lacks {_count(zeros, 'bias tensor')}, read as zeros: {_listed(zeros)}")
+    def _layer(self, section: Section, stack: str, layer: int) -> list[str]:
+        """What a layer of a slice has, after its number; every member's layer is there."""
+        rests: dict[str, None] = {}
+        for member in section.everyone():
+            assert member.first_layer is not None
+            wanted = member.first_layer + layer
+            found = [
+                place[2]
+                for place in (layer_of(self._our_name(member.model, name)) for name in member.model.tensors)
+                if place is not None and place[:2] == (stack, wanted)
+            ]
+            if not found:
+                count = max((place[1] + 1 for place in map(layer_of, member.model.tensors) if place), default=0)
+                raise self._error(member.model, f"has no layer {wanted}: it has {count}, counted from 0")
+            rests |= dict.fromkeys(rest for rest in found if not rests or is_bias(rest))
+        return list(rests)
 
-    def _error(self, model: Checkpoint, message: str) -> CheckpointError:
-        return input_error(self.spec, self.keys[model.path], f"{model.path} {message}")
+    # Whether they fit
+
+    def _check(self) -> None:
+        problems: dict[Input, _Problems] = {model: _Problems() for model in self.models}
+        for slot in self.slots:
+            expected = self.any_tensor(slot).shape
+            members = list(slot.section.everyone())
+            if slot.layer is None and all(member.model is not slot.section.reference for member in members):
+                members.insert(0, Member(slot.section.reference, None))
+            for member in members:
+                self._check_tensor(member, slot, expected, problems[member.model])
+        for model, found in problems.items():
+            if found.missing:
+                raise self._error(
+                    model,
+                    f"lacks {_count(found.missing)} that the other models have: {_listed(found.missing)}; "
+                    "the models must be of one architecture",
+                )
+            if found.differing:
+                raise self._error(model, _differing(found.differing, self.reference))
+            if found.unsupported:
+                raise self._error(
+                    model,
+                    f"is quantised or of a dtype that cannot be merged: {_listed(found.unsupported)}; "
+                    "inputs can be F64, F32, F16, BF16 or scaled F8: convert the model first",
+                )
+            for count, what in ((found.zeros, "read as zeros"), (found.absent, "taken from the models that have them")):
+                if count:
+                    kind = "bias tensor" if what == "read as zeros" else "tensor"
+                    self.warnings.append(f"{model.path} lacks {_count(count, kind)}, {what}: {_listed(count)}")
+
+    def _check_tensor(self, member: Member, slot: Slot, expected: tuple[int, ...], found: _Problems) -> None:
+        info, name = self.tensor(member, slot), slot.name
+        if info is None:
+            if not self.takes_part(member, slot):
+                found.absent.append(name)
+            elif is_bias(name):
+                found.zeros.append(name)
+            elif name not in self.constants:
+                found.missing.append(name)
+            return
+        if info.shape != expected:
+            found.differing.append((name, info.shape, expected))
+        usable = ITEM_BYTES if name in self.constants else FLOATS if name in self.merged else WHOLE_NUMBERS
+        if info.dtype not in usable or (usable is WHOLE_NUMBERS and "quantization_config" in member.model.config):
+            found.unsupported.append(f"{name} ({info.dtype})")
+
+    def _error(self, model: Input, message: str) -> Exception:
+        return input_error(self.spec, self.keys.get(model, ("models",)), f"{model.path} {message}")
 
 
-def input_error(spec: MergeSpec, keys: Keys, message: str) -> CheckpointError:
-    """The error of an input, with the place in the spec that names it."""
-    return CheckpointError(str(spec.error(message, *keys)))
+class _Problems:
+    """What does not fit of one model, by kind."""
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self.zeros: list[str] = []
+        self.absent: list[str] = []
+        self.unsupported: list[str] = []
+        self.differing: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
 
 
-def _differing(found: list[tuple[str, tuple[int, ...], tuple[int, ...]]], reference: Checkpoint) -> str:
+def _differing(found: list[tuple[str, tuple[int, ...], tuple[int, ...]]], reference: Input) -> str:
     shapes = [f"{name} {list(shape)} instead of {list(expected)}" for name, shape, expected in found]
-    vocabulary = all((is_embedding(name, a) or name == HEAD) and a[1:] == b[1:] for name, a, b in found)
+    vocabulary = all((is_embedding(name, a) or is_head(name)) and a[1:] == b[1:] for name, a, b in found)
     hint = (
-        "the vocabularies differ: resize the embeddings to one vocabulary first"
+        "the vocabularies differ: set tokenizer_source (union, base or a model)"
         if vocabulary
         else "the models must be of one size"
     )
@@ -138,6 +334,7 @@ def _count(items: Sequence[Any], what: str = "tensor") -> str:
     return f"{len(items)} {what}" + ("s" if len(items) != 1 else "")
 
 
-def _listed(names: list[str]) -> str:
-    more = len(names) - MAX_LISTED
-    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = len(listed) - MAX_LISTED
+    return ", ".join(listed[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -2,8 +2,7 @@
 
 Every op writes into tensors that the caller made. Windows are contiguous (rows, columns) views of
 float32, float16, bfloat16 or float64, mixed freely, results of the first three; statistics, scores and
-coefficients are float64. CPU and CUDA tensors give equal bits. The arithmetic is described in
-docs/design.md, section 5.
+coefficients are float64. CPU and CUDA tensors give equal bits; docs/design.md, section 5, tells the arithmetic.
 """
 
 from __future__ import annotations

@@ -1,64 +1,60 @@
 """A method's parameters at each tensor, out of the spec: checked, with the method's defaults.
 
-Values come from spec.parameter; what they mean is the method's affair.
+Values come from the parts of the spec; what they mean is the method's affair.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from mergecore.architecture import Architecture
 from mergecore.methods.base import Method, Parameter
-from mergecore.spec import MergeSpec
-from mergecore.spec.problems import near
+from mergecore.sections import Member, Section, Slot
+from mergecore.spec import MergeSpec, Part
+from mergecore.spec.problems import Keys, near
 
 
-class Parameters:
-    """The method's parameters for each tensor, checked: mergekit's precedence, then the defaults."""
+def check_parameters(spec: MergeSpec, method: Method, sections: Sequence[Section]) -> None:
+    """SpecError for a parameter that the method does not have, or not under a model."""
+    known = {parameter.name: parameter for parameter in method.parameters}
+    for section in sections:
+        part = section.part
+        for number in (None, *range(len(part.sources))):
+            for keys, settings in part.settings(number):
+                of_model = number is not None and keys == (*part.sources[number].keys[:-1], "parameters")
+                for name in settings:
+                    if name in method.ignored:
+                        continue
+                    if name not in known:
+                        raise spec.error(f"{method.name} has no such parameter{near(name, known)}", *keys, name)
+                    if of_model and not known[name].per_model:
+                        raise spec.error(
+                            "this parameter belongs to the whole merge: write it under 'parameters'", *keys, name
+                        )
 
-    def __init__(
-        self, spec: MergeSpec, method: Method, architecture: Architecture, indices: tuple[int | None, ...]
-    ) -> None:
-        self.spec, self.method, self.architecture, self.indices = spec, method, architecture, indices
-        known = {parameter.name: parameter for parameter in method.parameters}
-        for keys, settings in [
-            (("parameters",), spec.parameters),
-            *((("models", i, "parameters"), entry.parameters) for i, entry in enumerate(spec.models)),
-        ]:
-            for name in settings:
-                if name in method.ignored:
-                    continue
-                if name not in known:
-                    raise spec.error(f"{method.name} has no such parameter{near(name, known)}", *keys, name)
-                if keys[0] == "models" and not known[name].per_model:
-                    raise spec.error(
-                        "this parameter belongs to the whole merge: write it under 'parameters'", *keys, name
-                    )
 
-    def of(self, name: str) -> dict[str, Any]:
-        place = self.architecture.place(name)
-        return {
-            parameter.name: tuple(self._value(parameter, name, place, index) for index in self.indices)
-            if parameter.per_model
-            else self._value(parameter, name, place, None)
-            for parameter in self.method.parameters
-        }
+def parameters_of(spec: MergeSpec, method: Method, slot: Slot, members: Sequence[Member]) -> dict[str, Any]:
+    """The parameters of one tensor: a value, or one per member; mergekit's precedence, then the defaults."""
+    part, sources = slot.section.part, [member.source for member in members]
+    return {
+        parameter.name: tuple(_value(spec, method, parameter, slot, part, source) for source in sources)
+        if parameter.per_model
+        else _value(spec, method, parameter, slot, part, None)
+        for parameter in method.parameters
+    }
 
-    def _value(self, parameter: Parameter, name: str, place: float, index: int | None) -> Any:
-        keys: tuple[str | int, ...] = ("parameters", parameter.name)
-        if index is not None and parameter.name in self.spec.models[index].parameters:
-            keys = ("models", index, *keys)
 
-        def validate(value: Any) -> Any:
-            value = value if parameter.type is str else _number(value)
-            if not parameter.accepts(value):
-                raise self.spec.error(f"found {value!r}, expected {parameter.expected}", *keys)
-            return parameter.type(value)
+def _value(spec: MergeSpec, method: Method, parameter: Parameter, slot: Slot, part: Part, source: int | None) -> Any:
+    def validate(value: Any, keys: Keys) -> Any:
+        value = value if parameter.type is str else _number(value)
+        if not parameter.accepts(value):
+            raise spec.error(f"found {value!r}, expected {parameter.expected}", *keys)
+        return parameter.type(value)
 
-        value = self.spec.parameter(parameter.name, name, place, index, validate=validate)
-        if value is None and parameter.default is None and not parameter.optional:
-            raise self.spec.error(f"{self.method.name} needs {parameter.name} for {name}", *keys)
-        return parameter.default if value is None else value
+    value = part.parameter(parameter.name, slot.name, slot.place, source, validate=validate)
+    if value is None and parameter.default is None and not parameter.optional:
+        raise spec.error(f"{method.name} needs {parameter.name} for {slot.name}", "parameters", parameter.name)
+    return parameter.default if value is None else value
 
 
 def _number(value: Any) -> Any:

@@ -6,8 +6,8 @@ Everything that can be wrong with a merge is found here, before the first tensor
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,32 @@ import xxhash
 from pydantic import ValidationError
 
 from mergecore import __version__
-from mergecore.architecture import HEAD, Architecture, Orientation, is_linear, is_tied
-from mergecore.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from mergecore.architecture import Architecture, Orientation, is_linear, is_tied
 from mergecore.errors import CheckpointError, SpecError
-from mergecore.matching import FLOATS, Matching, input_error
+from mergecore.inputs import Input, Inputs, Resolve
+from mergecore.matching import FLOATS, Matching
 from mergecore.methods import METHODS
-from mergecore.methods.base import Keep, Method, Statistics, TensorView
+from mergecore.methods.base import Coefficients, Keep, Method, Statistics, TensorView, per_model
 from mergecore.ops import gram_count
-from mergecore.output.layout import OutputLayout, plan_layout
-from mergecore.parameters import Parameters
+from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
+from mergecore.parameters import check_parameters, parameters_of
+from mergecore.sections import Member, Section, Slot, input_error, open_sections
 from mergecore.selecting import BLOCK, held_bytes, planned_reads
+from mergecore.sources import Source
 from mergecore.spec import MergeSpec, Run, Sparsify
 from mergecore.spec.problems import near
 
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MODEL_BLOCKS = 1 << 16  # in which ties are counted where the whole model is compared
 WINDOW_BYTES = 64 << 20  # inputs and output of one window; larger ones only cost memory
-MAX_MODELS = 64  # of one merge: kMaxModels in csrc/kernels.h
+CARRY = Method(
+    name="carry",
+    summary="the tensor itself",
+    reference="",
+    coefficients=lambda view: Coefficients(per_model([1.0])),
+    deltas=False,
+)
+"""Of tensors that one model alone has."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,11 @@ class TensorJob:
     """
 
     name: str
+    method: Method
     shape: tuple[int, ...]
     dtype: str
-    base: TensorInfo | None
-    models: tuple[TensorInfo | None, ...]
+    base: Source | None
+    models: tuple[Source | None, ...]
     has_base: bool
     matrices: int
     rows: int
@@ -71,13 +81,17 @@ class TensorJob:
     is_linear: bool = False
 
     @property
-    def inputs(self) -> tuple[TensorInfo | None, ...]:
+    def inputs(self) -> tuple[Source | None, ...]:
         """The tensors that are read: the base first, if the method uses one."""
         return (self.base, *self.models) if self.has_base else self.models
 
+    def sources(self) -> Iterator[Source]:
+        """The inputs that are read."""
+        yield from (source for source in self.inputs if source is not None)
+
     @property
     def input_bytes(self) -> int:
-        return sum(info.nbytes for info in self.inputs if info is not None)
+        return sum(source.nbytes for source in self.sources())
 
     @property
     def choosing_reads(self) -> int:
@@ -123,11 +137,12 @@ class MergePlan:
 
     spec: MergeSpec
     method: Method
-    reference: Checkpoint
+    reference: Input
     """The base, or the first model where there is none: names, config and tokenizer come from it."""
-    tokenizer: Checkpoint
-    models: tuple[Checkpoint, ...]
-    base: Checkpoint | None
+    tokenizer: Input
+    sections: tuple[Section, ...]
+    models: tuple[Input, ...]
+    base: Input | None
     jobs: tuple[TensorJob, ...]
     layout: OutputLayout
     warnings: tuple[str, ...]
@@ -149,17 +164,18 @@ class MergePlan:
 
     @property
     def files(self) -> list[Path]:
-        """The weight files that are read."""
-        return list(dict.fromkeys(info.file for job in self.jobs for info in job.inputs if info is not None))
+        """The files that are read."""
+        return list(dict.fromkeys(file for job in self.jobs for source in job.sources() for file in source.files))
 
     @property
-    def inputs(self) -> list[Checkpoint]:
-        return list({checkpoint.path: checkpoint for checkpoint in (self.reference, *self.models)}.values())
+    def inputs(self) -> list[Input]:
+        based = () if self.base is None else (self.base,)
+        return list(dict.fromkeys((self.reference, *based, *self.models)))
 
     @property
     def held_bytes(self) -> int:
         """Memory held at most, beside the process itself: windows, output buffers, statistics."""
-        return max((_held(job, len(self.models)) for job in self.jobs), default=0)
+        return max(map(_held, self.jobs), default=0)
 
     def identity(self) -> str:
         """Equal exactly when the output's tensors are equal: spec, inputs and version (hex, 128 bits)."""
@@ -167,64 +183,45 @@ class MergePlan:
         return xxhash.xxh3_128_hexdigest(json.dumps(what, sort_keys=True).encode())
 
 
-def plan(spec: MergeSpec, *, resolve: Callable[[str], Path] | None = None) -> MergePlan:
-    """Plans a merge. `resolve` turns a model's name in the spec into its path (default: spec.resolve).
+def plan(spec: MergeSpec, *, resolve: Resolve | None = None) -> MergePlan:
+    """Plans a merge. `resolve` turns a model's path or name, and its revision, in the spec into where it lies.
 
     Raises SpecError (method, parameters) and CheckpointError (inputs that are missing or do not fit).
     """
-    resolve = resolve or spec.resolve
     method = _method(spec)
-    opened: dict[str, Checkpoint] = {}
-
-    def open_once(name: str, *keys: str | int) -> Checkpoint:
-        path = resolve(name)
-        real = os.path.realpath(path)  # the base is the base by whatever name it is listed
-        try:
-            return opened.setdefault(real, opened.get(real) or open_checkpoint(path))
-        except CheckpointError as error:
-            raise input_error(spec, keys, str(error)) from error
-
-    base = open_once(spec.base_model, "base_model") if spec.base_model is not None else None
-    listed = [open_once(entry.model, "models", i, "model") for i, entry in enumerate(spec.models)]
-    # mergekit's rules: the base has no delta; and where models are averaged, a base that is not listed
-    # takes part exactly if a weight is set for all.
-    members: list[tuple[Checkpoint, int | None]] = [
-        (model, i) for i, model in enumerate(listed) if not (method.deltas and base is model)
-    ]
-    weighted = method.parameter("weight") is None or "weight" in spec.parameters
-    room = method.most is None or len(members) < method.most
-    if not method.deltas and base is not None and base not in listed and weighted and room:
-        members.append((base, None))
-    if not members:
-        raise spec.error("every model listed is the base itself: there is nothing to merge", "models")
-    if len(members) > MAX_MODELS:
-        raise spec.error(f"found {len(members)} models, expected at most {MAX_MODELS}; merge in two steps", "models")
-    _check_count(spec, method, len(members))
-    reference = base or listed[0]
+    inputs = Inputs(resolve or spec.resolve)
+    sections = open_sections(spec, method, inputs)
+    check_parameters(spec, method, sections)
+    matching = Matching(spec, sections)
+    reference = matching.reference
+    first = sections[0].reference
     source = spec.tokenizer_source
-    tokenizer = reference if source in (None, "base") else open_once(str(source), "tokenizer_source")
-
-    models = tuple(model for model, _ in members)
-    reads_base = base if method.deltas or spec.sparsify is not None else None
-    matching = Matching(spec, reference, members)
+    tokenizer = first
+    if source not in (None, "base"):
+        try:
+            tokenizer = inputs.open(str(source))
+        except CheckpointError as error:
+            raise input_error(spec, ("tokenizer_source",), str(error)) from error
     architecture = Architecture.of(reference.config, matching.names, spec.orientation)
-    parameters = Parameters(spec, method, architecture, tuple(index for _, index in members))
-    jobs = [_job(name, matching, parameters, architecture, spec, method, reads_base) for name in matching.names]
+    jobs = [_job(slot, matching, architecture, spec, method) for slot in matching.slots]
     for job in jobs:
-        _check_coefficients(job, method, spec)
+        _check_coefficients(job, spec)
     _check_scope(jobs, spec)
     layout = plan_layout([(job.name, job.dtype, job.shape) for job in jobs], spec.run.shard_size)
+    models = tuple(dict.fromkeys(member.model for section in sections for member in section.members))
+    based = [section.base.model for section in sections if section.base is not None]
     return MergePlan(
         spec=spec,
         method=method,
         reference=reference,
         tokenizer=tokenizer,
+        sections=tuple(sections),
         models=models,
-        base=reads_base,
+        base=based[0] if based else None,
         jobs=tuple(jobs),
         layout=layout,
         warnings=tuple(matching.warnings),
-        untied_head=HEAD in matching.names and is_tied(reference.config, reference.tensors),
+        untied_head=matching.head in matching.names and is_tied(reference.config, reference.tensors),
     )
 
 
@@ -238,15 +235,15 @@ def with_run(spec: MergeSpec, **settings: Any) -> MergeSpec:
     return spec.model_copy(update={"run": run})
 
 
-def _check_coefficients(job: TensorJob, method: Method, spec: MergeSpec) -> None:
+def _check_coefficients(job: TensorJob, spec: MergeSpec) -> None:
     """Coefficients that need no statistics are computed once now, so that what is wrong shows before reading."""
     if job.parameters is not None:
         try:
-            if method.check is not None:
-                method.check(job.view())
+            if job.method.check is not None:
+                job.method.check(job.view())
             if job.statistics is not Statistics.NONE:
                 return
-            coefficients = method.coefficients(job.view())
+            coefficients = job.method.coefficients(job.view())
         except ValueError as error:
             raise spec.error(f"{job.name}: {error}", "parameters") from None
         if not coefficients.finite:
@@ -281,12 +278,12 @@ def _keeps(name: str, view: TensorView, spec: MergeSpec, method: Method) -> tupl
 def _sparsified(sparsify: Sparsify) -> Keep:
     if sparsify.method == "dare":
         assert sparsify.drop_rate is not None
-        return Keep(drop_rate=sparsify.drop_rate, rescale="probability" if sparsify.rescale else "none")
+        return Keep(drop_rate=sparsify.drop_rate, rescale="none" if sparsify.rescale is False else "probability")
     assert sparsify.density is not None
     outliers = 0.0
     if sparsify.method == "breadcrumbs" and sparsify.density < 1:
         outliers = 0.01 if sparsify.gamma is None else sparsify.gamma
-    return Keep(density=sparsify.density, outliers=outliers)
+    return Keep(density=sparsify.density, outliers=outliers, rescale="l1" if sparsify.rescale else "none")
 
 
 def _method(spec: MergeSpec) -> Method:
@@ -296,56 +293,26 @@ def _method(spec: MergeSpec) -> Method:
             f"unknown method {spec.merge_method!r}{near(spec.merge_method, METHODS)}; `mergecore methods` lists them",
             "merge_method",
         )
-    if method.deltas and not method.base_optional and spec.base_model is None:
+    bases = [part.base_model for part in spec.parts()]
+    if method.deltas and not method.base_optional and None in bases:
         raise spec.error(f"{method.name} moves away from a base: base_model is missing", "merge_method")
-    if spec.sparsify is not None and spec.base_model is None:
+    if spec.sparsify is not None and None in bases:
         raise spec.error("dropping deltas needs a base: base_model is missing", "sparsify")
     return method
 
 
-def _check_count(spec: MergeSpec, method: Method, found: int) -> None:
-    if method.least <= found and (method.most is None or found <= method.most):
-        return
-    number = f"{method.least}" if method.least == method.most else f"at least {method.least}"
-    beside = " beside the base" if method.deltas and spec.base_model is not None else ""
-    raise spec.error(f"{method.name} merges {number} model(s){beside}; found {found}", "models")
-
-
-def _job(
-    name: str,
-    matching: Matching,
-    parameters: Parameters,
-    architecture: Architecture,
-    spec: MergeSpec,
-    method: Method,
-    base: Checkpoint | None,
-) -> TensorJob:
-    some = matching.any_tensor(name)
-    models = tuple(matching.tensor(model, name) for model in matching.models)
-    reference = matching.tensor(matching.reference, name)
+def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: MergeSpec, method: Method) -> TensorJob:
+    name, some = slot.name, matching.any_tensor(slot)
     if name not in matching.merged:
-        source = reference or some
-        return TensorJob(
-            name=name,
-            shape=source.shape,
-            dtype=source.dtype,
-            base=None,
-            models=(source,),
-            has_base=False,
-            matrices=1,
-            rows=source.nbytes,
-            columns=1,
-            orientation="columns",
-            parameters=None,
-            window_rows=max(1, min(source.nbytes, WINDOW_BYTES // 4)),
-            keep=False,
-        )
+        return _copy(name, matching.tensor(Member(matching.reference, None), slot) or some)
+    method, base, members = _taking_part(slot, matching, method)
+    models = tuple(matching.tensor(member, slot) for member in members)
     wanted = spec.out_dtype or spec.dtype
-    dtype = STORED[wanted] if wanted is not None else (reference or some).dtype
-    resolved = parameters.of(name)
-    place, linear = architecture.place(name), is_linear(name, some.shape)
-    view = TensorView(len(models), len(some.shape) < 2, resolved, place=place, is_linear=linear)
-    sparsify, keeps = _keeps(name, view, spec, method)
+    dtype = STORED[wanted] if wanted is not None else some.dtype if some.dtype in STORED.values() else "F32"
+    resolved = parameters_of(spec, method, slot, members)
+    linear = is_linear(name, some.shape)
+    view = TensorView(len(models), len(some.shape) < 2, resolved, place=slot.place, is_linear=linear)
+    sparsify, keeps = _keeps(name, view, spec, method) if base is not None else ((), ())
     matrices, rows, columns = architecture.matrices(name, some.shape)
     statistics = method.needs(view)
     if statistics in (Statistics.NONE, Statistics.GRAM, Statistics.SQUARES):
@@ -362,9 +329,10 @@ def _job(
     in_blocks = planned_reads(sparsify) or planned_reads(keeps) or statistics in (Statistics.GRAM, Statistics.SQUARES)
     job = TensorJob(
         name=name,
+        method=method,
         shape=some.shape,
         dtype=dtype,
-        base=matching.tensor(base, name) if base is not None else None,
+        base=matching.tensor(base, slot) if base is not None else None,
         models=models,
         has_base=base is not None,
         matrices=matrices,
@@ -381,10 +349,55 @@ def _job(
         scope=resolved.get("scope", "tensor")
         if planned_reads(keeps) or statistics is not Statistics.NONE
         else "tensor",
-        place=place,
+        place=slot.place,
         is_linear=linear,
     )
     return _windowed(job, spec)
+
+
+def _copy(name: str, source: Source) -> TensorJob:
+    """A tensor of whole numbers, as it is."""
+    entries = math.prod(source.shape)
+    item = source.nbytes // max(1, entries)
+    return TensorJob(
+        name=name,
+        method=CARRY,
+        shape=source.shape,
+        dtype=source.dtype,
+        base=None,
+        models=(source,),
+        has_base=False,
+        matrices=1,
+        rows=entries,
+        columns=1,
+        orientation="columns",
+        parameters=None,
+        window_rows=max(1, min(entries, WINDOW_BYTES // 4 // max(1, item))),
+        keep=False,
+    )
+
+
+def _taking_part(slot: Slot, matching: Matching, method: Method) -> tuple[Method, Member | None, list[Member]]:
+    """The method, the base and the members of one tensor. Towers that few models have are merged by those, or are
+    taken from the one that has them."""
+    section = slot.section
+    there = [member for member in section.everyone() if matching.takes_part(member, slot)]
+    base = section.base if section.base in there else None
+    members = [member for member in section.members if member in there]
+    if len(members) == len(section.members) and base is section.base:
+        return method, base, members
+    if not there:
+        return CARRY, None, [Member(matching.reference, None)]
+    if section.base is not None and base is None and len(members) > 1:
+        raise input_error(
+            matching.spec,
+            section.part.base_keys,
+            f"{section.base.model.path} lacks {slot.name}, which {len(members)} models have: there is no base to "
+            "take their differences from; list only one of them, or name a base that has it",
+        )
+    if len(members) < method.least or (section.base is not None and base is None):
+        return CARRY, None, [base] if base is not None else members[:1]
+    return method, base, members
 
 
 def _row_bytes(job: TensorJob) -> tuple[int, int]:
@@ -393,7 +406,8 @@ def _row_bytes(job: TensorJob) -> tuple[int, int]:
     return job.columns * inputs, job.columns * FLOATS.get(job.dtype, 1)
 
 
-def _statistics_bytes(job: TensorJob, models: int) -> int:
+def _statistics_bytes(job: TensorJob) -> int:
+    models = len(job.models)
     entries = MODEL_BLOCKS * BLOCK if job.scope == "model" else job.matrices * job.rows * job.columns
     choosing = max(held_bytes(keeps, entries, job.columns) for keeps in (job.sparsify, job.keeps))
     length = job.columns if job.orientation == "columns" or len(job.shape) < 2 else job.rows
@@ -403,35 +417,35 @@ def _statistics_bytes(job: TensorJob, models: int) -> int:
         # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
         return choosing + 8 * length * (2 * (1 + 3 * models) + 8 * models)
     if job.statistics.is_whole:
-        return choosing + _decomposition_bytes(job, models)
+        return choosing + _decomposition_bytes(job)
     if job.statistics.is_gram:
         # Totals, the pending tile, and both triangles; then points and coefficients.
         return choosing + 8 * length * (4 * gram_count(models) + 8 * models)
     return choosing
 
 
-def _decomposition_bytes(job: TensorJob, models: int) -> int:
+def _decomposition_bytes(job: TensorJob) -> int:
     """What is held of one matrix that is decomposed: the deltas or their sum, factors, copies, LAPACK's workspace.
 
     Measured (peak resident bytes), for matrices from square to 1 : 8.
     """
-    whole, squares = (models + 7, 7) if job.statistics is Statistics.DELTAS else (1 + 4, 3)
+    whole, squares = (len(job.models) + 7, 7) if job.statistics is Statistics.DELTAS else (1 + 4, 3)
     return 8 * (whole * job.rows * job.columns + squares * min(job.rows, job.columns) ** 2)
 
 
-def _held(job: TensorJob, models: int) -> int:
+def _held(job: TensorJob) -> int:
     if job.parameters is None:
-        return 4 * job.window_rows
+        return 4 * job.window_rows * ITEM_BYTES[job.dtype]
     inputs, output = (job.window_rows * size for size in _row_bytes(job))
     kept = job.input_bytes // job.matrices if job.keep else 0
-    return max(kept, inputs) + inputs + 2 * output + _statistics_bytes(job, models)
+    return max(kept, inputs) + inputs + 2 * output + _statistics_bytes(job)
 
 
 def _windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
     """Two windows of inputs (one in use, one read ahead) and two of output fit the memory beside the statistics."""
     models, memory = len(job.models), spec.run.memory
     inputs, output = _row_bytes(job)
-    room = memory - _statistics_bytes(job, models)
+    room = memory - _statistics_bytes(job)
     step = max(1, min(job.block_rows, job.rows))
     of_block = 8 * gram_count(models) if job.statistics is Statistics.GRAM else 0
     smallest = 2 * (inputs + output) * step + of_block
@@ -446,4 +460,4 @@ def _windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
     rows = min(job.rows, step * max(1, min(room, 2 * WINDOW_BYTES) // smallest))
     windowed = replace(job, window_rows=max(1, rows))
     kept = replace(windowed, keep=job.passes > 1 and job.scope == "tensor")
-    return kept if kept.keep and _held(kept, models) <= memory else windowed
+    return kept if kept.keep and _held(kept) <= memory else windowed

@@ -23,12 +23,11 @@ import stat
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mergecore.errors import Interrupted, MergecoreError, OutputExistsError, SpecError
+from mergecore.errors import CheckpointError, Interrupted, MergecoreError, OutputExistsError, SpecError
 from service.spool import DAEMON_PID, ERROR, SPEC, printable, read_status, utc_now, write_atomic, write_status
 
 if TYPE_CHECKING:
@@ -166,7 +165,6 @@ def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, sto
     """Merge; 0. Raises MergecoreError."""
     spec = load(folder / SPEC, reporter.spec_name)
     reporter.record(method=printable(spec.merge_method)[:100])
-    places = locate_models(spec, models)
     out = output_path(spec, folder.name, outputs)
     begun = reporter.output == str(out)
     if not is_taken(out):
@@ -178,7 +176,12 @@ def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, sto
     log.info("merging to %s", out)
     try:
         result = mergecore.merge(
-            spec, out, resume=True, progress=reporter.progress, should_stop=stop, resolve=places.__getitem__
+            spec,
+            out,
+            resume=True,
+            progress=reporter.progress,
+            should_stop=stop,
+            resolve=lambda model, revision: find_model(model, revision, models),
         ).as_dict()
     except OutputExistsError:
         published = published_by(spec, out) if begun else None
@@ -211,7 +214,11 @@ def published_by(spec: MergeSpec, out: Path) -> dict[str, Any] | None:
         manifest = json.loads((out / "mergecore_manifest.json").read_bytes())
     except (OSError, ValueError):
         return None
-    if not isinstance(manifest, dict) or manifest.get("spec") != spec.as_dict():
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("spec") != spec.as_dict()
+        or manifest.get("spec_text") != spec.text
+    ):
         return None
     return {**manifest.get("result", {}), "output": str(out)}
 
@@ -228,36 +235,26 @@ def load(path: Path, name: str) -> MergeSpec:
     return load_spec(path, name=name)
 
 
-def locate_models(spec: MergeSpec, roots: list[Path]) -> dict[str, Path]:
-    """Where each model lies that the spec names. Raises SpecError."""
-    named: list[tuple[str, tuple[str | int, ...]]] = [
-        (entry.model, ("models", i, "model")) for i, entry in enumerate(spec.models)
-    ]
-    if spec.base_model is not None:
-        named.append((spec.base_model, ("base_model",)))
-    if spec.tokenizer_source not in (None, "base"):
-        named.append((str(spec.tokenizer_source), ("tokenizer_source",)))
-    return {model: find_model(spec, model, roots, *keys) for model, keys in named}
-
-
-def find_model(spec: MergeSpec, model: str, roots: list[Path], *keys: str | int) -> Path:
-    """Where the model named at `keys` lies: below one of `roots`, after resolving links. Raises SpecError.
+def find_model(model: str, revision: str | None, roots: list[Path]) -> Path:
+    """Where a model that a spec names lies: below one of `roots`, after resolving links. Raises CheckpointError.
 
     Without roots any path goes, and a relative one starts at the working directory.
     """
     if not roots:
         return Path(model).absolute()
     shown = ", ".join(str(root) for root in roots)
-    with _as_spec_error(spec, *keys):
+    try:
         real_roots = [root.resolve() for root in roots]
         candidates = [(root / model).resolve() for root in roots]  # an absolute `model` takes the root's place
         allowed = [path for path in candidates if any(path.is_relative_to(root) for root in real_roots)]
         if not allowed:
-            raise spec.error(f"{model!r} does not lie below a model folder of this server ({shown})", *keys)
+            raise CheckpointError(f"{model!r} does not lie below a model folder of this server ({shown})")
         for path in allowed:
             if path.exists():
                 return path
-    raise spec.error(f"{model!r} was not found; the model folders of this server are {shown}", *keys)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{model!r} {_not_looked_up(error)}") from error
+    raise CheckpointError(f"{model!r} was not found; the model folders of this server are {shown}")
 
 
 def output_path(spec: MergeSpec, job: str, outputs: Path) -> Path:
@@ -271,21 +268,19 @@ def output_path(spec: MergeSpec, job: str, outputs: Path) -> Path:
             "output",
         )
     root = outputs.resolve()
-    with _as_spec_error(spec, "run", "output"):
+    try:
         out = (root / name).resolve()
+    except (OSError, RuntimeError) as error:
+        raise spec.error(_not_looked_up(error), "run", "output") from error
     if not out.is_relative_to(root) or out == root:
         raise spec.error(f"{name!r} leads out of the outputs folder {outputs}", "run", "output")
     return out
 
 
-@contextlib.contextmanager
-def _as_spec_error(spec: MergeSpec, *keys: str | int) -> Iterator[None]:
-    """A path that cannot even be looked up (too long, a loop of links) is the spec's fault."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "a loop of symbolic links"
-        raise spec.error(f"cannot be looked up: {reason}", *keys) from error
+def _not_looked_up(error: OSError | RuntimeError) -> str:
+    """A path that cannot even be looked up: too long, a loop of links."""
+    reason = error.strerror if isinstance(error, OSError) else "a loop of symbolic links"
+    return f"cannot be looked up: {reason}"
 
 
 def report_error(folder: Path, reporter: Reporter, message: str) -> None:

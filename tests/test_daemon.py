@@ -619,7 +619,7 @@ def merged(spec: dict[str, object], out: Path, models: Path) -> Path:
     """The merge without any daemon."""
     from mergecore import load_spec, merge
 
-    return merge(load_spec(spec), out, resolve=lambda name: models / name).output
+    return merge(load_spec(spec), out, resolve=lambda name, revision: models / name).output
 
 
 def digest(output: Path) -> dict[str, str]:

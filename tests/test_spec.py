@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergecore.errors import SpecError
-from mergecore.spec import MergeSpec, evaluate, json_schema, load_spec, parse_size, parse_spec
+from mergecore.spec import MergeSpec, Part, evaluate, json_schema, load_spec, parse_size, parse_spec
 
 MINIMAL = "merge_method: linear\nmodels: [{model: A}]\n"
 DOCS = Path(__file__).parents[1] / "docs" / "spec.md"
-FULL = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)[0]
+FULL, SLICED = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
 
 ANY_SPEED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -33,6 +33,12 @@ def refusal(text: str | bytes, name: str = "merge.yaml") -> str:
     return str(caught.value)
 
 
+def of(spec: MergeSpec) -> Part:
+    """What a spec of whole models merges."""
+    (part,) = spec.parts()
+    return part
+
+
 # What is accepted
 
 
@@ -40,46 +46,136 @@ def test_example_of_the_documentation_has_the_meaning_that_it_shows() -> None:
     spec = parse_spec(FULL)
     assert spec.merge_method == "widen"
     assert spec.base_model == "/models/Qwen1.5-14B"
-    assert [entry.model for entry in spec.models] == ["/models/Qwen1.5-14B-Chat", "/models/Sailor-14B"]
+    assert [entry.model for entry in spec.models or ()] == ["/models/Qwen1.5-14B-Chat", "/models/Sailor-14B"]
     assert spec.sparsify is not None
-    assert (spec.sparsify.method, spec.sparsify.drop_rate, spec.sparsify.rescale) == ("dare", 0.1, True)
+    assert (spec.sparsify.method, spec.sparsify.drop_rate, spec.sparsify.rescale) == ("dare", 0.1, None)
     assert (spec.dtype, spec.out_dtype, spec.seed, spec.on_nonfinite) == ("bfloat16", None, 0, "error")
     assert (spec.run.output, spec.run.memory, spec.run.shard_size) == ("my-merge", 1 << 30, 5 * 10**9)
-    assert spec.parameter("weight", "w", 0.5, 1) == pytest.approx(0.5)
-    assert spec.parameter("s", "layers.0.self_attn.q_proj", 0.0) == 1.0
-    assert spec.parameter("s", "layers.0.mlp.up_proj", 0.0, 0) == 0.5
+    assert of(spec).parameter("weight", "w", 0.5, 1) == pytest.approx(0.5)
+    assert of(spec).parameter("s", "layers.0.self_attn.q_proj", 0.0) == 1.0
+    assert of(spec).parameter("s", "layers.0.mlp.up_proj", 0.0, 0) == 0.5
+
+
+def test_slices_and_modules_become_parts_with_their_parameters_nearest_first() -> None:
+    assert [source.layers for part in parse_spec(SLICED).parts() for source in part.sources] == [(0, 16), (8, 24)]
+    text = """\
+merge_method: linear
+base_model: base
+parameters: {weight: 1, a: 1, b: 1, c: 1}
+modules:
+  text_decoder:
+    parameters: {weight: 2, a: 2, b: 2}
+    slices:
+      - sources:
+          - {model: A, layer_range: [0, 2], parameters: {weight: 4}}
+          - {model: base, layer_range: [4, 6]}
+        parameters: {weight: 3, a: 3}
+  vision_tower:
+    models: [{model: B, parameters: {weight: 5}}]
+"""
+    text_decoder, vision = parse_spec(text, "f").parts()
+    assert (text_decoder.module, vision.module) == ("text_decoder", "vision_tower")
+    assert [text_decoder.parameter("weight", "x", 0, source) for source in (0, 1, None)] == [4, 3, 3]
+    assert [text_decoder.parameter(name, "x", 0, 0) for name in "abc"] == [3, 2, 1]
+    assert [vision.parameter(name, "x", 0, 0) for name in ("weight", "a")] == [5, 1]
+    assert text_decoder.sources[1].keys == ("modules", "text_decoder", "slices", 0, "sources", 1, "model")
+
+
+def test_references_are_told_with_their_places() -> None:
+    spec = parse_spec(
+        "merge_method: x\nbase_model: {model: {path: a, revision: r}, lora: {path: l}, override_architecture: C}\n"
+        "models: [{model: b}]\ntokenizer: {source: c, tokens: {x: {source: d}, y: {source: {kind: zero}}}}\n"
+    )
+    assert dict(spec.references()) == {
+        "a@r+l": ("base_model",),
+        "b": ("models", 0, "model"),
+        "c": ("tokenizer", "source"),
+        "d": ("tokenizer", "tokens", "x", "source"),
+    }
+    assert load_spec(spec.as_dict()).as_dict() == spec.as_dict()
+
+
+SEVERAL = """\
+name: second
+merge_method: linear
+models: [{model: first}, {model: A}]
+---
+merge_method: slerp
+base_model: second+lora
+models: [{model: B}]
+---
+name: first
+merge_method: linear
+models: [{model: C}, {model: D}]
+---
+name: unused
+merge_method: linear
+models: [{model: first}]
+"""
+
+
+def test_merges_of_one_file_come_in_the_order_in_which_they_need_each_other() -> None:
+    spec = parse_spec(SEVERAL)
+    assert (spec.name, spec.merge_method) == (None, "slerp")
+    assert [earlier.name for earlier in spec.earlier] == ["first", "second"]
+    without = parse_spec(SEVERAL.replace("name: unused\n", "").replace("base_model: second+lora", "name: last"))
+    assert without.name is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nmerge_method: x\nmodels: [{model: b}]\n---\nname: b\nmerge_method: x\nmodels: [{model: a}]\n",
+         "f:3: models[0].model: 'b' needs the result of this merge itself"),
+        ("name: a\nmerge_method: x\nmodels: [{model: q}]\n---\nname: a\nmerge_method: x\nmodels: [{model: q}]\n",
+         "f:5: name: 'a' is the name of an earlier merge"),
+        ("name: a/b\nmerge_method: x\nmodels: [{model: q}]\n",
+         "f:1: name: found 'a/b', expected letters, digits and _.- only: it names a folder"),
+        ("merge_method: x\nmodels: [{model: q}]\nslices: [{sources: [{model: A, layer_range: [0, 2]}]}]\n",
+         "f:1: expected one of models, slices and modules, found models and slices"),
+        ("merge_method: x\n", "f:1: expected one of models, slices and modules, found none of them"),
+        ("merge_method: x\nmodels: [{model: q}]\ntokenizer: {source: base}\ntokenizer_source: base\n",
+         "f:1: expected one of tokenizer and tokenizer_source, found both"),
+        ("merge_method: x\nslices: [{sources: [{model: A, layer_range: [0, 2]}, {model: B, layer_range: [0, 3]}]}]\n",
+         "f:2: slices[0]: the sources of a slice must have the same number of layers; found [0, 2], [0, 3]"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(text: str, message: str) -> None:
+    assert refusal(text, "f") == message
 
 
 def test_documentation_names_every_key_and_the_schema_describes_it() -> None:
     schema, text = json_schema(), DOCS.read_text()
     tables = {"": schema, "run.": schema["$defs"]["Run"], "sparsify.": schema["$defs"]["Sparsify"]}
-    tables |= {"model's ": schema["$defs"]["ModelEntry"], "condition's ": schema["$defs"]["Condition"]}
+    tables |= {"tokenizer.": schema["$defs"]["Tokenizer"]}
+    inner = ("ModelEntry", "SliceSource", "OutputSlice", "Module", "Token", "TokenOf", "Condition")
+    tables |= {f"{name}'s ": schema["$defs"][name] for name in inner}
     for prefix, table in tables.items():
         assert table["additionalProperties"] is False
         for key, described in table["properties"].items():
-            assert f"`{prefix}{key}" in text or key in ("run", "sparsify") or "'s " in prefix
+            assert f"`{prefix}{key}" in text or key in ("run", "sparsify", "tokenizer") or "'s " in prefix
             assert described["title"]
             assert described["description"]
     assert set(schema["properties"]) == set(MergeSpec.model_fields)
-    assert schema["required"] == ["merge_method", "models"]
+    assert schema["required"] == ["merge_method"]
     assert "2020-12" in schema["$schema"]
 
 
 def test_json_is_accepted_with_tabs_and_surrogate_pairs() -> None:
     spec = parse_spec('{\n\t"merge_method": "linear",\t"models": [\n\t\t{"model":"\\ud83d\\ude00\\/x"}]}')
-    assert spec.models[0].model == "\U0001f600/x"
+    assert (spec.models or ())[0].model == "\U0001f600/x"
 
 
 @pytest.mark.parametrize("written", ["1e-5", "1E-5", "1.e-5", "+.1e-4", "0.00001", "'1e-5'"])
 def test_exponents_are_numbers(written: str) -> None:
-    value = parse_spec(MINIMAL + f"parameters: {{tol: {written}}}").parameter("tol", "w")
+    value = of(parse_spec(MINIMAL + f"parameters: {{tol: {written}}}")).parameter("tol", "w")
     assert value == pytest.approx(1e-5)
     assert isinstance(value, float)
 
 
 def test_booleans_are_those_of_yaml_1_1_and_dates_stay_text() -> None:
     spec = parse_spec(MINIMAL + "parameters: {a: yes, b: off, c: 'on'}\nrun: {output: 2024-01-31}")
-    assert [spec.parameter(name, "w") for name in "abc"] == [True, False, "on"]
+    assert [of(spec).parameter(name, "w") for name in "abc"] == [True, False, "on"]
     assert spec.run.output == "2024-01-31"
 
 
@@ -131,7 +227,7 @@ def test_anchors_and_merge_keys_are_expanded() -> None:
         "x: &x {a: 1, b: 2}\n".replace("x: ", "parameters: ", 1)
         + MINIMAL.replace("A}", "A, parameters: {<<: *x, a: 3}}")
     )
-    assert spec.models[0].parameters == {"a": 3, "b": 2}
+    assert (spec.models or ())[0].parameters == {"a": 3, "b": 2}
 
 
 def test_relative_models_start_at_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +248,7 @@ def test_plus_and_at_signs_are_fine_in_the_path_of_a_model_that_exists(tmp_path:
     (tmp_path / "A+B@c").mkdir()
     file = tmp_path / "merge.yaml"
     file.write_text(MINIMAL.replace("A", "A+B@c"))
-    assert load_spec(file).models[0].model == "A+B@c"
+    assert (load_spec(file).models or ())[0].model == "A+B@c"
 
 
 def test_specs_are_immutable() -> None:
@@ -227,21 +323,29 @@ paramters: {}
     paramters: unknown key; did you mean 'parameters'?
 memory: 1GiB
     memory: unknown key here; did you mean 'run.memory'?
-base_model: {model: {path: A}}
-    base_model: found a mapping, expected the path of a model; revisions, LoRA and override_architecture are not supported by this version
-base_model: no/where+lora
-    base_model: 'no/where+lora' does not exist, and LoRA references (model+lora) are not supported by this version
-base_model: no/where@main
-    base_model: 'no/where@main' does not exist, and revisions (model@revision) are not supported by this version
 base_model: 3
     base_model: found 3, expected the path of a model; put it in quotes
-tokenizer_source: union
-    tokenizer_source: 'union' is not supported by this version; expected base or the path of a model
+base_model: {path: A}
+    base_model: found a mapping, expected a path, or {model: {path: /models/A}, lora: {path: /models/lora}}
+base_model: {model: {path: A, revision: 3}}
+    base_model: found 3, expected the revision's name; put it in quotes
 slices: [{}]
-    slices: not supported by this version; list whole models under 'models'
-chat_template: auto
-    chat_template: not supported by this version; the base model's is kept
-"""  # noqa: E501
+    slices[0].sources: missing, expected a list of sources such as [{model: /models/A, layer_range: [0, 16]}]
+slices: [{sources: [{model: A, layer_range: [2, 2]}]}]
+    slices[0].sources[0].layer_range: found a list, expected [first layer, layer after the last] such as [0, 16]
+slices: [{sources: [{model: A, layer_range: [0, 2], layer_rang: 2}]}]
+    slices[0].sources[0].layer_rang: unknown key; did you mean 'layer_range'?
+modules: {text_decoder: {parameters: {t: 1}}}
+    modules.text_decoder: expected either models or slices
+tokenizer: {source: union, tokens: {'<s>': {source: {kind: zerro}}}}
+    tokenizer.tokens['<s>'].source.kind: found 'zerro', expected zero or model_token; did you mean 'zero'?
+tokenizer: {tokens: {'<s>': {source: {kind: model_token, model: A}}}}
+    tokenizer.tokens['<s>'].source: model_token needs model, and one of token and token_id
+tokenizer: {pad_to_multiple_of: 0}
+    tokenizer.pad_to_multiple_of: found 0, expected a whole number from 1
+sparsify: {method: della, density: 0.9}
+    sparsify: density 0.9 +- epsilon 0.15 must lie between 0 and 1
+"""
 
 
 @pytest.mark.parametrize(("added", "message"), re.findall(r"(\S.*)\n {4}(.*)\n", MESSAGES))
@@ -288,10 +392,10 @@ def test_weights_that_are_not_finite_are_refused(weight: str, place: str) -> Non
         (MINIMAL + "parameters: &a {w: *a}", "merge.yaml:3: parameters.w: an anchor that contains itself"),
         (MINIMAL + "parameters: &a\n  <<: *a", "merge.yaml:4: an anchor that contains itself"),
         (MINIMAL + "? [a]\n: 1", "merge.yaml:3: a key must be plain text"),
-        (MINIMAL + "---\n" + MINIMAL, "merge.yaml:3: a second document starts here; one file"),
+        (MINIMAL + "---\n" + MINIMAL, "merge.yaml:4: only one merge of a file may be without a name"),
         ("merge_method: x\nmodels: foo", "merge.yaml:2: models: found 'foo', expected a list of models such as"),
         ("merge_method: x\nmodels: []", "merge.yaml:2: models: found an empty list, expected a list of models such as"),
-        ("merge_method: x\nslices: [1]", "merge.yaml:2: slices: not supported by this version;"),
+        ("merge_method: x\nslices: [1]", "merge.yaml:2: slices[0]: found 1, expected a mapping such"),
     ],
 )  # fmt: skip
 def test_refused_text(text: str | bytes, message: str) -> None:
@@ -438,12 +542,12 @@ def test_level_that_gives_nothing_falls_through() -> None:
             "parameters": {"w": [{"filter": "mlp", "value": 5}, {"filter": "attn", "value": 6}]},
         }
     )
-    assert spec.parameter("w", "mlp", 0.25, 0) == 0.25
-    assert spec.parameter("w", "mlp", 0.25, 1) == 5
-    assert spec.parameter("w", "mlp", 0.25) == 5
-    assert spec.parameter("w", "attn", 0.25, 0) == 6
-    assert spec.parameter("w", "norm", 0.25, 0) is None
-    assert spec.parameter("density", "mlp", 0.25, 0) is None
+    assert of(spec).parameter("w", "mlp", 0.25, 0) == 0.25
+    assert of(spec).parameter("w", "mlp", 0.25, 1) == 5
+    assert of(spec).parameter("w", "mlp", 0.25) == 5
+    assert of(spec).parameter("w", "attn", 0.25, 0) == 6
+    assert of(spec).parameter("w", "norm", 0.25, 0) is None
+    assert of(spec).parameter("density", "mlp", 0.25, 0) is None
 
 
 def test_validate_decides_what_a_gradient_is_made_of() -> None:
@@ -598,7 +702,7 @@ def parses_or_is_refused(text: str | bytes) -> None:
     else:
         json.dumps(spec.as_dict(), allow_nan=False).encode()
         spec.identity().encode()
-        for entry in spec.models:
+        for entry in spec.models or ():
             str(spec.resolve(entry.model)).encode()
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergecore import __version__
+from mergecore.output.config import output_config
 from mergecore.output.verify import MANIFEST_NAME
 from mergecore.planning import MergePlan
 
@@ -31,8 +32,9 @@ TOKENIZER_FILES = (
 def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> None:
     """Adds everything but the weights to an output whose tensors are complete."""
     reference = plan.reference
-    if reference.config:
-        writer.add_file("config.json", _json(_config(plan)))
+    config = output_config(plan)
+    if config:
+        writer.add_file("config.json", _json(config))
     generation = reference.folder / "generation_config.json"
     if generation.is_file():
         writer.add_file(generation.name, generation)
@@ -44,19 +46,6 @@ def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> Non
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _config(plan: MergePlan) -> dict[str, Any]:
-    config = dict(plan.reference.config)
-    wanted = plan.spec.out_dtype or plan.spec.dtype
-    if wanted is not None:
-        for key in {"torch_dtype", "dtype"} & config.keys() or {"dtype"}:
-            config[key] = wanted
-    if plan.untied_head:
-        config["tie_word_embeddings"] = False
-        if "tie_word_embeddings" in config.get("text_config", {}):
-            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
-    return config
 
 
 def _tokenizer_files(plan: MergePlan) -> list[Path]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from mergecore.spec.fields import parse_size
+from mergecore.spec.parts import Part
+from mergecore.spec.reading import json_schema, load_spec, parse_spec
 from mergecore.spec.settings import Setting, evaluate
-from mergecore.spec.spec import MergeSpec, json_schema, load_spec, parse_size, parse_spec
+from mergecore.spec.spec import MergeSpec
 from mergecore.spec.tables import ModelEntry, Run, Sparsify
 
 __all__ = [
     "MergeSpec",
     "ModelEntry",
+    "Part",
     "Run",
     "Setting",
     "Sparsify",

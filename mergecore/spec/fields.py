@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
+from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from mergecore.spec.problems import either, near, show
@@ -94,7 +94,7 @@ def _device(value: Any) -> str:
     raise expected(value, "auto, cpu, cuda or cuda:N", near(value, ("auto", "cpu", "cuda")))
 
 
-def _choice(*words: str, also: Mapping[str, str] | None = None) -> BeforeValidator:
+def choice(*words: str, also: Mapping[str, str] | None = None) -> BeforeValidator:
     def check(value: Any) -> str:
         word = (also or {}).get(value, value) if isinstance(value, str) else None
         if word in words:
@@ -104,7 +104,7 @@ def _choice(*words: str, also: Mapping[str, str] | None = None) -> BeforeValidat
     return BeforeValidator(check)
 
 
-def _integer(low: int, high: int, what: str) -> BeforeValidator:
+def integer(low: int, high: int, what: str) -> BeforeValidator:
     def check(value: Any) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
             return int(value)
@@ -136,23 +136,34 @@ def located(model: str, directory: Path | None) -> Path:
     return (directory or Path()).absolute() / os.path.expanduser(model)
 
 
-def _model(value: Any, info: ValidationInfo) -> str:
+def _model(value: Any) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, dict):
-        hint = "; revisions, LoRA and override_architecture are not supported by this version"
-        raise expected(value, "the path of a model", hint)
-    path = _filled(value, "the path of a model")
-    for sign, what in (("+", "LoRA references (model+lora)"), ("@", "revisions (model@revision)")):
-        if sign in path and not os.path.exists(located(path, (info.context or {}).get("directory"))):
-            raise refused(f"{show(path)} does not exist, and {what} are not supported by this version")
-    return path
+        value = _reference_text(value)
+    return _filled(value, "the path of a model")
 
 
-def _tokenizer_source(value: Any, info: ValidationInfo) -> str:
-    if value == "union":
-        raise refused("'union' is not supported by this version; expected base or the path of a model")
-    return _model(value, info)
+def _reference_text(value: dict[Any, Any]) -> str:
+    """`model@revision+lora@revision` of mergekit's long form {model: {path, revision}, lora: {...}}."""
+    form = "a path, or {model: {path: /models/A}, lora: {path: /models/lora}}"
+    parts = []
+    for key in ("model", "lora"):
+        part = value.get(key)
+        if part is None and key == "lora":
+            continue
+        if isinstance(part, dict) and part.keys() <= {"path", "revision"}:
+            path, revision = part.get("path"), part.get("revision")
+            if not isinstance(revision, str | None):
+                raise expected(revision, "the revision's name; put it in quotes")
+            part = path if revision is None or not isinstance(path, str) else f"{path}@{revision}"
+        if not isinstance(part, str):
+            raise expected(value, form)
+        parts.append(part)
+    # The architecture tells nothing here: names and shapes come from the checkpoints.
+    if value.keys() - {"model", "lora", "override_architecture"}:
+        raise expected(value, form)
+    return "+".join(parts)
 
 
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
@@ -162,8 +173,7 @@ _SIZE_SCHEMA = WithJsonSchema(
 )
 
 Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"type": "string", "minLength": 1})]
-ModelPath = Annotated[str, BeforeValidator(_model), WithJsonSchema({"type": "string", "minLength": 1})]
-TokenizerSource = Annotated[str, BeforeValidator(_tokenizer_source), WithJsonSchema({"type": "string", "minLength": 1})]
+ModelPath = Annotated[str, BeforeValidator(_model), WithJsonSchema({"type": ["string", "object"], "minLength": 1})]
 Size = Annotated[int, BeforeValidator(_bytes), _SIZE_SCHEMA]
 Memory = Annotated[int, BeforeValidator(_memory), _SIZE_SCHEMA]
 Device = Annotated[
@@ -171,13 +181,15 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     Literal["bfloat16", "float16", "float32"],
-    _choice("bfloat16", "float16", "float32", also=_SHORT_DTYPES | _TORCH_DTYPES),
+    choice("bfloat16", "float16", "float32", also=_SHORT_DTYPES | _TORCH_DTYPES),
     WithJsonSchema({"enum": ["bfloat16", "float16", "float32", *_SHORT_DTYPES, *_TORCH_DTYPES]}),
 ]
-Sparsifier = Annotated[Literal["dare", "magnitude", "breadcrumbs"], _choice("dare", "magnitude", "breadcrumbs")]
-OnNonfinite = Annotated[Literal["error", "warn"], _choice("error", "warn")]
-Read = Annotated[Literal["map", "pread"], _choice("map", "pread")]
-Orientation = Annotated[Literal["rows", "columns"], _choice("rows", "columns")]
+Sparsifier = Annotated[
+    Literal["dare", "magnitude", "breadcrumbs", "della"], choice("dare", "magnitude", "breadcrumbs", "della")
+]
+OnNonfinite = Annotated[Literal["error", "warn"], choice("error", "warn")]
+Read = Annotated[Literal["map", "pread"], choice("map", "pread")]
+Orientation = Annotated[Literal["rows", "columns"], choice("rows", "columns")]
 Switch = Annotated[bool, BeforeValidator(_boolean)]
 DropRate = Annotated[
     float, BeforeValidator(_drop_rate), WithJsonSchema({"type": "number", "minimum": 0, "exclusiveMaximum": 1})
@@ -185,16 +197,16 @@ DropRate = Annotated[
 Density = Annotated[float, BeforeValidator(_density), WithJsonSchema({"type": "number", "minimum": 0, "maximum": 1})]
 Seed = Annotated[
     int,
-    _integer(0, 2**64 - 1, "a whole number from 0 to 2**64 - 1"),
+    integer(0, 2**64 - 1, "a whole number from 0 to 2**64 - 1"),
     WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}),
 ]
 Threads = Annotated[
     int,
-    _integer(0, 4096, "a whole number from 0 (all processors) to 4096"),
+    integer(0, 4096, "a whole number from 0 (all processors) to 4096"),
     WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 4096}),
 ]
 Priority = Annotated[
     int,
-    _integer(-1_000_000, 1_000_000, "a whole number from -1000000 to 1000000"),
+    integer(-1_000_000, 1_000_000, "a whole number from -1000000 to 1000000"),
     WithJsonSchema({"type": "integer", "minimum": -1_000_000, "maximum": 1_000_000}),
 ]

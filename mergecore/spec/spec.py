@@ -1,75 +1,29 @@
 """A spec: which models are merged, by which method, with which parameters.
 
-Text or a dict -> MergeSpec, or one SpecError that lists the problems with their lines.
-
-The dialect is mergekit's (with `models`), plus keys of our own: docs/spec.md. Not checked here: that models exist, and
-which methods and method parameters there are; planning does that and words its findings with MergeSpec.error.
+The dialect is mergekit's, plus keys of our own: docs/spec.md. Not checked here: that models exist, and which methods
+and method parameters there are; planning does that and words its findings with MergeSpec.error. Text becomes a spec in
+reading.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from mergecore.errors import SpecError
-from mergecore.spec.fields import (
-    Dtype,
-    ModelPath,
-    OnNonfinite,
-    Orientation,
-    Seed,
-    Text,
-    TokenizerSource,
-    expected,
-    located,
-    parse_size,
-    table,
-)
-from mergecore.spec.problems import UNREAD, Keys, Problem, either, near
-from mergecore.spec.settings import Condition, Setting, evaluate, number_or_same
+from mergecore.spec.fields import Dtype, ModelPath, OnNonfinite, Orientation, Seed, Text, located, refused, table
+from mergecore.spec.parts import Models, Module, OutputSlice, Part, Slices, parts_of
+from mergecore.spec.problems import Keys, Problem
 from mergecore.spec.tables import ModelEntry, Parameters, Run, Sparsify, Table
-from mergecore.spec.yaml_lines import MAX_BYTES, Document, read_yaml
+from mergecore.spec.tokenizer import Tokenizer, TokenOf
+from mergecore.spec.yaml_lines import Document
 
-__all__ = [
-    "MergeSpec",
-    "ModelEntry",
-    "Run",
-    "Setting",
-    "Sparsify",
-    "evaluate",
-    "json_schema",
-    "load_spec",
-    "parse_size",
-    "parse_spec",
-]
-
-UNSUPPORTED = {
-    "slices": "list whole models under 'models'",
-    "modules": "list whole models under 'models'",
-    "tokenizer": "tokenizer_source names the model whose tokenizer is kept",
-    "chat_template": "the base model's is kept",
-    "name": "one file describes one merge (mergekit-multi)",
-    "experts": "mixtures of experts are not built (mergekit-moe)",
-    "gate_mode": "mixtures of experts are not built (mergekit-moe)",
-}
-"""Keys of mergekit's that are understood and refused, each with what there is instead."""
-
-MAX_PROBLEMS = 100
-"""As many are told; a file with more is no spec."""
-MODELS_LOOK_LIKE = "a list of models such as [{model: /models/A}, {model: /models/B}]"
-
-
-def _models(value: Any) -> Any:
-    if isinstance(value, list | tuple) and value:
-        return tuple(value)
-    raise expected(value, MODELS_LOOK_LIKE)
+FORMS = ("models", "slices", "modules")
 
 
 class MergeSpec(Table):
@@ -77,7 +31,21 @@ class MergeSpec(Table):
 
     model_config = ConfigDict(title="mergecore spec")
     looks_like = "a mapping with the keys merge_method and models"
-    ignored_when_empty = frozenset(UNSUPPORTED)
+    children = {  # noqa: RUF012
+        "models": ModelEntry,
+        "slices": OutputSlice,
+        "modules": Module,
+        "sparsify": Sparsify,
+        "tokenizer": Tokenizer,
+        "run": Run,
+    }
+    ignored_when_empty = frozenset({"slices", "modules", "tokenizer"})
+
+    name: Text | None = Field(
+        default=None,
+        title="Name",
+        description="In a file of several documents: what later documents call this merge's result.",
+    )
 
     merge_method: Text = Field(
         title="Merge method", description="Name of the method; `mergecore methods` lists them.", examples=["widen"]
@@ -88,8 +56,22 @@ class MergeSpec(Table):
         description="Path of the model that the others were trained from; deltas are differences to it.",
         examples=["/models/Qwen1.5-14B"],
     )
-    models: Annotated[tuple[ModelEntry, ...], BeforeValidator(_models), Field(min_length=1)] = Field(
-        title="Models", description="The models to merge, in order.", examples=[[{"model": "/models/A"}]]
+    models: Models | None = Field(
+        default=None,
+        title="Models",
+        description="The models to merge, in order.",
+        examples=[[{"model": "/models/A"}]],
+    )
+    slices: Slices | None = Field(
+        default=None,
+        title="Slices",
+        description="In the place of models: the output's layers, slice after slice, from layers of models.",
+        examples=[[{"sources": [{"model": "/models/A", "layer_range": [0, 16]}]}]],
+    )
+    modules: Annotated[dict[str, Module], table("a mapping such as {text_decoder: {models: [...]}}")] | None = Field(
+        default=None,
+        title="Modules",
+        description="In the place of models: components of the models by name, each with its own models or slices.",
     )
     parameters: Parameters = Field(
         default={},
@@ -101,7 +83,7 @@ class MergeSpec(Table):
     sparsify: Sparsify | None = Field(
         default=None,
         title="Sparsify",
-        description="Drop delta entries at random in front of the method (DARE).",
+        description="Drop delta entries in front of the method: at random (DARE, DELLA) or by magnitude.",
         examples=[{"method": "dare", "drop_rate": 0.1}],
     )
     dtype: Dtype | None = Field(
@@ -112,11 +94,23 @@ class MergeSpec(Table):
     out_dtype: Dtype | None = Field(
         default=None, title="Output dtype", description="Type of the result's tensors; without it, dtype."
     )
-    tokenizer_source: TokenizerSource | None = Field(
+    tokenizer_source: ModelPath | None = Field(
         default=None,
         title="Tokenizer source",
-        description="The model whose tokenizer files go into the output: base, or the path of a model.",
+        description="The output's tokenizer: union of all, base, or the path of a model; embedding rows follow it.",
         examples=["base"],
+    )
+    tokenizer: Tokenizer | None = Field(
+        default=None,
+        title="Tokenizer",
+        description="In the place of tokenizer_source: with the origin of single tokens, and padding.",
+        examples=[{"source": "union"}],
+    )
+    chat_template: Text | None = Field(
+        default=None,
+        title="Chat template",
+        description="auto (the most common of the models'), the name of a template, or its Jinja text.",
+        examples=["auto"],
     )
     orientation: Annotated[dict[str, Orientation], table("a mapping such as {'*.embed_tokens.weight': rows}")] = Field(
         default={},
@@ -142,6 +136,51 @@ class MergeSpec(Table):
     _name: str | None = PrivateAttr(default=None)
     _text: str | None = PrivateAttr(default=None)
     _document: Document | None = PrivateAttr(default=None)
+    _earlier: tuple[MergeSpec, ...] = PrivateAttr(default=())
+
+    @model_validator(mode="after")
+    def _complete(self) -> MergeSpec:
+        given = [form for form in FORMS if getattr(self, form) is not None]
+        if len(given) != 1:
+            found = f"found {' and '.join(given)}" if given else "found none of them"
+            raise refused(f"expected one of models, slices and modules, {found}")
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise refused("expected one of tokenizer and tokenizer_source, found both")
+        return self
+
+    @property
+    def earlier(self) -> tuple[MergeSpec, ...]:
+        """The merges of the same file whose results this one needs, in an order in which they can run."""
+        return self._earlier
+
+    def parts(self) -> Iterator[Part]:
+        """What makes up the output, first layers first; without `slices` one part per module, or one in all."""
+        top = ((("parameters",), self.parameters),)
+        common: dict[str, Any] = {"base_model": self.base_model}
+        if self.modules is None:
+            yield from parts_of(self.models, self.slices, module=None, keys=(), levels=top, **common)
+        for name, module in (self.modules or {}).items():
+            keys: Keys = ("modules", name)
+            levels = (((*keys, "parameters"), module.parameters), *top)
+            yield from parts_of(module.models, module.slices, module=name, keys=keys, levels=levels, **common)
+
+    def references(self) -> Iterator[tuple[str, Keys]]:
+        """Every model that the spec names, and where; a model may be named several times."""
+        if self.base_model is not None:
+            yield self.base_model, ("base_model",)
+        for part in self.parts():
+            yield from ((source.model, source.keys) for source in part.sources)
+            if part.base_model is not None and part.base_keys != ("base_model",):
+                yield part.base_model, part.base_keys
+        if self.tokenizer_source not in (None, "base", "union"):
+            yield str(self.tokenizer_source), ("tokenizer_source",)
+        if self.tokenizer is not None:
+            if self.tokenizer.source not in ("base", "union"):
+                yield self.tokenizer.source, ("tokenizer", "source")
+            for token, entry in self.tokenizer.tokens.items():
+                named = entry.source.model if isinstance(entry.source, TokenOf) else entry.source
+                if named is not None:
+                    yield named, ("tokenizer", "tokens", token, "source")
 
     @property
     def path(self) -> Path | None:
@@ -163,30 +202,9 @@ class MergeSpec(Table):
         """A SpecError `FILE:LINE: key.path: message` about what stands at `keys`."""
         return SpecError(Problem(keys, message, self.line_of(*keys)).worded(self._name))
 
-    def resolve(self, model: str) -> Path:
+    def resolve(self, model: str, revision: str | None = None) -> Path:
         """The absolute path of a model named in this spec; relative ones start at the spec's directory."""
         return located(model, None if self._path is None else self._path.parent)
-
-    def parameter(
-        self,
-        name: str,
-        tensor_name: str,
-        t: float = 0.0,
-        model_index: int | None = None,
-        *,
-        validate: Callable[[Any], Any] = number_or_same,
-    ) -> Any:
-        """The value of a method parameter for a tensor at layer place t (settings.evaluate); None if nothing sets it.
-
-        The settings of models[model_index] come first; where they give nothing for this tensor, the spec's own decide.
-        """
-        own = {} if model_index is None else self.models[model_index].parameters
-        for settings in (own, self.parameters):
-            if name in settings:
-                value = evaluate(settings[name], tensor_name, t, validate=validate)
-                if value is not None:
-                    return value
-        return None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that is in effect, defaults included, as plain JSON values that load_spec accepts."""
@@ -195,148 +213,6 @@ class MergeSpec(Table):
     def identity(self) -> str:
         """Canonical JSON of what decides the bytes of the result's tensors: all but `run`; model paths as written."""
         what = self.as_dict()
-        del what["run"]
+        del what["run"], what["name"]
         what["orientation"] = list(what["orientation"].items())  # the first match decides: the order has a meaning
         return json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def load_spec(source: str | os.PathLike[str] | Mapping[str, Any], *, name: str | None = None) -> MergeSpec:
-    """Read a spec from a file, or from a dict of the same structure.
-
-    name: how messages call the file, if not by its path. Raises SpecError with one line per problem.
-    """
-    if isinstance(source, Mapping):
-        return _validated(Document(value=dict(source)), name, None, None)
-    shown = name or os.fsencode(source).decode("utf-8", "replace")
-    try:
-        with open(source, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise SpecError(f"{shown}: cannot be read: {reason}") from error
-    return parse_spec(data, shown, path=Path(source))
-
-
-def parse_spec(text: str | bytes, name: str = "spec", *, path: Path | None = None) -> MergeSpec:
-    """Read a spec from text. name: how messages call it. path: its file, from whose directory relative models start.
-
-    Raises SpecError with one line per problem.
-    """
-    document = read_yaml(text)
-    return _validated(document, name, text if isinstance(text, str) else text.decode("utf-8", "replace"), path)
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a spec, for editors."""
-    schema = MergeSpec.model_json_schema()
-    for part in (schema, *schema.get("$defs", {}).values()):
-        for key, field in part.get("properties", {}).items():
-            field.setdefault("title", key.capitalize())  # pydantic drops titles beside references
-            if key not in part.get("required", ()):
-                _allow_null(field)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_any_of(schema)}
-
-
-def _any_of(schema: Any) -> Any:
-    """oneOf -> anyOf: an empty list is a gradient as well as a list of conditions."""
-    if isinstance(schema, dict):
-        return {"anyOf" if key == "oneOf" else key: _any_of(value) for key, value in schema.items()}
-    return [_any_of(item) for item in schema] if isinstance(schema, list) else schema
-
-
-def _allow_null(field: dict[str, Any]) -> None:
-    kept: dict[str, Any] = {
-        key: field.pop(key) for key in ("title", "description", "default", "examples") if key in field
-    }
-    alternatives = field.pop("anyOf") if set(field) == {"anyOf"} else [dict(field)]
-    if not any("null" in alternative.get("type", ()) for alternative in alternatives):
-        alternatives = [*alternatives, {"type": "null"}]
-    field.clear()
-    field.update(kept, anyOf=alternatives)
-
-
-def _validated(document: Document, name: str | None, text: str | None, path: Path | None) -> MergeSpec:
-    problems = list(document.problems)
-    spec = None
-    if document.value is not None:
-        try:
-            directory = None if path is None else path.parent
-            spec = MergeSpec.model_validate(document.value, context={"directory": directory})
-        except ValidationError as error:
-            problems += _worded(error, document)
-    if problems:
-        lines = [problem.worded(name) for problem in sorted(problems, key=lambda problem: problem.line or 0)]
-        more = [f"... and {len(lines) - MAX_PROBLEMS} more"] if len(lines) > MAX_PROBLEMS else []
-        raise SpecError("\n".join(lines[:MAX_PROBLEMS] + more))
-    assert spec is not None
-    spec._path, spec._name, spec._text = path, name, text
-    spec._document = document if text is not None else None
-    return spec
-
-
-def _worded(error: ValidationError, document: Document) -> list[Problem]:
-    """What pydantic found, in the words of this program."""
-    problems = []
-    for found in error.errors(include_url=False):
-        keys, kind = _without_tags(found["loc"]), found["type"]
-        if found["input"] is UNREAD or kind == "too_short":
-            continue  # told already; too_short: of the models that are right
-        if kind == "worded":
-            message = found["ctx"]["message"]
-        elif kind == "missing":
-            if keys == ("models",) and any(old in document.value for old in ("slices", "modules")):
-                continue  # these are refused with their own message
-            message = f"missing, expected {_looks_like(keys)}"
-        elif kind == "extra_forbidden":
-            message = _unknown(keys)
-        elif kind in ("invalid_key", "string_type"):  # only from a dict that was not read from text
-            keys, message = found["loc"][: -1 if kind == "invalid_key" else -2], "keys must be text"
-        else:
-            message = str(expected(found["input"], _looks_like(keys)))
-        line = document.line_of(keys, key_first=kind == "extra_forbidden") if document.keys or document.values else None
-        problems.append(Problem(keys, message, line))
-    return problems
-
-
-def _without_tags(loc: Keys) -> Keys:
-    """The keys of a pydantic location, which also names the kind of a setting: ("parameters", "t", "gradient", 0)."""
-    at = 2 if loc[:1] == ("models",) else 0
-    if loc[at : at + 1] != ("parameters",):
-        return loc
-    inner = loc[at + 3 :]  # of one setting: a gradient's (index,), or a condition's (index, "value", kind, index)
-    for i, key in enumerate(inner):
-        if key == "value":
-            inner = inner[: i + 1] + inner[i + 2 :]
-            break
-    return loc[: at + 2] + inner
-
-
-def _table_at(keys: Keys) -> tuple[str, dict[str, FieldInfo]]:
-    """What the mapping at `keys` looks like, and its fields."""
-    tables: dict[Keys, type[Table]] = {(): MergeSpec, ("run",): Run, ("sparsify",): Sparsify}
-    here = ModelEntry if keys[:1] == ("models",) and len(keys) == 2 else tables.get(keys)
-    return ("", {}) if here is None else (here.looks_like, here.model_fields)
-
-
-def _looks_like(keys: Keys) -> str:
-    """What belongs at `keys`, for a value that is missing or of the wrong kind."""
-    if keys == ("models",):
-        return MODELS_LOOK_LIKE
-    own, _ = _table_at(keys)
-    field = _table_at(keys[:-1])[1].get(str(keys[-1])) if keys else None
-    if own or field is None:
-        return own or "the value that belongs to a filter"
-    return f"a value such as {field.examples[0]}" if field.examples else str(field.description)
-
-
-def _unknown(keys: Keys) -> str:
-    *around, key = keys
-    known = _table_at(tuple(around))[1] or Condition.__annotations__
-    if not around and key in UNSUPPORTED:
-        return f"not supported by this version; {UNSUPPORTED[key]}"
-    if not around and key in Run.model_fields:
-        return f"unknown key here; did you mean 'run.{key}'?"
-    hint = near(key, [*known, *(() if around else UNSUPPORTED)])
-    if around[:1] == ["models"] and len(around) == 2 and not hint:
-        return "unknown key; method parameters of a model stand under its 'parameters'"
-    return f"unknown key{hint or f', expected {either(known)}'}"

@@ -38,6 +38,8 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     looks_like: ClassVar[str] = "a mapping"
     ignored_when_empty: ClassVar[frozenset[str]] = frozenset()
+    children: ClassVar[Mapping[str, type[Table]]] = {}
+    """The tables under a key: the value itself, the items of its list, or the values of its mapping."""
 
     @model_validator(mode="before")
     @classmethod
@@ -96,18 +98,32 @@ class Sparsify(Table):
         description="breadcrumbs: the share of the largest delta entries that are dropped before; 0.01 if not given.",
         examples=[0.01],
     )
-    rescale: Switch = Field(
-        default=True, title="Rescale", description="dare: multiply the entries that stay by 1 / (1 - drop_rate)."
+    epsilon: DropRate | None = Field(
+        default=None,
+        title="Epsilon",
+        description="della: keep-probabilities lie within density +- epsilon, by rank of magnitude in a row; 0.15 if "
+        "not given.",
+        examples=[0.15],
+    )
+    rescale: Switch | None = Field(
+        default=None,
+        title="Rescale",
+        description="dare, della: divide the entries that stay by their probability (true). magnitude, breadcrumbs: "
+        "restore the sum of the magnitudes (false).",
     )
 
     @model_validator(mode="after")
     def _complete(self) -> Sparsify:
         needed, allowed = _SPARSIFIER_KEYS[self.method]
-        given = {name for name in ("drop_rate", "density", "gamma") if getattr(self, name) is not None}
+        given = {name for name in ("drop_rate", "density", "gamma", "epsilon") if getattr(self, name) is not None}
         if needed not in given:
             raise refused(f"{needed} is missing: {self.method} needs it")
         for name in sorted(given - allowed):
             raise refused(f"{name} has no meaning for {self.method}; expected {' and '.join(sorted(allowed))}")
+        if self.method == "della" and self.density is not None and self.density < 1:
+            epsilon = 0.15 if self.epsilon is None else self.epsilon
+            if not (epsilon < self.density and self.density + epsilon < 1):
+                raise refused(f"density {self.density:g} +- epsilon {epsilon:g} must lie between 0 and 1")
         return self
 
 
@@ -115,6 +131,7 @@ _SPARSIFIER_KEYS = {
     "dare": ("drop_rate", {"drop_rate"}),
     "magnitude": ("density", {"density"}),
     "breadcrumbs": ("density", {"density", "gamma"}),
+    "della": ("density", {"density", "epsilon"}),
 }
 """By method: the key that it must have, and all that it may have."""
 

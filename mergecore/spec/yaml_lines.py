@@ -55,14 +55,12 @@ class Document:
         return None
 
 
-def read_yaml(text: str | bytes) -> Document:
-    """Read one document. Never raises for what the text holds: see Document.problems."""
-    document = Document()
+def read_yaml(text: str | bytes) -> list[Document]:
+    """Read all documents of a text, one at least. Never raises for what the text holds: see Document.problems."""
+    documents: list[Document] = []
 
-    def refuse(message: str, line: int | None = None) -> Document:
-        document.value = None
-        document.problems.append(Problem((), message, line))
-        return document
+    def refuse(message: str, line: int | None = None) -> list[Document]:
+        return [Document(problems=[Problem((), message, line)])]
 
     data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
     if len(data) > MAX_BYTES:
@@ -73,17 +71,18 @@ def read_yaml(text: str | bytes) -> Document:
         return refuse("not UTF-8 text", data.count(b"\n", 0, error.start) + 1)
     text = _json_tabs_to_spaces(text.removeprefix("\ufeff"))
     loader = None
+    nodes = 0
     try:
         loader = _Loader(text)
-        root = loader.get_node() if loader.check_node() else None
-        if root is None or root.tag == _TAG + "null":
-            return refuse("empty")
-        reader = _Reader(loader, document)
-        document.value = reader.read(root, ())
-        if loader.check_node():
-            line = loader.peek_event().start_mark.line + 1
-            message = "a second document starts here; one file describes one merge (mergekit-multi is not supported)"
-            document.problems.append(Problem((), message, line))
+        while loader.check_node():
+            root = loader.get_node()
+            if root is None or root.tag == _TAG + "null":
+                continue  # a file may begin or end with ---
+            document = Document()
+            reader = _Reader(loader, document, nodes)
+            document.value = reader.read(root, ())
+            nodes = reader.nodes
+            documents.append(document)
     except _Refused as error:
         return refuse(str(error.problem), _line(error.problem_mark))
     except yaml.MarkedYAMLError as error:
@@ -94,7 +93,7 @@ def read_yaml(text: str | bytes) -> Document:
     except (ValueError, OverflowError, IndexError):
         # PyYAML's scanner lets these through, for "\UFFFFFFFF" and `%YAML 1.<5000 digits>` for example.
         return refuse("not valid YAML", loader.line + 1 if loader is not None else None)
-    return document
+    return documents or refuse("empty")
 
 
 class _Refused(yaml.MarkedYAMLError):
@@ -131,9 +130,9 @@ _Loader.add_implicit_resolver(_TAG + "float", _FLOAT_WITH_EXPONENT, list("-+0123
 class _Reader:
     """Nodes -> plain values. Aliases are followed, so the same node may be read at several places."""
 
-    def __init__(self, loader: _Loader, document: Document) -> None:
+    def __init__(self, loader: _Loader, document: Document, nodes: int) -> None:
         self.document = document
-        self.nodes = 0
+        self.nodes = nodes  # those of the documents before count as well
         self.open: set[int] = set()  # the nodes around the one being read: meeting one again is a cycle
         self.scalars = {
             _TAG + "str": lambda node: _joined_surrogates(node.value),

@@ -1,0 +1,68 @@
+"""The output's config.json: the reference's, with what the merge changed: dtype, tied head, number of layers.
+
+Only values; manifest.py writes the file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mergecore.planning import MergePlan
+from mergecore.sections import Section
+
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+"""What configs call the number of layers."""
+
+
+def output_config(plan: MergePlan) -> dict[str, Any]:
+    """config.json of the output, as plain JSON values; empty if the reference has none."""
+    config = dict(plan.reference.config)
+    if not config:
+        return config
+    wanted = plan.spec.out_dtype or plan.spec.dtype
+    if wanted is not None:
+        for key in {"torch_dtype", "dtype"} & config.keys() or {"dtype"}:
+            config[key] = wanted
+    config.pop("quantization_config", None)  # what was quantised is stored plainly
+    if plan.untied_head:
+        config["tie_word_embeddings"] = False
+        if "tie_word_embeddings" in config.get("text_config", {}):
+            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+    for module in {section.part.module for section in plan.sections}:
+        sections = [section for section in plan.sections if section.part.module == module]
+        if sections[0].layers is not None:
+            _set_layers(config, module, sections)
+    return config
+
+
+def _set_layers(config: dict[str, Any], module: str | None, sections: list[Section]) -> None:
+    """The number of layers of a stack, and what the config lists layer by layer."""
+    inner = next((key for key in (f"{module}_config", *_INNER.get(module, ())) if key in config), None)
+    place = config if inner is None else {**config[inner]}
+    if inner is not None:
+        config[inner] = place
+    count = next((key for key in COUNTS if isinstance(place.get(key), int)), None)
+    if count is None:
+        return
+    before = place[count]
+    place[count] = sum(section.layers or 0 for section in sections)
+    for key, value in list(place.items()):
+        if "layer" in key and isinstance(value, list) and len(value) == before:
+            place[key] = [kind for section in sections for kind in _listed(section, inner, key)]
+
+
+_INNER: dict[str | None, tuple[str, ...]] = {
+    None: ("text_config",),
+    "text_decoder": ("text_config", "llm_config"),
+    "vision_tower": ("vision_config",),
+}
+"""Where a module's own config stands in that of the whole model."""
+
+
+def _listed(section: Section, inner: str | None, key: str) -> list[Any]:
+    """What the section's first model lists under `key` for the layers that it gives."""
+    pattern = section.base or section.members[0]
+    config = pattern.model.config
+    values = (config if inner is None else config.get(inner, config)).get(key, [])
+    first = pattern.first_layer or 0
+    return list(values[first : first + (section.layers or 0)])
