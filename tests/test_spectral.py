@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mergecore
+from mergecore import estimate
 from mergecore.errors import NonFiniteError, SpecError
 from mergecore.methods import METHODS
 from mergecore.methods.base import Dense, TensorView
@@ -244,11 +248,30 @@ def test_models_that_equal_the_base_move_nothing(method: str) -> None:
     assert not merged(method, torch.zeros(3, 8, 9, dtype=torch.float64)).any()
 
 
+def test_the_estimate_counts_decompositions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that ticks once per look: one decomposition takes a second, and the time goes by size and number."""
+    tensors = {
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(768, 1536, dtype=BF16),
+        "model.norm.weight": torch.ones(4),
+    }
+    folders = [str(write_model(tmp_path / name, tensors)) for name in ("base", "a", "b")]
+
+    def estimated(method: str) -> float:
+        spec = {"merge_method": method, "base_model": folders[0], "models": [{"model": each} for each in folders[1:]]}
+        ticks = itertools.count()
+        monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+        return estimate.seconds(mergecore.plan(mergecore.load_spec(spec)))
+
+    once = 768 * 1536 * 768 / estimate.SIDE**3
+    assert estimated("iso_c") - estimated("task_arithmetic") == pytest.approx(once)
+    assert estimated("tsv") - estimated("task_arithmetic") == pytest.approx(2 * once)
+
+
 # What is refused ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", SPECTRAL)
-def test_a_matrix_that_does_not_fit_the_memory_is_named_before_anything_is_read(method: str, tmp_path: Any) -> None:
+def test_a_matrix_that_does_not_fit_the_memory_is_named_before_anything_is_read(method: str, tmp_path: Path) -> None:
     tensors = {"model.layers.0.mlp.up_proj.weight": torch.zeros(900, 1100, dtype=BF16)}
     folders = [str(write_model(tmp_path / name, tensors)) for name in ("base", "a", "b")]
     spec = {
