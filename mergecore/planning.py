@@ -17,13 +17,13 @@ import xxhash
 from pydantic import ValidationError
 
 from mergecore import __version__
-from mergecore.architecture import Architecture, Orientation, is_tied
+from mergecore.architecture import Architecture, Orientation, is_linear, is_tied
 from mergecore.checkpoint import TensorInfo
 from mergecore.errors import CheckpointError, SpecError
 from mergecore.inputs import Input, Inputs, Resolve
 from mergecore.matching import FLOATS, Matching
 from mergecore.methods import METHODS
-from mergecore.methods.base import Coefficients, Gram, Keep, Method, Moments, Statistics, TensorView, per_model
+from mergecore.methods.base import Coefficients, Keep, Method, Statistics, TensorView, per_model
 from mergecore.ops import gram_count
 from mergecore.output.config import output_config
 from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
@@ -82,6 +82,7 @@ class TensorJob:
     """`model`: all tensors of this scope are read together before the first blend, but for their own blends."""
     place: float = 0.0
     """Where its layer stands in the model, from 0 to 1."""
+    is_linear: bool = False
 
     @property
     def inputs(self) -> tuple[Source | None, ...]:
@@ -116,15 +117,17 @@ class TensorJob:
         """Bytes of windows read, every pass counted (all but the first usually come from memory)."""
         return self.input_bytes * self.passes
 
-    def view(
-        self,
-        moments: Moments | None = None,
-        gram: Gram | None = None,
-        squares: tuple[float, ...] | None = None,
-    ) -> TensorView:
-        """This tensor as its method sees it."""
+    def view(self, **statistics: Any) -> TensorView:
+        """This tensor as its method sees it, with the statistics of TensorView that are given."""
         assert self.parameters is not None
-        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, gram, squares, self.place)
+        return TensorView(
+            models=len(self.models),
+            is_vector=len(self.shape) < 2,
+            parameters=self.parameters,
+            place=self.place,
+            is_linear=self.is_linear,
+            **statistics,
+        )
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each window of one matrix, in order."""
@@ -339,7 +342,8 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
     wanted = spec.out_dtype or spec.dtype
     dtype = STORED[wanted] if wanted is not None else some.dtype if some.dtype in STORED.values() else "F32"
     resolved = parameters_of(spec, method, slot, members)
-    view = TensorView(len(models), len(some.shape) < 2, resolved, place=slot.place)
+    linear = is_linear(name, some.shape)
+    view = TensorView(len(models), len(some.shape) < 2, resolved, place=slot.place, is_linear=linear)
     sparsify, keeps = _keeps(name, view, spec, method) if base is not None else ((), ())
     matrices, rows, columns = architecture.matrices(name, some.shape)
     statistics = method.needs(view)
@@ -378,6 +382,7 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
         if planned_reads(keeps) or statistics is not Statistics.NONE
         else "tensor",
         place=slot.place,
+        is_linear=linear,
     )
     return _windowed(job, spec)
 
@@ -443,10 +448,21 @@ def _statistics_bytes(job: TensorJob) -> int:
     if job.statistics is Statistics.COLUMNS:
         # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
         return choosing + 8 * length * (2 * (1 + 3 * models) + 8 * models)
+    if job.statistics.is_whole:
+        return choosing + _decomposition_bytes(job)
     if job.statistics.is_gram:
         # Totals, the pending tile, and both triangles; then points and coefficients.
         return choosing + 8 * length * (4 * gram_count(models) + 8 * models)
     return choosing
+
+
+def _decomposition_bytes(job: TensorJob) -> int:
+    """What is held of one matrix that is decomposed: the deltas or their sum, factors, copies, LAPACK's workspace.
+
+    Measured (peak resident bytes), for matrices from square to 1 : 8.
+    """
+    whole, squares = (len(job.models) + 7, 7) if job.statistics is Statistics.DELTAS else (1 + 4, 3)
+    return 8 * (whole * job.rows * job.columns + squares * min(job.rows, job.columns) ** 2)
 
 
 def _held(job: TensorJob) -> int:
