@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,14 @@ class Input:
     one."""
     identity: str | None = None
     """Of the result of an earlier merge: the merge's."""
-    warnings: tuple[str, ...] = field(default=())
+    tokenizer: Path | None = None
+    """Of the result of an earlier merge: where its tokenizer's files lie already."""
 
     @property
     def folder(self) -> Path:
         """Where config.json and the tokenizer lie."""
+        if self.identity is not None:
+            return self.tokenizer or self.path
         return self.path if self.path.is_dir() else self.path.parent
 
     def fingerprint(self) -> dict[str, Any]:

@@ -330,6 +330,55 @@ class RowMap(_Derived):
         return result
 
 
+class Filled(_Derived):
+    """All rows of another source, then rows up to `rows` that are the mean of all of those; float64.
+
+    (Hewitt, "Initializing new word embeddings for pretrained language models", 2021.) A window that reaches the new
+    rows reads the whole source.
+    """
+
+    _STEP = 1 << 20  # entries
+
+    def __init__(self, source: Source, rows: int) -> None:
+        self.source, self.shape = source, (rows, *source.shape[1:])
+        self.entries, self.width = prod(source.shape), prod(source.shape[1:])
+        self.nbytes = source.nbytes + (source.nbytes if rows > source.shape[0] else 0)
+        if rows < source.shape[0] or not self.entries:
+            raise ValueError(f"{rows} rows cannot begin with the rows of {list(source.shape)}")
+
+    def _reads(self, first: int, count: int) -> list[Read]:
+        within = max(0, min(self.entries - first, count))
+        reads: list[Read] = [(self.source, first, within)] if within else []
+        if within < count:
+            step = -(-self._STEP // self.width) * self.width
+            reads += [(self.source, at, min(step, self.entries - at)) for at in range(0, self.entries, step)]
+        return reads
+
+    def _make(self, first: int, count: int, parts: list[Tensor]) -> Tensor:
+        result = torch.empty(count, dtype=torch.float64)
+        within = max(0, min(self.entries - first, count))
+        if within:
+            result[:within] = parts.pop(0)
+        if within < count:
+            total = torch.zeros(self.width, dtype=torch.float64)
+            for part in parts:
+                total += part.to(torch.float64).view(-1, self.width).sum(dim=0)
+            at = torch.arange(first + within, first + count) % self.width
+            result[within:] = (total / self.source.shape[0])[at]
+        return result
+
+
+def stored_dtype(source: Source) -> str | None:
+    """The dtype that a tensor had before what is done to it while it streams; None where that was too narrow."""
+    if isinstance(source, Adapted):
+        return stored_dtype(source.weight)
+    if isinstance(source, RowMap):
+        return stored_dtype(source.sources[0])
+    if isinstance(source, Filled):
+        return stored_dtype(source.source)
+    return None if isinstance(source, Scaled) else source.dtype
+
+
 _ZEROS, _MEAN = -1, -2
 """Marks in the first column of a row map's table."""
 
