@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from mergecore.errors import CheckpointError
 from mergecore.tokenizer import Files, ModelTokenizer, read_tokenizer, same_tokenizer_files, some_tokens
@@ -76,14 +77,24 @@ class Vocabulary:
         """The reference's config.json or generation_config.json with the output's vocabulary size and token ids.
 
         The reference is the base, or the first model without one. Token ids follow their tokens; where the output lacks
-        the token, they follow its role. `vocab_size` changes where it stands, at the top or in text_config.
+        the token, they follow its role. `vocab_size` changes at the top where it stands there, and in text_config.
         """
         result = {key: self._id(key, value) for key, value in config.items()}
-        if self.resized and "vocab_size" in result:
+        text = config.get("text_config")
+        if isinstance(text, dict):
+            result["text_config"] = self.configured(text)
+        # A config leaves out what equals its class's default, also where that is no longer right.
+        if self.resized and ("vocab_size" in config or ("model_type" in config and not isinstance(text, dict))):
             result["vocab_size"] = self.rows
-        if isinstance(result.get("text_config"), dict):
-            result["text_config"] = self.configured(result["text_config"])
         return result
+
+    def digest(self) -> str:
+        """xxh3_128 of the tables: equal exactly when every row of every model comes from the same places."""
+        state = xxhash.xxh3_128(f"{self.rows}".encode())
+        for table in self.tables:
+            state.update(b"own" if table is None else f"{table.filled} {sorted(table.means.items())}".encode())
+            state.update(b"" if table is None else table.table.tobytes())
+        return state.hexdigest()
 
     def _id(self, key: str, value: Any) -> Any:
         """What stands at a config's key, as ids of the output if it is one id or a list of them."""
@@ -144,9 +155,10 @@ def plan_vocabulary(
     needed = max(output.ids.values(), default=-1) + 1
     filled = needed if donor is None else max(needed, rows[donor])
     size = -(-filled // pad_to_multiple_of) * pad_to_multiple_of
-    own = _own_rows(ids, rows, output.ids, filled, size)
-    fills, shared = _fills(own, np.isin(np.arange(size), list(output.ids.values())), base, donor)
-    forced = np.zeros(size, bool)
+    is_token, forced = np.zeros((2, size), bool)
+    is_token[list(output.ids.values())] = True
+    own = _own_rows(ids, rows, output.ids, ~is_token & (np.arange(size) < filled))
+    fills, shared = _fills(own, is_token, base, donor)
     for token, asked in tokens.items():
         row = output.ids[token]
         forced[row] = asked.force
@@ -155,7 +167,7 @@ def plan_vocabulary(
     zeros = [token for token, row in output.ids.items() if fills[row, 0] < 0 and not shared[row]]
     zeros = [token for token in zeros if token not in tokens or tokens[token].source is None]
     if zeros:
-        warnings.append(f"no model has a row for {some_tokens(zeros)}, so it is zeros")
+        warnings.append(f"zeros, because no model has a row: {some_tokens(zeros)}")
 
     roles = {f"{role}_id": output.ids.get(output.role(role) or "") for role in output.config if role.endswith("_token")}
     return Vocabulary(
@@ -216,16 +228,21 @@ def _others(
     from tokenizers import AddedToken
 
     added: dict[str, AddedToken] = dict(output.added)
-    for tokenizer, own in zip(known, ids, strict=True):
-        for content, token in tokenizer.added.items():
-            if content in own and repr(added.setdefault(content, token)) != repr(token):
-                warnings.append(f"{content!r} is added with several settings; those of the first model are kept")
+    ambiguous = [
+        content
+        for tokenizer, own in zip(known, ids, strict=True)
+        for content, token in tokenizer.added.items()
+        if content in own and repr(added.setdefault(content, token)) != repr(token)
+    ]
+    if ambiguous:
+        ambiguous = list(dict.fromkeys(ambiguous))
+        warnings.append(f"added with several settings, of which the first are kept: {some_tokens(ambiguous)}")
     regular = [token for own in ids for token in own if token not in output.ids and token not in added]
     if regular:
         regular = list(dict.fromkeys(regular))
         warnings.append(
-            f"{some_tokens(regular)} of other vocabularies become added tokens: they are cut out of any text that "
-            "contains them, also inside words"
+            "regular tokens of other vocabularies become added tokens, which are cut out of any text that contains "
+            f"them, also inside words: {some_tokens(regular)}"
         )
     return [*map(AddedToken, regular), *added.values()]
 
@@ -241,22 +258,18 @@ def _asked(tokens: Mapping[str, TokenRow], output: ModelTokenizer) -> list[Added
 # ---- Rows
 
 
-def _own_rows(
-    ids: Sequence[Mapping[str, int]], rows: Sequence[int], output: Mapping[str, int], filled: int, size: int
-) -> Rows:
+def _own_rows(ids: Sequence[Mapping[str, int]], rows: Sequence[int], output: Mapping[str, int], padding: Flags) -> Rows:
     """Each model's own row for every row of the output, or -1: int64 (models, size).
 
-    Where the output has no token, a model's own row is the same one if the model has no token there either.
+    For the output's padding it is the same row, if the model has no token there either.
     """
     places = np.fromiter(output.values(), np.int64, len(output))
-    own = np.full((len(ids), size), _NOWHERE, np.int64)
-    padding = np.arange(size) < filled
-    padding[places] = False
+    own = np.full((len(ids), len(padding)), _NOWHERE, np.int64)
     for model, found in enumerate(ids):
         there = np.fromiter((found.get(token, _NOWHERE) for token in output), np.int64, len(output))
         own[model, places[there >= 0]] = there[there >= 0]
-        free = padding & (np.arange(size) < rows[model])
-        free[[row for row in found.values() if row < size]] = False
+        free = padding & (np.arange(len(padding)) < rows[model])
+        free[[row for row in found.values() if row < len(padding)]] = False
         own[model, free] = np.flatnonzero(free)
     return own
 

@@ -132,7 +132,8 @@ def test_text_with_an_added_token_of_another_model_is_cut_there(kind: str, tmp_p
 def test_regular_tokens_of_another_vocabulary_are_told(tmp_path: Path) -> None:
     folders = [save(tmp_path / "base", words("a", "b")), save(tmp_path / "near", words("b", "c"))]
     (warning,) = plan_vocabulary(folders, [2, 2], base=0).warnings
-    assert warning.startswith("1 token ('c') of other vocabularies become added tokens")
+    assert warning.startswith("regular tokens of other vocabularies become added tokens")
+    assert warning.endswith(": 1 token ('c')")
 
 
 def test_a_token_added_with_several_settings_keeps_the_first(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_token_added_with_several_settings_keeps_the_first(tmp_path: Path) -> 
         for name, special in (("base", True), ("near", False))
     ]
     vocabulary = plan_vocabulary(folders, [2, 2], base=0)
-    assert vocabulary.warnings == ("'<x>' is added with several settings; those of the first model are kept",)
+    assert vocabulary.warnings == ("added with several settings, of which the first are kept: 1 token ('<x>')",)
     assert vocabulary.files == tokenizer_files(folders[0])
 
 
@@ -219,7 +220,7 @@ def test_a_permuted_vocabulary_follows_its_tokens(tmp_path: Path) -> None:
 def test_a_token_that_no_model_has_is_zeros(tmp_path: Path) -> None:
     folders = three(tmp_path)
     vocabulary = plan_vocabulary(folders, [2, 3, 3], base=0, tokens={"<new>": TokenRow()})
-    assert vocabulary.warnings[-1] == "no model has a row for 1 token ('<new>'), so it is zeros"
+    assert vocabulary.warnings[-1] == "zeros, because no model has a row: 1 token ('<new>')"
     assert {rows["<new>"] for rows in by_token(vocabulary, [2, 3, 3], tmp_path / "out")} == {0}
 
 
@@ -382,6 +383,28 @@ def test_token_ids_of_the_config_follow_their_tokens(tmp_path: Path) -> None:
         "text_config": {"vocab_size": 5, "eos_token_id": 3},
     }
     assert vocabulary.configured({"eos_token_id": 2, "temperature": 0.5}) == {"eos_token_id": 0, "temperature": 0.5}
+
+
+def test_the_vocabulary_size_is_told_where_models_are_configured(tmp_path: Path) -> None:
+    vocabulary = plan_vocabulary(three(tmp_path), [2, 3, 3], base=0)
+    assert vocabulary.configured({"model_type": "llama"}) == {"model_type": "llama", "vocab_size": 5}
+    nested = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
+    assert vocabulary.configured(nested) == nested | {"text_config": {"model_type": "gemma3_text", "vocab_size": 5}}
+    assert vocabulary.configured({"temperature": 1}) == {"temperature": 1}
+
+
+def test_the_digest_tells_where_rows_come_from(tmp_path: Path) -> None:
+    folders, rows = three(tmp_path), [2, 3, 3]
+    digests = [
+        plan_vocabulary(folders, rows, base=0).digest(),
+        plan_vocabulary(folders, rows, base=1).digest(),
+        plan_vocabulary(folders, rows).digest(),
+        plan_vocabulary(folders, rows, base=0, pad_to_multiple_of=4).digest(),
+        plan_vocabulary(folders, rows, base=0, tokens={"a": TokenRow("zero", force=True)}).digest(),
+        plan_vocabulary(folders, rows, base=0, source="base").digest(),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert plan_vocabulary(folders, rows, base=0).digest() == digests[0]
 
 
 # ---- Any vocabularies
