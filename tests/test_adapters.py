@@ -203,7 +203,7 @@ OTHER = {"base_model.model.lm_head.weight": torch.ones(12, 8)}
         (OTHER | {"base_model.model.lm_head.base_layer.weight": torch.ones(12, 8)}, {}, r"are both lm_head\.weight"),
         ({"base_model.model.weight": torch.ones(2)}, {}, r"several that end so"),
         ({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, {}, r"x\.weight, and the model has none"),
-        (PAIR | {name.replace("model.model.", "model.", 1): pair.clone() for name, pair in PAIR.items()}, {}, r"another pair"),
+        (PAIR | {name.replace("model.model.", "model."): 2 * part for name, part in PAIR.items()}, {}, r"another pair"),
         ({}, {}, r"holds no tensors"),
     ],
 )  # fmt: skip
