@@ -93,10 +93,11 @@ class TensorJob:
         moments: Moments | None = None,
         gram: Gram | None = None,
         squares: tuple[float, ...] | None = None,
+        shared: tuple[tuple[int, int], ...] | None = None,
     ) -> TensorView:
         """This tensor as its method sees it."""
         assert self.parameters is not None
-        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, gram, squares)
+        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, gram, squares, shared)
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each window of one matrix, in order."""
@@ -318,10 +319,10 @@ def _job(
     sparsify, keeps = _keeps(name, view, spec, method)
     matrices, rows, columns = architecture.matrices(name, some.shape)
     statistics = method.needs(view)
-    if statistics in (Statistics.NONE, Statistics.GRAM, Statistics.SQUARES):
+    if statistics in (Statistics.NONE, Statistics.GRAM, Statistics.SQUARES, Statistics.SHARED):
         # Entries do not know of each other: a window may be cut anywhere, or between blocks.
         matrices, rows, columns = 1, matrices * rows * columns, 1
-        if any(keep.by_row for keep in keeps) and rows:
+        if any(keep.whole_rows for keep in keeps) and rows:
             columns = some.shape[-1] if some.shape else 1
             rows //= columns
     elif 0 in some.shape:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from mergecore.methods.base import Method
+from mergecore.methods.elementwise import ELEMENTWISE
 from mergecore.methods.geometry import KARCHER, MODEL_STOCK, MULTISLERP, NUSLERP, SLERP
+from mergecore.methods.importance import IMPORTANCE
 from mergecore.methods.linear import LINEAR, TASK_ARITHMETIC
 from mergecore.methods.selection import SELECTION
 from mergecore.methods.widen import WIDEN
 
 GEOMETRY = (SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK)
-METHODS: dict[str, Method] = {method.name: method for method in (WIDEN, LINEAR, TASK_ARITHMETIC, *GEOMETRY, *SELECTION)}
+ALL = (WIDEN, LINEAR, TASK_ARITHMETIC, *GEOMETRY, *SELECTION, *ELEMENTWISE, *IMPORTANCE)
+METHODS: dict[str, Method] = {method.name: method for method in ALL}
