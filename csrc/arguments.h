@@ -176,10 +176,21 @@ struct KeptArguments : Arguments {
 
   KeptArguments(const std::optional<Tensor>& base, const Tensors& models, int64_t first_row,
                 int64_t first_entry, const Integers& keys, const Integers& thresholds,
-                const Reals& scales, int64_t measure)
+                const Reals& scales, int64_t measure, const std::optional<Tensor>& measure_scales)
       : Arguments(base, models, first_row, first_entry, keys, thresholds, scales) {
-    check(measure == 0 || measure == 1, "measure must be 0 (own) or 1 (spread)");
-    kept = Kept{inputs, static_cast<Measure>(measure), nullptr, nullptr, false};
+    check(measure >= 0 && measure <= 3,
+          "measure must be 0 (own), 1 (spread), 2 (rows) or 3 (competition)");
+    kept = Kept{inputs, static_cast<Measure>(measure), nullptr, 0, nullptr, nullptr, false};
+    const bool scaled = measure >= 2;
+    check(measure_scales.has_value() == scaled, "measures of rows and competition need scales");
+    if (!scaled) return;
+    const Window& w = inputs.window;
+    const int64_t least = kept.measure == Measure::rows ? first_row_of(w) + w.rows : 2;
+    check(measure_scales->dim() == 2 && measure_scales->size(0) == inputs.count &&
+              measure_scales->size(1) >= least,
+          "scales must be (models, rows of the tensor), or (models, 2)");
+    kept.scales = float64(*measure_scales, models[0], 0, "scales");
+    kept.stride = measure_scales->size(1);
   }
 
   void choose(const Integers& keys, const Integers& thresholds, const Reals& scales,
@@ -268,9 +279,11 @@ struct CountArguments : KeptArguments {
 
   CountArguments(const std::optional<Tensor>& base, const Tensors& models, const Tensor& counts,
                  int64_t shift, const Integers& offsets, bool clamp, int64_t measure,
-                 int64_t first_row, int64_t first_entry, const Integers& keys,
-                 const Integers& thresholds, const Reals& scales)
-      : KeptArguments(base, models, first_row, first_entry, keys, thresholds, scales, measure) {
+                 const std::optional<Tensor>& measure_scales, int64_t first_row,
+                 int64_t first_entry, const Integers& keys, const Integers& thresholds,
+                 const Reals& scales)
+      : KeptArguments(base, models, first_row, first_entry, keys, thresholds, scales, measure,
+                      measure_scales) {
     check(shift >= 0 && shift < 63, "shift must be 0 to 62");
     check(static_cast<int64_t>(offsets.size()) == sets(), "there must be one offset per histogram");
     check(counts.dim() == 2 && counts.size(0) == sets() && counts.size(1) > (clamp ? 3 : 0),
@@ -291,10 +304,11 @@ struct CollectArguments : KeptArguments {
   CollectArguments(const std::optional<Tensor>& base, const Tensors& models, const Integers& which,
                    const Integers& lows, const Integers& highs, const Tensor& keys_out,
                    const Tensor& indices_out, const Tensor& found_out, const Tensor& equal_out,
-                   int64_t block, int64_t measure, int64_t first_row, int64_t first_entry,
-                   const Integers& drop_keys, const Integers& thresholds, const Reals& scales)
-      : KeptArguments(base, models, first_row, first_entry, drop_keys, thresholds, scales,
-                      measure) {
+                   int64_t block, int64_t measure, const std::optional<Tensor>& measure_scales,
+                   int64_t first_row, int64_t first_entry, const Integers& drop_keys,
+                   const Integers& thresholds, const Reals& scales)
+      : KeptArguments(base, models, first_row, first_entry, drop_keys, thresholds, scales, measure,
+                      measure_scales) {
     const int64_t count = static_cast<int64_t>(which.size());
     check(count >= 1 && count <= kMaxRanges && lows.size() == which.size() &&
               highs.size() == which.size(),
@@ -320,6 +334,21 @@ inline double* block_sums(const KeptArguments& a, const Tensor& sums, int64_t bl
   return float64(sums, sums, 0, "sums");
 }
 
+inline int64_t* shared_counts(const Arguments& a, const Tensors& models, const Reals& limits,
+                              const Tensor& counts) {
+  check(static_cast<int>(limits.size()) == a.inputs.count, "there must be one limit per model");
+  return int64(counts, models[0], 2 * a.inputs.count, "counts");
+}
+
+inline double* row_scales(const Arguments& a, const Tensors& models, const Tensor& out) {
+  const Window& w = a.inputs.window;
+  check(a.inputs.base.data != nullptr, "divergences need a base");
+  check(w.columns == 0 || w.first_entry % w.columns == 0, "windows must start with a row");
+  check(out.dim() == 2 && out.size(0) == a.inputs.count && out.size(1) >= first_row_of(w) + w.rows,
+        "out must be (models, rows of the tensor)");
+  return float64(out, models[0], 0, "out");
+}
+
 inline double* magnitudes_of(const Tensor& out, const Tensors& models) {
   check(out.numel() == models[0].numel() * static_cast<int64_t>(models.size()),
         "out must be (models, entries)");
@@ -330,24 +359,38 @@ struct ElectArguments : KeptArguments {
   Election election;
 
   ElectArguments(const Tensor& out, const std::optional<Tensor>& base, const Tensors& models,
-                 const Reals& weights, double scale, int64_t elect, bool normalize, int64_t measure,
-                 int64_t first_row, int64_t first_entry, const Integers& keys,
-                 const Integers& thresholds, const Reals& scales, const Integers& keep_keys,
-                 const Integers& keep_thresholds, const Reals& keep_scales,
-                 const std::optional<Tensor>& odds, bool divide_by_odds, const Tensor& counts)
-      : KeptArguments(base, models, first_row, first_entry, keys, thresholds, scales, measure) {
+                 const Reals& weights, const Reals& limits, double scale, int64_t elect,
+                 int64_t consensus, bool normalize, int64_t measure,
+                 const std::optional<Tensor>& measure_scales, int64_t first_row,
+                 int64_t first_entry, const Integers& keys, const Integers& thresholds,
+                 const Reals& scales, const Integers& keep_keys, const Integers& keep_thresholds,
+                 const Reals& keep_scales, const std::optional<Tensor>& odds, bool divide_by_odds,
+                 const Tensor& counts)
+      : KeptArguments(base, models, first_row, first_entry, keys, thresholds, scales, measure,
+                      measure_scales) {
     choose(keep_keys, keep_thresholds, keep_scales, odds, divide_by_odds);
     check(base.has_value(), "choosing among deltas needs a base");
     check_device(out, models[0], "out");
     check(out.dim() == 2 && out.numel() == entries() && out.size(0) == inputs.window.rows &&
               out.is_contiguous(),
           "out must be contiguous and of the windows' shape");
-    check(elect >= 0 && elect <= 2, "elect must be 0 (none), 1 (weighted) or 2 (unweighted)");
+    check(elect >= 0 && elect <= 6, "elect must be 0 to 6");
     check(static_cast<int64_t>(weights.size()) == inputs.count,
           "there must be one weight per model");
+    const auto how = static_cast<Elect>(elect);
+    const bool limited = how == Elect::shared || how == Elect::limited || consensus > 0;
+    check(static_cast<int64_t>(limits.size()) == (limited ? inputs.count : 0),
+          "there must be one limit per model, if limits are used");
     int64(counts, models[0], 2, "counts");
-    election = Election{kept,           static_cast<Elect>(elect), normalize, scale, weights.data(),
-                        out.data_ptr(), result_dtype_of(out)};
+    election = Election{kept,
+                        how,
+                        normalize,
+                        scale,
+                        weights.data(),
+                        limits.empty() ? nullptr : limits.data(),
+                        static_cast<int>(consensus),
+                        out.data_ptr(),
+                        result_dtype_of(out)};
   }
 };
 

@@ -109,11 +109,11 @@ void calibrated_softmax_cuda(Tensor scores, Tensor thresholds, double divisor, d
 
 void count_magnitudes_cuda(std::optional<Tensor> base, Tensors models, Tensor histogram,
                            int64_t shift, Integers offsets, bool clamp, int64_t measure,
-                           int64_t first_row, int64_t first_entry, Integers keys,
-                           Integers thresholds, Reals scales) {
+                           std::optional<Tensor> measure_scales, int64_t first_row,
+                           int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
   const OnDevice on(histogram);
-  CountArguments a(base, models, histogram, shift, offsets, clamp, measure, first_row, first_entry,
-                   keys, thresholds, scales);
+  CountArguments a(base, models, histogram, shift, offsets, clamp, measure, measure_scales,
+                   first_row, first_entry, keys, thresholds, scales);
   succeed(cuda::count_magnitudes(a.kept, static_cast<int>(shift), offsets.data(), clamp, a.bins,
                                  a.histogram, on.stream),
           "count_magnitudes");
@@ -122,11 +122,12 @@ void count_magnitudes_cuda(std::optional<Tensor> base, Tensors models, Tensor hi
 void collect_magnitudes_cuda(std::optional<Tensor> base, Tensors models, Integers which,
                              Integers lows, Integers highs, Tensor keys_out, Tensor indices,
                              Tensor found, Tensor equal, int64_t block, int64_t measure,
-                             int64_t first_row, int64_t first_entry, Integers keys,
-                             Integers thresholds, Reals scales) {
+                             std::optional<Tensor> measure_scales, int64_t first_row,
+                             int64_t first_entry, Integers keys, Integers thresholds,
+                             Reals scales) {
   const OnDevice on(found);
   CollectArguments a(base, models, which, lows, highs, keys_out, indices, found, equal, block,
-                     measure, first_row, first_entry, keys, thresholds, scales);
+                     measure, measure_scales, first_row, first_entry, keys, thresholds, scales);
   succeed(
       cuda::collect_magnitudes(a.kept, a.ranges.data(), static_cast<int>(a.ranges.size()), a.keys,
                                a.indices, a.capacity, a.found, a.equal, block, on.stream),
@@ -134,11 +135,13 @@ void collect_magnitudes_cuda(std::optional<Tensor> base, Tensors models, Integer
 }
 
 void kept_sums_cuda(std::optional<Tensor> base, Tensors models, Tensor sums, int64_t block,
-                    int64_t measure, int64_t first_row, int64_t first_entry, Integers keys,
-                    Integers thresholds, Reals scales, Integers keep_keys, Integers keep_thresholds,
-                    Reals keep_scales, std::optional<Tensor> odds) {
+                    int64_t measure, std::optional<Tensor> measure_scales, int64_t first_row,
+                    int64_t first_entry, Integers keys, Integers thresholds, Reals scales,
+                    Integers keep_keys, Integers keep_thresholds, Reals keep_scales,
+                    std::optional<Tensor> odds) {
   const OnDevice on(sums);
-  KeptArguments a(base, models, first_row, first_entry, keys, thresholds, scales, measure);
+  KeptArguments a(base, models, first_row, first_entry, keys, thresholds, scales, measure,
+                  measure_scales);
   a.choose(keep_keys, keep_thresholds, keep_scales, odds, false);
   succeed(cuda::kept_sums(a.kept, block_sums(a, sums, block), block, on.stream), "kept_sums");
 }
@@ -150,15 +153,46 @@ void magnitudes_cuda(std::optional<Tensor> base, Tensors models, Tensor out, int
   succeed(cuda::magnitudes(a.inputs, magnitudes_of(out, models), on.stream), "magnitudes");
 }
 
-void elect_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Reals weights, double scale,
-                int64_t elect, bool normalize, int64_t measure, int64_t first_row,
-                int64_t first_entry, Integers keys, Integers thresholds, Reals scales,
-                Integers keep_keys, Integers keep_thresholds, Reals keep_scales,
-                std::optional<Tensor> odds, bool divide_by_odds, Tensor counts) {
+void keep_deltas_cuda(std::optional<Tensor> base, Tensors models, Tensor out, int64_t measure,
+                      std::optional<Tensor> measure_scales, int64_t first_row, int64_t first_entry,
+                      Integers keys, Integers thresholds, Reals scales, Integers keep_keys,
+                      Integers keep_thresholds, Reals keep_scales, std::optional<Tensor> odds,
+                      bool divide_by_odds) {
   const OnDevice on(out);
-  ElectArguments a(out, base, models, weights, scale, elect, normalize, measure, first_row,
-                   first_entry, keys, thresholds, scales, keep_keys, keep_thresholds, keep_scales,
-                   odds, divide_by_odds, counts);
+  KeptArguments a(base, models, first_row, first_entry, keys, thresholds, scales, measure,
+                  measure_scales);
+  a.choose(keep_keys, keep_thresholds, keep_scales, odds, divide_by_odds);
+  succeed(cuda::keep_deltas(a.kept, magnitudes_of(out, models), on.stream), "keep_deltas");
+}
+
+void count_shared_cuda(std::optional<Tensor> base, Tensors models, Reals limits, Tensor counts,
+                       int64_t first_row, int64_t first_entry, Integers keys, Integers thresholds,
+                       Reals scales) {
+  const OnDevice on(counts);
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  succeed(cuda::count_shared(a.inputs, limits.data(), shared_counts(a, models, limits, counts),
+                             on.stream),
+          "count_shared");
+}
+
+void row_divergences_cuda(std::optional<Tensor> base, Tensors models, Tensor out, int64_t first_row,
+                          int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  const OnDevice on(out);
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  succeed(cuda::row_divergences(a.inputs, row_scales(a, models, out), out.size(1), on.stream),
+          "row_divergences");
+}
+
+void elect_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Reals weights, Reals limits,
+                double scale, int64_t elect, int64_t consensus, bool normalize, int64_t measure,
+                std::optional<Tensor> measure_scales, int64_t first_row, int64_t first_entry,
+                Integers keys, Integers thresholds, Reals scales, Integers keep_keys,
+                Integers keep_thresholds, Reals keep_scales, std::optional<Tensor> odds,
+                bool divide_by_odds, Tensor counts) {
+  const OnDevice on(out);
+  ElectArguments a(out, base, models, weights, limits, scale, elect, consensus, normalize, measure,
+                   measure_scales, first_row, first_entry, keys, thresholds, scales, keep_keys,
+                   keep_thresholds, keep_scales, odds, divide_by_odds, counts);
   succeed(cuda::elect(a.election, static_cast<int64_t*>(counts.data_ptr()), on.stream), "elect");
 }
 
@@ -177,5 +211,8 @@ STABLE_TORCH_LIBRARY_IMPL(mergecore, CUDA, m) {
   m.impl("collect_magnitudes", TORCH_BOX(&mergecore::collect_magnitudes_cuda));
   m.impl("kept_sums", TORCH_BOX(&mergecore::kept_sums_cuda));
   m.impl("magnitudes", TORCH_BOX(&mergecore::magnitudes_cuda));
+  m.impl("keep_deltas", TORCH_BOX(&mergecore::keep_deltas_cuda));
+  m.impl("count_shared", TORCH_BOX(&mergecore::count_shared_cuda));
+  m.impl("row_divergences", TORCH_BOX(&mergecore::row_divergences_cuda));
   m.impl("elect", TORCH_BOX(&mergecore::elect_cuda));
 }

@@ -54,6 +54,11 @@ struct Window {
   int64_t first_entry;  // index in the whole tensor of the matrix's first entry (expert by expert)
 };
 
+// The tensor's row that a window starts with.
+MERGECORE_INLINE int64_t first_row_of(const Window& w) {
+  return w.columns == 0 ? 0 : w.first_row + w.first_entry / w.columns;
+}
+
 constexpr int kTileRows = 64;  // rows are summed tile by tile (design, section 5)
 constexpr int kLanes = 64;     // a row is summed in this many lanes
 constexpr int kMaxModels = 64;
@@ -89,30 +94,52 @@ struct Blend {
   Dtype out_dtype;
 };
 
-// What order statistics and masks compare: each model's |d| (own), or one number per entry for all
-// models, the standard deviation of their deltas (spread, SCE).
-enum class Measure : int32_t { own = 0, spread = 1 };
+// What order statistics and masks compare: each model's |d| (own); one number per entry for all
+// models, the standard deviation of their deltas (spread, SCE); |d| times a number of its row
+// (rows); or the competition score of each model (competition, PCB).
+enum class Measure : int32_t { own = 0, spread = 1, rows = 2, competition = 3 };
 
-// The deltas after a second choice: `inputs.drops` made them, `keeps` choose among them.
+// The deltas after a second choice: `inputs.drops` made them, `keeps` choose among them. Kept ones
+// are multiplied by the scale of their keep, and with Measure::competition by where their score
+// lies between `least` (0) and `most` (1).
 struct Kept {
   Inputs inputs;
   Measure measure;
+  // rows: [count][stride], indexed by the tensor's row; competition: [count][2], least |d| and
+  // largest |d| less the least; else nullptr.
+  const double* scales;
+  int64_t stride;
   const Drop* keeps;  // [count] or nullptr: everything is kept
   const double*
       odds;  // [count][entries of the window] keep-probabilities instead of thresholds, or nullptr
   bool divide_by_odds;  // kept entries are divided by their probability
 };
 
-// out = cast( base + scale * mixed ): mixed is sum w_n v_n over kept deltas v_n; with an election,
-// over those of the elected sign, and with `normalize` divided by the sum of their w_n.
-enum class Elect : int32_t { none = 0, weighted = 1, unweighted = 2 };
+// How the kept deltas v_n of an entry become one number: their sum (none); the sum of those of the
+// elected sign, divided by their weights with `normalize`; the largest w_n v_n; where several go
+// beyond their limit their mean, where one does that one's w_n v_n (shared, RAM); the sum of w_n
+// times v_n held within +-limit (limited); sum of w_n v_n, the v_n being weighted by their scores
+// already, divided by the sum of those (competing, PCB).
+enum class Elect : int32_t {
+  none = 0,
+  weighted = 1,
+  unweighted = 2,
+  largest = 3,
+  shared = 4,
+  limited = 5,
+  competing = 6
+};
 
+// out = cast( base + scale * mixed ). With `consensus`, mixed is 0 where fewer than so many models
+// hold on to it: |d_n| > limit_n |mixed - d_n| for the deltas d_n before `keeps`.
 struct Election {
   Kept kept;
   Elect elect;
   bool normalize;
   double scale;
   const double* weights;  // [count], host memory
+  const double* limits;   // [count], host memory, or nullptr
+  int consensus;
   void* out;
   Dtype out_dtype;
 };
@@ -154,6 +181,41 @@ MERGECORE_INLINE double spread_of(double distances, double squares, int count) {
 // The sign that the sum elects: negative only where it is so beyond the noise of its terms.
 MERGECORE_INLINE bool elects_negative(double sum, double absolute) {
   return sum < 0.0 && sum <= -0x1p-40 * absolute;
+}
+
+// Whether a model keeps what became of its delta d (TALL mask). Noise does not; NaN does.
+MERGECORE_INLINE bool holds_on(double d, double mixed, double limit) {
+  return !(fabs(d) <= limit * fabs(mixed - d) * (1.0 + 0x1p-40));
+}
+
+// NaN does, too: it has to show in the result.
+MERGECORE_INLINE bool goes_beyond(double d, double limit) { return !(fabs(d) <= limit); }
+
+// What a consensus leaves of `mixed`, which `held` models hold on to. NaN and Inf stay.
+MERGECORE_INLINE double agreed(double mixed, int held, int consensus) {
+  return held >= consensus || !(fabs(mixed) < HUGE_VAL) ? mixed : 0.0;
+}
+
+// `value` within +-limit; NaN stays.
+MERGECORE_INLINE double limited(double value, double limit) {
+  return value > limit ? limit : value < -limit ? -limit : value;
+}
+
+// Whether `term` takes the place of what is the largest so far.
+MERGECORE_INLINE bool takes_over(double term, double largest) {
+  return !(fabs(term) <= fabs(largest)) && largest == largest;
+}
+
+// PCB's balance of a delta within its model and against the sum of all models' deltas, from 0 up.
+MERGECORE_INLINE double competition(double d, double total, int count, const double* scales) {
+  const double share = scales[1] > 0.0 ? (fabs(d) - scales[0]) / scales[1] : 0.0;
+  const double score = exp_exact_order(count * (share * share)) * tanh_exact_order(d * total);
+  return score <= 0.0 ? 0.0 : snapped(score);
+}
+
+// The weight of a kept score: 0 for `least`, 1 for `most`.
+MERGECORE_INLINE double competing_weight(double score, double least, double most) {
+  return most > least ? (score - least) / (most - least) : 1.0;
 }
 
 // `number` is one of 2^32, each as likely.
@@ -235,6 +297,15 @@ void collect_magnitudes(const Kept& kept, const KeyRange* ranges, int count, int
 void kept_sums(const Kept& kept, double* sums, int64_t block, int64_t begin, int64_t end);
 // out[models][entries of the window]: |d| of window entries [begin, end).
 void magnitudes(const Inputs& in, double* out, int64_t begin, int64_t end);
+// out[models][entries of the window]: base + kept and rescaled d of window entries [begin, end).
+void keep_deltas(const Kept& kept, double* out, int64_t begin, int64_t end);
+// Per model the entries beyond its limit that other models share, and those that none does: adds to
+// counts[models][2]. May run at the same time on parts of one window.
+void count_shared(const Inputs& in, const double* limits, int64_t* counts, int64_t begin,
+                  int64_t end);
+// Window rows [begin, end) of out[models][stride] at the tensor's row: the divergence of the
+// model's row from the base's, KL(softmax(x) || softmax(a)).
+void row_divergences(const Inputs& in, double* out, int64_t stride, int64_t begin, int64_t end);
 // Window entries [begin, end); adds to non-finite results, overflowed results.
 void elect(const Election& election, int64_t begin, int64_t end, int64_t& nonfinite,
            int64_t& overflow);
@@ -273,6 +344,9 @@ int collect_magnitudes(const Kept& kept, const KeyRange* ranges, int count, int6
                        int64_t block, Stream stream);
 int kept_sums(const Kept& kept, double* sums, int64_t block, Stream stream);
 int magnitudes(const Inputs& in, double* out, Stream stream);
+int keep_deltas(const Kept& kept, double* out, Stream stream);
+int count_shared(const Inputs& in, const double* limits, int64_t* counts, Stream stream);
+int row_divergences(const Inputs& in, double* out, int64_t stride, Stream stream);
 int elect(const Election& election, int64_t* counts, Stream stream);
 
 }  // namespace cuda

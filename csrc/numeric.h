@@ -1,4 +1,5 @@
-// Numbers shared by host and device: dtypes, exact loads, the one rounding, exp, Philox.
+// Numbers shared by host and device: dtypes, exact loads, the one rounding, exp and its kin,
+// Philox.
 //
 // Everything here is plain IEEE arithmetic in a fixed order, so that the CPU (any instruction set)
 // and CUDA return equal bits. It must be compiled without contraction of a*b+c
@@ -133,14 +134,9 @@ MERGECORE_INLINE double round_to(double value) {
   return fabs(value) < 0x1p200 ? round_finite<T>(value) : value;
 }
 
-// exp(x) for x <= 0 or moderate x, within 2 ulp, the same bits everywhere. Below -700 it is 0.
-MERGECORE_INLINE double exp_exact_order(double x) {
-  if (!(x > -700.0)) return x != x ? x : 0.0;
-  if (x > 700.0) return HUGE_VAL;
-  double k = floor(x * 1.4426950408889634 + 0.5);
-  double r = fma(k, -6.93147180369123816490e-01, x);  // ln 2, upper 33 bits: k * upper is exact
-  r = fma(k, -1.90821492927058770002e-10, r);
-  double sum = 1.0 / 6227020800.0;  // Taylor to r^13: below 2^-58 for |r| <= 0.35
+// (e^r - 1 - r) / r^2 for |r| <= 0.35, by Taylor to r^13: below 2^-58.
+MERGECORE_INLINE double exp_tail(double r) {
+  double sum = 1.0 / 6227020800.0;
   sum = fma(sum, r, 1.0 / 479001600.0);
   sum = fma(sum, r, 1.0 / 39916800.0);
   sum = fma(sum, r, 1.0 / 3628800.0);
@@ -151,10 +147,60 @@ MERGECORE_INLINE double exp_exact_order(double x) {
   sum = fma(sum, r, 1.0 / 120.0);
   sum = fma(sum, r, 1.0 / 24.0);
   sum = fma(sum, r, 1.0 / 6.0);
-  sum = fma(sum, r, 0.5);
-  sum = fma(sum, r, 1.0);
-  sum = fma(sum, r, 1.0);
-  return sum * power_of_two(static_cast<int>(k));
+  return fma(sum, r, 0.5);
+}
+
+// exp(x) for x <= 0 or moderate x, within 2 ulp, the same bits everywhere. Below -700 it is 0.
+MERGECORE_INLINE double exp_exact_order(double x) {
+  if (!(x > -700.0)) return x != x ? x : 0.0;
+  if (x > 700.0) return HUGE_VAL;
+  double k = floor(x * 1.4426950408889634 + 0.5);
+  double r = fma(k, -6.93147180369123816490e-01, x);  // ln 2, upper 33 bits: k * upper is exact
+  r = fma(k, -1.90821492927058770002e-10, r);
+  return fma(fma(exp_tail(r), r, 1.0), r, 1.0) * power_of_two(static_cast<int>(k));
+}
+
+// e^x - 1 - x, which is never negative, without cancellation.
+MERGECORE_INLINE double exp_minus_line(double x) {
+  return fabs(x) <= 0.35 ? x * x * exp_tail(x) : exp_exact_order(x) - 1.0 - x;
+}
+
+// log(1 + x) for x >= 0, within a few ulp, the same bits everywhere.
+MERGECORE_INLINE double log1p_exact_order(double x) {
+  if (!(x < HUGE_VAL)) return x;
+  double exponent = 0.0, over = x;  // 1 + x = 2^exponent (1 + over)
+  if (x > 0.4) {
+    const double sum = 1.0 + x;
+    const uint64_t bits = bit_cast<uint64_t>(sum);
+    const int64_t half = (bits & 0xfffffffffffffull) > 0x6a09e667f3bccull;  // beyond sqrt(2)
+    exponent = static_cast<double>(static_cast<int64_t>(bits >> 52) - 1023 + half);
+    over =
+        bit_cast<double>((bits & 0xfffffffffffffull) | (static_cast<uint64_t>(1023 - half) << 52)) -
+        1.0;
+  }
+  // 2 artanh(s) by its series: |s| <= 0.18, the first term left out is below 2^-60.
+  const double s = over / (2.0 + over), square = s * s;
+  double sum = 1.0 / 23.0;
+  sum = fma(sum, square, 1.0 / 21.0);
+  sum = fma(sum, square, 1.0 / 19.0);
+  sum = fma(sum, square, 1.0 / 17.0);
+  sum = fma(sum, square, 1.0 / 15.0);
+  sum = fma(sum, square, 1.0 / 13.0);
+  sum = fma(sum, square, 1.0 / 11.0);
+  sum = fma(sum, square, 1.0 / 9.0);
+  sum = fma(sum, square, 1.0 / 7.0);
+  sum = fma(sum, square, 1.0 / 5.0);
+  sum = fma(sum, square, 1.0 / 3.0);
+  const double log_over = 2.0 * fma(sum * square, s, s);
+  return fma(exponent, 6.93147180559945286227e-01, log_over);
+}
+
+// tanh(x), within a few ulp, the same bits everywhere.
+MERGECORE_INLINE double tanh_exact_order(double x) {
+  const double twice = 2.0 * fabs(x);
+  const double grown = exp_minus_line(twice) + twice;  // e^2x - 1
+  const double size = twice > 80.0 ? 1.0 : grown / (grown + 2.0);
+  return x < 0.0 ? -size : size;
 }
 
 // Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3; SC 2011).

@@ -127,10 +127,10 @@ void calibrated_softmax_cpu(Tensor scores, Tensor thresholds, double divisor, do
 
 void count_magnitudes_cpu(std::optional<Tensor> base, Tensors models, Tensor histogram,
                           int64_t shift, Integers offsets, bool clamp, int64_t measure,
-                          int64_t first_row, int64_t first_entry, Integers keys,
-                          Integers thresholds, Reals scales) {
-  CountArguments a(base, models, histogram, shift, offsets, clamp, measure, first_row, first_entry,
-                   keys, thresholds, scales);
+                          std::optional<Tensor> measure_scales, int64_t first_row,
+                          int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  CountArguments a(base, models, histogram, shift, offsets, clamp, measure, measure_scales,
+                   first_row, first_entry, keys, thresholds, scales);
   // Large parts: each goes through all bins once.
   parallel_lines(a.entries(), int64_t{1} << 20, [&](int64_t begin, int64_t end) {
     cpu::count_magnitudes(a.kept, static_cast<int>(shift), offsets.data(), clamp, a.bins,
@@ -141,10 +141,10 @@ void count_magnitudes_cpu(std::optional<Tensor> base, Tensors models, Tensor his
 void collect_magnitudes_cpu(std::optional<Tensor> base, Tensors models, Integers which,
                             Integers lows, Integers highs, Tensor keys_out, Tensor indices,
                             Tensor found, Tensor equal, int64_t block, int64_t measure,
-                            int64_t first_row, int64_t first_entry, Integers keys,
-                            Integers thresholds, Reals scales) {
+                            std::optional<Tensor> measure_scales, int64_t first_row,
+                            int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
   CollectArguments a(base, models, which, lows, highs, keys_out, indices, found, equal, block,
-                     measure, first_row, first_entry, keys, thresholds, scales);
+                     measure, measure_scales, first_row, first_entry, keys, thresholds, scales);
   const int64_t blocks = (a.entries() + block - 1) / block;
   torch::stable::parallel_for(
       0, blocks, kGrainEntries / block + 1, [&](int64_t begin, int64_t end) {
@@ -155,10 +155,12 @@ void collect_magnitudes_cpu(std::optional<Tensor> base, Tensors models, Integers
 }
 
 void kept_sums_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, int64_t block,
-                   int64_t measure, int64_t first_row, int64_t first_entry, Integers keys,
-                   Integers thresholds, Reals scales, Integers keep_keys, Integers keep_thresholds,
-                   Reals keep_scales, std::optional<Tensor> odds) {
-  KeptArguments a(base, models, first_row, first_entry, keys, thresholds, scales, measure);
+                   int64_t measure, std::optional<Tensor> measure_scales, int64_t first_row,
+                   int64_t first_entry, Integers keys, Integers thresholds, Reals scales,
+                   Integers keep_keys, Integers keep_thresholds, Reals keep_scales,
+                   std::optional<Tensor> odds) {
+  KeptArguments a(base, models, first_row, first_entry, keys, thresholds, scales, measure,
+                  measure_scales);
   a.choose(keep_keys, keep_thresholds, keep_scales, odds, false);
   double* out = block_sums(a, sums, block);
   const int64_t blocks = (a.entries() + block - 1) / block;
@@ -176,14 +178,49 @@ void magnitudes_cpu(std::optional<Tensor> base, Tensors models, Tensor out, int6
   });
 }
 
-void elect_cpu(Tensor out, std::optional<Tensor> base, Tensors models, Reals weights, double scale,
-               int64_t elect, bool normalize, int64_t measure, int64_t first_row,
-               int64_t first_entry, Integers keys, Integers thresholds, Reals scales,
-               Integers keep_keys, Integers keep_thresholds, Reals keep_scales,
-               std::optional<Tensor> odds, bool divide_by_odds, Tensor counts) {
-  ElectArguments a(out, base, models, weights, scale, elect, normalize, measure, first_row,
-                   first_entry, keys, thresholds, scales, keep_keys, keep_thresholds, keep_scales,
-                   odds, divide_by_odds, counts);
+void keep_deltas_cpu(std::optional<Tensor> base, Tensors models, Tensor out, int64_t measure,
+                     std::optional<Tensor> measure_scales, int64_t first_row, int64_t first_entry,
+                     Integers keys, Integers thresholds, Reals scales, Integers keep_keys,
+                     Integers keep_thresholds, Reals keep_scales, std::optional<Tensor> odds,
+                     bool divide_by_odds) {
+  KeptArguments a(base, models, first_row, first_entry, keys, thresholds, scales, measure,
+                  measure_scales);
+  a.choose(keep_keys, keep_thresholds, keep_scales, odds, divide_by_odds);
+  double* values = magnitudes_of(out, models);
+  parallel_lines(a.entries(), kGrainEntries,
+                 [&](int64_t begin, int64_t end) { cpu::keep_deltas(a.kept, values, begin, end); });
+}
+
+void count_shared_cpu(std::optional<Tensor> base, Tensors models, Reals limits, Tensor counts,
+                      int64_t first_row, int64_t first_entry, Integers keys, Integers thresholds,
+                      Reals scales) {
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  int64_t* totals = shared_counts(a, models, limits, counts);
+  parallel_lines(models[0].numel(), kGrainEntries, [&](int64_t begin, int64_t end) {
+    cpu::count_shared(a.inputs, limits.data(), totals, begin, end);
+  });
+}
+
+void row_divergences_cpu(std::optional<Tensor> base, Tensors models, Tensor out, int64_t first_row,
+                         int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  double* values = row_scales(a, models, out);
+  torch::stable::parallel_for(0, a.inputs.window.rows,
+                              4096 / std::max<int64_t>(1, a.inputs.window.columns) + 1,
+                              [&](int64_t begin, int64_t end) {
+                                cpu::row_divergences(a.inputs, values, out.size(1), begin, end);
+                              });
+}
+
+void elect_cpu(Tensor out, std::optional<Tensor> base, Tensors models, Reals weights, Reals limits,
+               double scale, int64_t elect, int64_t consensus, bool normalize, int64_t measure,
+               std::optional<Tensor> measure_scales, int64_t first_row, int64_t first_entry,
+               Integers keys, Integers thresholds, Reals scales, Integers keep_keys,
+               Integers keep_thresholds, Reals keep_scales, std::optional<Tensor> odds,
+               bool divide_by_odds, Tensor counts) {
+  ElectArguments a(out, base, models, weights, limits, scale, elect, consensus, normalize, measure,
+                   measure_scales, first_row, first_entry, keys, thresholds, scales, keep_keys,
+                   keep_thresholds, keep_scales, odds, divide_by_odds, counts);
   std::atomic<int64_t> nonfinite{0}, overflow{0};
   parallel_lines(a.entries(), kGrainEntries, [&](int64_t begin, int64_t end) {
     int64_t bad = 0, large = 0;
@@ -226,15 +263,18 @@ STABLE_TORCH_LIBRARY(mergecore, m) {
       "Tensor(a!) out) -> ()");
   m.def(
       "count_magnitudes(Tensor? base, Tensor[] models, Tensor(a!) histogram, int shift, "
-      "int[] offsets, bool clamp, int measure, int first_row, int first_entry, int[] drop_keys, "
+      "int[] offsets, bool clamp, int measure, Tensor? measure_scales, int first_row, int "
+      "first_entry, int[] drop_keys, "
       "int[] drop_thresholds, float[] drop_scales) -> ()");
   m.def(
       "collect_magnitudes(Tensor? base, Tensor[] models, int[] which, int[] lows, int[] highs, "
       "Tensor(a!) keys, Tensor(b!) indices, Tensor(c!) found, Tensor(d!) equal, int block, "
-      "int measure, int first_row, int first_entry, int[] drop_keys, int[] drop_thresholds, "
+      "int measure, Tensor? measure_scales, int first_row, int first_entry, int[] drop_keys, int[] "
+      "drop_thresholds, "
       "float[] drop_scales) -> ()");
   m.def(
-      "kept_sums(Tensor? base, Tensor[] models, Tensor(a!) sums, int block, int measure, "
+      "kept_sums(Tensor? base, Tensor[] models, Tensor(a!) sums, int block, int measure, Tensor? "
+      "measure_scales, "
       "int first_row, int first_entry, int[] drop_keys, int[] drop_thresholds, "
       "float[] drop_scales, int[] keep_keys, int[] keep_thresholds, float[] keep_scales, "
       "Tensor? odds) -> ()");
@@ -242,8 +282,21 @@ STABLE_TORCH_LIBRARY(mergecore, m) {
       "magnitudes(Tensor? base, Tensor[] models, Tensor(a!) out, int first_row, int first_entry, "
       "int[] drop_keys, int[] drop_thresholds, float[] drop_scales) -> ()");
   m.def(
-      "elect(Tensor(a!) out, Tensor? base, Tensor[] models, float[] weights, float scale, "
-      "int elect, bool normalize, int measure, int first_row, int first_entry, int[] drop_keys, "
+      "keep_deltas(Tensor? base, Tensor[] models, Tensor(a!) out, int measure, "
+      "Tensor? measure_scales, int first_row, int first_entry, int[] drop_keys, "
+      "int[] drop_thresholds, float[] drop_scales, int[] keep_keys, int[] keep_thresholds, "
+      "float[] keep_scales, Tensor? odds, bool divide_by_odds) -> ()");
+  m.def(
+      "count_shared(Tensor? base, Tensor[] models, float[] limits, Tensor(a!) counts, "
+      "int first_row, int first_entry, int[] drop_keys, int[] drop_thresholds, "
+      "float[] drop_scales) -> ()");
+  m.def(
+      "row_divergences(Tensor? base, Tensor[] models, Tensor(a!) out, int first_row, "
+      "int first_entry, int[] drop_keys, int[] drop_thresholds, float[] drop_scales) -> ()");
+  m.def(
+      "elect(Tensor(a!) out, Tensor? base, Tensor[] models, float[] weights, float[] limits, "
+      "float scale, int elect, int consensus, bool normalize, int measure, Tensor? measure_scales, "
+      "int first_row, int first_entry, int[] drop_keys, "
       "int[] drop_thresholds, float[] drop_scales, int[] keep_keys, int[] keep_thresholds, "
       "float[] keep_scales, Tensor? odds, bool divide_by_odds, Tensor(b!) counts) -> ()");
 }
@@ -261,5 +314,8 @@ STABLE_TORCH_LIBRARY_IMPL(mergecore, CPU, m) {
   m.impl("collect_magnitudes", TORCH_BOX(&mergecore::collect_magnitudes_cpu));
   m.impl("kept_sums", TORCH_BOX(&mergecore::kept_sums_cpu));
   m.impl("magnitudes", TORCH_BOX(&mergecore::magnitudes_cpu));
+  m.impl("keep_deltas", TORCH_BOX(&mergecore::keep_deltas_cpu));
+  m.impl("count_shared", TORCH_BOX(&mergecore::count_shared_cpu));
+  m.impl("row_divergences", TORCH_BOX(&mergecore::row_divergences_cpu));
   m.impl("elect", TORCH_BOX(&mergecore::elect_cpu));
 }

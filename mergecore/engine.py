@@ -26,12 +26,12 @@ from mergecore._stream import ReadFault, WindowStream
 from mergecore.device import Device, HostWindow, open_device
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
 from mergecore.inputs import Resolve
-from mergecore.methods.base import Coefficients, Dense, Election, Statistics, TensorView
+from mergecore.methods.base import Coefficients, Dense, Election, TensorView
 from mergecore.output import manifest
 from mergecore.output.stages import Stages, stages_folder
 from mergecore.output.writer import OutputWriter
 from mergecore.planning import MergePlan, TensorJob, plan, with_run
-from mergecore.selecting import Part, row_odds, row_pieces
+from mergecore.selecting import Part, compared, row_odds, row_pieces
 from mergecore.sources import DTYPES, Source, files_of
 from mergecore.spec import MergeSpec, load_spec
 from mergecore.survey import Found
@@ -345,14 +345,12 @@ class _Merge:
     def _elect(self, job: TensorJob, drops: list[ops.Drop], counts: Tensor, reads: _Reads) -> None:
         """The blend of methods that keep some of the deltas; what they keep is chosen first."""
         keeps = job.keeps
-        measure = ops.Measure.SPREAD if keeps and keeps[0].spread else ops.Measure.OWN
-        place = ops.Place(drops=drops, measure=measure)
+        place = compared(keeps, reads, ops.Place(drops=drops))
         if job.name in self.found:
             kept = list(self.found[job.name].kept)
         else:
             kept = statistics.chosen(job, keeps, reads, place, self.plan.spec.seed, "kept") if keeps else []
-        squares = statistics.mean_squares(job, kept, reads, place) if job.statistics is Statistics.SQUARES else None
-        election = self._solve(job.view(squares=squares), job)
+        election = self._solve(statistics.of_kept(job, kept, reads, place), job)
         assert isinstance(election, Election)
         divide_by_odds = any(keep.rescale == "probability" for keep in keeps)
 
@@ -371,6 +369,8 @@ class _Merge:
                     scale=election.scale,
                     elect=election.elect,
                     normalize=election.normalize,
+                    limits=election.limits,
+                    consensus=election.consensus,
                     keeps=kept,
                     place=here,
                     odds=row_odds(keeps, piece, here),

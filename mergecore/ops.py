@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -223,30 +224,58 @@ def calibrated_softmax(scores: Tensor, thresholds: Tensor, *, divisor: float, s:
 
 
 class Measure(IntEnum):
-    """What order statistics and masks compare: each model's |d|, or the models' standard deviation per entry."""
+    """What order statistics and masks compare.
+
+    Each model's |d|; the models' standard deviation per entry; |d| times a number of the model's row; or
+    PCB's score of a delta, from the least and the range of the model's |d|.
+    """
 
     OWN = 0
     SPREAD = 1
+    ROWS = 2
+    COMPETITION = 3
 
 
 class Elect(IntEnum):
-    """Whose deltas are summed: everybody's, or those with the sign of the weighted or the plain sum (TIES)."""
+    """How the kept deltas v_n of an entry, with weights w_n, become one number.
+
+    NONE: their weighted sum. WEIGHTED, UNWEIGHTED: of those with the sign of the weighted or the plain sum
+    (TIES). LARGEST: the largest w_n v_n, the first of equal ones. SHARED: where several exceed their limit
+    their plain mean, where one does its w_n v_n (RAM). LIMITED: the weighted sum, each held within +- its
+    limit. COMPETING: the weighted sum, divided by the sum of the scores that Measure.COMPETITION multiplied with.
+    """
 
     NONE = 0
     WEIGHTED = 1
     UNWEIGHTED = 2
+    LARGEST = 3
+    SHARED = 4
+    LIMITED = 5
+    COMPETING = 6
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a window lies in its tensor, and what was dropped from the deltas before."""
+    """Where a window lies in its tensor, what was dropped from the deltas before, and what is compared.
+
+    `scales` are float64 (models, rows of the tensor) for Measure.ROWS, and (models, 2) for
+    Measure.COMPETITION: the least |d| of the model, and how much larger its largest is.
+    """
 
     first_entry: int = 0
     drops: Sequence[Drop] = ()
     measure: Measure = Measure.OWN
+    scales: Tensor | None = None
 
-    def arguments(self) -> tuple[int, int, list[int], list[int], list[float]]:
+    @property
+    def where(self) -> tuple[int, int, list[int], list[int], list[float]]:
+        """The arguments of ops that compare nothing."""
         return (0, self.first_entry, *_drop_arguments(self.drops))
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments of the others."""
+        return (int(self.measure), self.scales, *self.where)
 
 
 def count_magnitudes(
@@ -265,10 +294,7 @@ def count_magnitudes(
     Keys beyond the bins count in the outer ones with `clamp`, where zeros and what is not finite have the
     first and the last bin for themselves; else nowhere.
     """
-    first_row, entry, *drops = place.arguments()
-    torch.ops.mergecore.count_magnitudes(
-        base, list(models), histogram, shift, list(offsets), clamp, int(place.measure), first_row, entry, *drops
-    )
+    torch.ops.mergecore.count_magnitudes(base, list(models), histogram, shift, list(offsets), clamp, *place.arguments)
 
 
 def collect_magnitudes(
@@ -290,11 +316,9 @@ def collect_magnitudes(
     the window), is added the number of keys equal to `low` in each block of `block` entries.
     """
     which, lows, highs = (list(numbers) for numbers in zip(*ranges, strict=True))
-    first_row, entry, *drops = place.arguments()
     torch.ops.mergecore.collect_magnitudes(
-        base, list(models), which, lows, highs, keys, indices, found, equal, block, int(place.measure), first_row,
-        entry, *drops,
-    )  # fmt: skip
+        base, list(models), which, lows, highs, keys, indices, found, equal, block, *place.arguments
+    )
 
 
 def kept_sums(
@@ -312,18 +336,50 @@ def kept_sums(
     """
     blocks = -(-models[0].numel() // block)
     sums = torch.zeros(len(models), 3, blocks, dtype=torch.float64, device=models[0].device)
-    first_row, entry, *drops = place.arguments()
-    torch.ops.mergecore.kept_sums(
-        base, list(models), sums, block, int(place.measure), first_row, entry, *drops, *_drop_arguments(keeps), odds
-    )
+    torch.ops.mergecore.kept_sums(base, list(models), sums, block, *place.arguments, *_drop_arguments(keeps), odds)
     return sums
 
 
 def magnitudes(base: Tensor | None, models: Sequence[Tensor], place: Place) -> Tensor:
     """|d| of every entry of a window, float64 (models, rows, columns)."""
     out = torch.empty(len(models), *models[0].shape, dtype=torch.float64, device=models[0].device)
-    torch.ops.mergecore.magnitudes(base, list(models), out, *place.arguments())
+    torch.ops.mergecore.magnitudes(base, list(models), out, *place.where)
     return out
+
+
+def keep_deltas(
+    base: Tensor,
+    models: Sequence[Tensor],
+    *,
+    keeps: Sequence[Drop],
+    place: Place,
+    odds: Tensor | None = None,
+    divide_by_odds: bool = False,
+) -> Tensor:
+    """base + kept d, rescaled, of every entry of a window: float64 (models, rows, columns), windows for any op.
+
+    Other arguments as in `elect`. Where nothing of a delta is kept the entry is the base's, exactly.
+    """
+    out = torch.empty(len(models), *models[0].shape, dtype=torch.float64, device=models[0].device)
+    torch.ops.mergecore.keep_deltas(
+        base, list(models), out, *place.arguments, *_drop_arguments(keeps), odds, divide_by_odds
+    )
+    return out
+
+
+def count_shared(base: Tensor, models: Sequence[Tensor], limits: Sequence[float], counts: Tensor, place: Place) -> None:
+    """Adds to `counts`, int64 (models, 2), how many deltas beyond their limit are beyond it in other models
+    too, and how many in none."""
+    torch.ops.mergecore.count_shared(base, list(models), list(limits), counts, *place.where)
+
+
+def row_divergences(base: Tensor, models: Sequence[Tensor], out: Tensor, place: Place) -> None:
+    """Writes KL(softmax(row of the model) || softmax(row of the base)) of a window's rows.
+
+    `out` is float64 (models, rows of the tensor); windows are whole rows. No difference of large numbers is
+    taken: rows that are nearly equal keep their divergence.
+    """
+    torch.ops.mergecore.row_divergences(base, list(models), out, *place.where)
 
 
 def elect(
@@ -338,21 +394,23 @@ def elect(
     normalize: bool,
     keeps: Sequence[Drop],
     place: Place,
+    limits: Sequence[float] = (),
+    consensus: int = 0,
     odds: Tensor | None = None,
     divide_by_odds: bool = False,
 ) -> None:
     """out = cast(base + scale * mixed), one rounding.
 
-    `mixed` is the weighted sum of the kept deltas; with an election, of those that agree with the
-    elected sign (a sum of 0 elects +), with `normalize` then divided by the sum of their weights.
+    `mixed` is what `elect` makes of the kept deltas; with an election by sign (a sum of 0 elects +) and
+    `normalize` divided by the sum of the weights that agree. With `consensus` (not 0) it is 0 where fewer
+    models hold on to it: |d_n| > limits[n] * |mixed - d_n|, for the deltas before `keeps` (Wang et al. 2024).
     `keeps` choose among the deltas that `place.drops` left; `odds`, float64 (models, entries), are
     keep-probabilities in the place of their thresholds, and of their scales with `divide_by_odds`.
     Adds to `counts` (int64, 2): results that are NaN or Inf, and finite results that overflow.
     """
-    first_row, entry, *drops = place.arguments()
     torch.ops.mergecore.elect(
-        out, base, list(models), list(weights), scale, int(elect), normalize, int(place.measure), first_row, entry,
-        *drops, *_drop_arguments(keeps), odds, divide_by_odds, counts,
+        out, base, list(models), list(weights), list(limits), scale, int(elect), consensus, normalize,
+        *place.arguments, *_drop_arguments(keeps), odds, divide_by_odds, counts,
     )  # fmt: skip
 
 
@@ -360,8 +418,8 @@ def _register_fakes() -> None:
     # Every op only writes into its arguments: there is nothing to infer.
     grams = ("gram", "row_gram", "column_gram")
     moments = ("column_moments", "row_moments", "blend", "rank", "calibrated_softmax")
-    selection = ("count_magnitudes", "collect_magnitudes", "kept_sums", "magnitudes", "elect")
-    for name in (*grams, *moments, *selection):
+    selection = ("count_magnitudes", "collect_magnitudes", "kept_sums", "magnitudes", "keep_deltas", "elect")
+    for name in (*grams, *moments, *selection, "count_shared", "row_divergences"):
         torch.library.register_fake(f"mergecore::{name}", lambda *args: None)
 
 

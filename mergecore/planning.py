@@ -353,10 +353,10 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
     sparsify, keeps = _keeps(name, view, spec, method) if base is not None else ((), ())
     matrices, rows, columns = architecture.matrices(name, some.shape)
     statistics = method.needs(view)
-    if statistics in (Statistics.NONE, Statistics.GRAM, Statistics.SQUARES):
+    if statistics in (Statistics.NONE, Statistics.GRAM, Statistics.SQUARES, Statistics.SHARED):
         # Entries do not know of each other: a window may be cut anywhere, or between blocks.
         matrices, rows, columns = 1, matrices * rows * columns, 1
-        if any(keep.by_row for keep in keeps) and rows:
+        if any(keep.whole_rows for keep in keeps) and rows:
             columns = some.shape[-1] if some.shape else 1
             rows //= columns
     elif 0 in some.shape:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Protocol
@@ -76,9 +76,14 @@ class Reads(Protocol):
         """Some magnitudes are NaN or Inf; may raise."""
 
 
+READS = {Measure.OWN: 0, Measure.SPREAD: 0, Measure.ROWS: 1, Measure.COMPETITION: 2}
+"""What a measure needs to know of a tensor before: the divergence of every row, or the least and largest |d|."""
+
+
 def planned_reads(keeps: Sequence[Keep]) -> int:
-    """How often `choose` reads a tensor."""
-    return 2 * any(keep.by_magnitude for keep in keeps) + any(keep.rescale_by_sums for keep in keeps)
+    """How often `compared` and `choose` read a tensor."""
+    before = READS[keeps[0].measure] if keeps else 0
+    return before + 2 * any(keep.by_magnitude for keep in keeps) + any(keep.rescale_by_sums for keep in keeps)
 
 
 def held_bytes(keeps: Sequence[Keep], entries: int, columns: int) -> int:
@@ -92,15 +97,18 @@ def held_bytes(keeps: Sequence[Keep], entries: int, columns: int) -> int:
         held = max(held, 48 * len(keeps) * blocks)
     if any(keep.by_row for keep in keeps):
         held += RANK_BYTES + 48 * len(keeps) * columns
+    if keeps and keeps[0].measure is Measure.ROWS:
+        held += 8 * len(keeps) * (entries // max(1, columns))
     return held
 
 
 def _sets(keeps: Sequence[Keep]) -> int:
-    return 1 if keeps and keeps[0].spread else len(keeps)
+    return 1 if keeps and keeps[0].measure is Measure.SPREAD else len(keeps)
 
 
 def _query_count(keeps: Sequence[Keep]) -> int:
-    return sum((keep.density < 1) + (keep.outliers > 0) for keep in keeps[: _sets(keeps)])
+    most = {Measure.COMPETITION: 2, Measure.ROWS: 6}
+    return sum(most.get(keep.measure, (keep.density < 1) + (keep.outliers > 0)) for keep in keeps[: _sets(keeps)])
 
 
 def share(fraction: float, count: int) -> int:
@@ -126,8 +134,41 @@ class _Bin:
     entries: int
 
 
+def compared(keeps: Sequence[Keep], reads: Reads, place: Place) -> Place:
+    """`place` with what `keeps` compare, read where it has to be known before."""
+    measure = keeps[0].measure if keeps else Measure.OWN
+    if measure is Measure.ROWS:
+        return replace(place, measure=measure, scales=_divergences(len(keeps), reads, place))
+    if measure is Measure.COMPETITION:
+        return replace(place, measure=measure, scales=_extremes(len(keeps), reads, place))
+    return replace(place, measure=measure)
+
+
+def _divergences(models: int, reads: Reads, place: Place) -> Tensor:
+    """The divergence of every row of each model from the base's, float64 (models, rows)."""
+    out = torch.empty(0)
+    for part in reads.planned():
+        if not out.numel():
+            rows = reads.entries // part.models[0].shape[1]
+            out = torch.empty(models, rows, dtype=torch.float64, device=reads.device)
+        assert part.base is not None
+        ops.row_divergences(part.base, part.models, out, replace(place, first_entry=part.first_entry))
+    return out
+
+
+def _extremes(models: int, reads: Reads, place: Place) -> Tensor:
+    """The least |d| of each model, and how much larger the largest is, float64 (models, 2)."""
+    histogram = _counted(models, reads, place)
+    queries = [_Query(n, count) for n in range(models) for count in sorted({1, reads.entries}) if count]
+    found = _select(queries, histogram, reads, place)
+    pairs = [(found[n, reads.entries][0], found[n, 1][0]) if queries else (0.0, 0.0) for n in range(models)]
+    return torch.tensor(
+        [(least, largest - least) for least, largest in pairs], dtype=torch.float64, device=reads.device
+    )
+
+
 def choose(keeps: Sequence[Keep], reads: Reads, place: Place, keys: Sequence[int]) -> list[Drop]:
-    """The masks of `keeps` (one per model), among the deltas that `place.drops` leave.
+    """The masks of `keeps` (one per model), among the deltas that `place.drops` leave; `place` as `compared`.
 
     `keys` are the models' keys for random numbers. Reads the tensor `planned_reads(keeps)` times.
     NaN and Inf count as the largest magnitudes, if `reads.nonfinite` lets them pass.
@@ -194,7 +235,39 @@ def row_odds(keeps: Sequence[Keep], part: Part, place: Place) -> Tensor | None:
 
 def _limited(drops: list[Drop], keeps: Sequence[Keep], reads: Reads, place: Place) -> list[Drop]:
     """`drops` with the limits of the models' top sets."""
-    sets = _sets(keeps)
+    sets, entries = _sets(keeps), reads.entries
+    histogram = _counted(sets, reads, place)
+    tops = [_top_counts(keep, entries, int(histogram[n, 0])) for n, keep in enumerate(keeps[:sets])]
+    wanted = {_Query(n, count) for n, counts in enumerate(tops) for count in counts if 0 < count < entries}
+    for n, keep in enumerate(keeps[:sets]):
+        if entries and keep.fence:
+            wanted |= {_Query(n, rank) for quarter in (1, 2, 3) for rank in _quarter_ranks(quarter, entries)}
+        if entries and keep.measure is Measure.COMPETITION:
+            wanted.add(_Query(n, 1))
+    queries = sorted(wanted, key=lambda query: (query.which, query.count))
+    found = _select(queries, histogram, reads, place)
+    out = []
+    for n, (keep, drop) in enumerate(zip(keeps, drops, strict=True)):
+        which = min(n, sets - 1)
+        outliers, kept = tops[which]
+        if keep.fence and entries:
+            drop = replace(drop, least=_fence(which, entries, found), least_before=entries)
+        elif kept <= outliers:
+            drop = replace(drop, least=math.inf)
+        elif kept < entries:
+            drop = replace(drop, least=found[which, kept][0], least_before=found[which, kept][1])
+        elif keep.measure is Measure.COMPETITION:
+            drop = replace(drop, least=0.0, least_before=entries)
+        if 0 < outliers < kept:
+            drop = replace(drop, most=found[which, outliers][0], most_before=found[which, outliers][1])
+        elif keep.measure is Measure.COMPETITION and entries:
+            drop = replace(drop, most=found[which, 1][0])
+        out.append(drop)
+    return out
+
+
+def _counted(sets: int, reads: Reads, place: Place) -> Tensor:
+    """The first read's histogram, int64 (sets, BINS)."""
     histogram = torch.zeros(sets, BINS, dtype=torch.int64, device=reads.device)
     for part in reads.planned():
         here = replace(place, first_entry=part.first_entry)
@@ -203,27 +276,28 @@ def _limited(drops: list[Drop], keeps: Sequence[Keep], reads: Reads, place: Plac
         )
     if int(histogram[:, -1].sum()):
         reads.nonfinite()
-    tops = [_top_counts(keep, reads.entries, int(histogram[n, 0])) for n, keep in enumerate(keeps[:sets])]
-    wanted = {_Query(n, count) for n, counts in enumerate(tops) for count in counts if 0 < count < reads.entries}
-    queries = sorted(wanted, key=lambda query: (query.which, query.count))
-    found = _select(queries, histogram, reads, place)
-    out = []
-    for n, drop in enumerate(drops):
-        which = min(n, sets - 1)
-        outliers, kept = tops[which]
-        if kept <= outliers:
-            drop = replace(drop, least=math.inf)
-        elif kept < reads.entries:
-            drop = replace(drop, least=found[which, kept][0], least_before=found[which, kept][1])
-        if 0 < outliers < kept:
-            drop = replace(drop, most=found[which, outliers][0], most_before=found[which, outliers][1])
-        out.append(drop)
-    return out
+    return histogram
+
+
+def _quarter_ranks(quarter: int, entries: int) -> tuple[int, int]:
+    """The ranks, by falling magnitude, of the entries on both sides of a quartile (or of the median)."""
+    below, rest = divmod(quarter * (entries - 1), 4)
+    return entries - below, entries - below - (rest > 0)
+
+
+def _fence(which: int, entries: int, found: Mapping[tuple[int, int], Selected]) -> float:
+    """Median + 1.5 (Q3 - Q1), each between two entries by its place (linear interpolation)."""
+
+    def quantile(quarter: int) -> float:
+        low, high = (found[which, rank][0] for rank in _quarter_ranks(quarter, entries))
+        return low + quarter * (entries - 1) % 4 / 4 * (high - low)
+
+    return quantile(2) + 1.5 * (quantile(3) - quantile(1))
 
 
 def _top_counts(keep: Keep, entries: int, zeros: int) -> tuple[int, int]:
     """How many of the largest entries are outliers, and how many are outliers or kept."""
-    if keep.spread:
+    if keep.measure is Measure.SPREAD:
         entries -= zeros
     if keep.density <= 0 or entries == 0:
         return 0, 0
@@ -330,15 +404,23 @@ def _narrowed(query: _Query, within: _Bin, reads: Reads, place: Place) -> _Bin:
     """The part of a bin that holds the threshold, by a read of its own."""
     shift = max(0, (within.high - within.low - 1).bit_length() - DIGIT)
     offset = within.low >> shift
-    one = place.measure is Measure.OWN
     bins = ((within.high - 1) >> shift) - offset + 1
-    histogram = torch.zeros(1, bins, dtype=torch.int64, device=reads.device)
+    # Where a model is compared by itself, the others need not be looked at.
+    own = place.measure in (Measure.OWN, Measure.ROWS)
+    mine = slice(query.which, query.which + 1) if own else slice(None)
+    scales = None if place.scales is None else place.scales[mine]
+    place = replace(place, drops=place.drops[mine], scales=scales)
+    histogram = torch.zeros(0, bins, dtype=torch.int64, device=reads.device)
     for part in reads.further():
-        models = part.models[query.which : query.which + 1] if one else part.models
-        drops = place.drops[query.which : query.which + 1] if one else place.drops
-        here = replace(place, first_entry=part.first_entry, drops=drops)
-        ops.count_magnitudes(part.base, models, histogram, shift=shift, offsets=[offset], clamp=False, place=here)
-    number, rank, entries = _bin_of(histogram[0], within.rank)
+        models = part.models[mine]
+        if not len(histogram):
+            sets = 1 if place.measure is Measure.SPREAD else len(models)
+            histogram = torch.zeros(sets, bins, dtype=torch.int64, device=reads.device)
+        here = replace(place, first_entry=part.first_entry)
+        ops.count_magnitudes(
+            part.base, models, histogram, shift=shift, offsets=[offset] * len(histogram), clamp=False, place=here
+        )
+    number, rank, entries = _bin_of(histogram[0 if own else query.which], within.rank)
     low, high = (offset + number) << shift, (offset + number + 1) << shift
     return _Bin(max(low, within.low), min(high, within.high), rank, entries)
 

@@ -7,6 +7,7 @@ top sets are found is in selecting.py, what follows from the sums in methods/.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +42,26 @@ def mean_squares(job: TensorJob, kept: Sequence[ops.Drop], reads: Reads, place: 
     """Mean square of each model's kept deltas over all entries."""
     everything = job.keeps or (Keep(),) * len(job.models)
     return tuple(square / max(1, reads.entries) for _, _, square in kept_sums(everything, kept, reads, place))
+
+
+def shared_counts(job: TensorJob, reads: Reads, place: ops.Place) -> tuple[tuple[int, int], ...]:
+    """Per model how many deltas beyond `epsilon` others have too, and how many it has alone."""
+    assert job.parameters is not None
+    limits = (job.parameters["epsilon"],) * len(job.models)
+    counts = torch.zeros(len(limits), 2, dtype=torch.int64, device=reads.device)
+    for part in reads.planned():
+        assert part.base is not None
+        ops.count_shared(part.base, part.models, limits, counts, replace(place, first_entry=part.first_entry))
+    return tuple((shared, alone) for shared, alone in counts.tolist())
+
+
+def of_kept(job: TensorJob, kept: Sequence[ops.Drop], reads: Reads, place: ops.Place) -> TensorView:
+    """A whole tensor as a method that ends in an Election sees it, with the statistics that it asks for."""
+    if job.statistics is Statistics.SQUARES:
+        return job.view(squares=mean_squares(job, kept, reads, place))
+    if job.statistics is Statistics.SHARED:
+        return job.view(shared=shared_counts(job, reads, place))
+    return job.view()
 
 
 def of_matrix(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.Drop]) -> TensorView:

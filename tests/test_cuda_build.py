@@ -48,18 +48,16 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("op", "cases", "kernels"),
     [
-        (
-            "column_moments",
-            300,
-            5 * 2 + 1,
-        ),  # bf16, f16, f32, mixed, with f64; 16-byte loads or not; the adding up of tiles
+        # bf16, f16, f32, mixed, mixed with f64; 16-byte loads or not; the adding up of tiles
+        ("column_moments", 300, 5 * 2 + 1),
         ("row_moments", 60, 5 * 2),
         ("gram", 250, 5 * 2 + 1),
         ("row_gram", 60, 5 * 2),
         ("column_gram", 150, 5 * 2 + 1),
         ("blend", 500, 5 * 2 * 3),  # to three dtypes
         ("rank", 150, 2),
-        ("selection", 200, 3 + 4),  # elections to three dtypes; sums, magnitudes, counting, collecting
+        ("selection", 400, 3 + 6),  # elections to three dtypes; sums, magnitudes, kept deltas, three that count
+        ("row_divergences", 60, 1),
         ("calibrated_softmax", 150, 1),
     ],
 )

@@ -216,7 +216,7 @@ def test_top_sets_are_exact_ties_in_index_order(
 @few
 @given(tensors(most=8), st.sampled_from([0.1, 0.5, 0.9]), st.sampled_from([2, 1 << 20]))
 def test_top_sets_of_the_spread_are_exact(made: InMemory, density: float, room: int) -> None:
-    keeps = [Keep(density=density, spread=True)] * len(made.models)
+    keeps = [Keep(density=density, measure=Measure.SPREAD)] * len(made.models)
     with room_for(room):
         drops = choose(keeps, made, Place(measure=Measure.SPREAD), range(len(keeps)))
     assert len(set(map(repr, [replace(drop, key=0) for drop in drops]))) == 1
@@ -315,24 +315,31 @@ def test_every_op_passes_opcheck() -> None:
         return torch.zeros(*shape, dtype=torch.int64)
 
     odds, counts = torch.full((2, 35), 0.5, dtype=torch.float64), whole(2)
+    rows = torch.ones(2, 7, dtype=torch.float64)
     check, registered = torch.library.opcheck, torch.ops.mergecore
     for drops in (none, keeps):
         check(
             registered.count_magnitudes.default,
-            (base, models, whole(2, 64), 42, [1 << 20, 0], True, 0, 0, 9, *drops),
+            (base, models, whole(2, 64), 42, [1 << 20, 0], True, 0, None, 0, 9, *drops),
         )
         collected = (whole(1, 6), whole(1, 6), whole(1))
         check(
             registered.collect_magnitudes.default,
-            (base, models, [1], [0], [1 << 62], *collected, whole(1, 5), 8, 0, 0, 9, *drops),
+            (base, models, [1], [0], [1 << 62], *collected, whole(1, 5), 8, 0, None, 0, 9, *drops),
         )
         sums = torch.zeros(2, 3, 5, dtype=torch.float64)
-        check(registered.kept_sums.default, (base, models, sums, 8, 1, 0, 9, *drops, *keeps, odds))
+        check(registered.kept_sums.default, (base, models, sums, 8, 1, None, 0, 9, *drops, *keeps, odds))
         check(registered.magnitudes.default, (base, models, torch.empty_like(odds), 0, 9, *drops))
         check(
             registered.elect.default,
-            (torch.empty(5, 7), base, models, [1.0, 2.0], 1.0, 1, True, 0, 0, 9, *drops, *keeps, odds, True, counts),
-        )
+            (
+                torch.empty(5, 7), base, models, [1.0, 2.0], [0.5, 0.4], 1.0, 1, 2, True, 2, rows, 0, 14, *drops,
+                *keeps, odds, True, counts,
+            ),
+        )  # fmt: skip
+        check(registered.keep_deltas.default, (base, models, odds.clone(), 3, rows, 0, 9, *drops, *keeps, None, False))
+        check(registered.count_shared.default, (base, models, [1.0, 0.0], whole(2, 2), 0, 9, *drops))
+        check(registered.row_divergences.default, (base, models, rows.clone(), 0, 14, *drops))
 
 
 # Methods ------------------------------------------------------------------------------------------

@@ -32,56 +32,6 @@ void add_scaled_chunk(const double* delta, const double* coefficient, bool per_e
   }
 }
 
-// base_coefficient * base + sum; a zero sum leaves the base bit for bit, the sign of its zeros
-// included.
-inline __attribute__((always_inline)) double add_base(double product, double sum) {
-  return sum == 0.0 ? product : product + sum;
-}
-
-// sum[i] becomes the blend's value, out[i] that value rounded. False if a value is not finite or
-// beyond the largest number of `dtype`: then out is not to be used.
-MERGECORE_CLONES
-bool store_finite_chunk(const double* base, double base_coefficient, double* sum, int n,
-                        Dtype dtype, void* out) {
-  bool finite = true;
-  with_result(dtype, [&](auto type) __attribute__((always_inline)) {
-    using T = decltype(type);
-    float rounded[kChunk];
-    uint64_t largest = 0;
-    if (base != nullptr) {
-      for (int i = 0; i < n; ++i) sum[i] = add_base(base_coefficient * base[i], sum[i]);
-    }
-    for (int i = 0; i < n; ++i) {
-      double result = round_finite<T>(sum[i]);
-      uint64_t magnitude = bit_cast<uint64_t>(result) & 0x7fffffffffffffffull;
-      largest = magnitude > largest ? magnitude : largest;
-      rounded[i] = static_cast<float>(result);
-    }
-    auto* bits = static_cast<typename T::Bits*>(out);
-    for (int i = 0; i < n; ++i) bits[i] = T::store_finite(rounded[i]);
-    finite = largest <= bit_cast<uint64_t>(T::largest);
-  });
-  return finite;
-}
-
-// The rare chunk with values that are not finite or overflow: stored one by one and counted.
-void store_any_chunk(const double* values, int n, Dtype dtype, void* out, int64_t& nonfinite,
-                     int64_t& overflow) {
-  with_result(dtype, [&](auto type) {
-    using T = decltype(type);
-    auto* bits = static_cast<typename T::Bits*>(out);
-    for (int i = 0; i < n; ++i) {
-      double result = round_to<T>(values[i]);
-      bits[i] = T::store(static_cast<float>(result));
-      if (!(fabs(values[i]) < HUGE_VAL)) {
-        ++nonfinite;
-      } else if (fabs(result) > T::largest) {
-        ++overflow;
-      }
-    }
-  });
-}
-
 constexpr int64_t kAhead = 2 * kChunk;  // entries between use and prefetch
 
 void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow) {
@@ -120,10 +70,8 @@ void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64
       }
     }
     void* out = static_cast<char*>(b.out) + entry * out_size;
-    if (!store_finite_chunk(has_base ? base : nullptr, b.base_coefficient, sum, n, b.out_dtype,
-                            out)) {
-      store_any_chunk(sum, n, b.out_dtype, out, nonfinite, overflow);
-    }
+    store_chunk(has_base ? base : nullptr, b.base_coefficient, sum, n, b.out_dtype, out, nonfinite,
+                overflow);
     entry += n;
   }
 }

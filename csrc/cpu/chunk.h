@@ -70,6 +70,11 @@ void select_chunk(const Drop& drop, const void* model, Dtype dtype, const double
 void dropped_delta_chunk(const void* model, Dtype dtype, const double* base, const double* keep,
                          int n, double* delta);
 
+// out[i] = base_coefficient * base[i] + sum[i], rounded; sum[i] becomes the value that is rounded.
+// Adds to non-finite results, overflowed results.
+void store_chunk(const double* base, double base_coefficient, double* sum, int n, Dtype dtype,
+                 void* out, int64_t& nonfinite, int64_t& overflow);
+
 // delta[i] = keep * (model[i] - base[i]) of entries first, first + 1, ... with all that `drop`
 // says.
 inline void kept_delta_chunk(const Drop& drop, const void* model, Dtype dtype, const double* base,

@@ -11,6 +11,8 @@ constexpr int kThreads = 256;
 struct DeviceKept {
   DeviceInputs in;
   Measure measure;
+  const double* scales;
+  int64_t stride;
   bool keeping;
   bool divide_by_odds;
   const double* odds;
@@ -21,6 +23,8 @@ DeviceKept kept_by_value(const Kept& kept) {
   DeviceKept out = {};
   out.in = by_value(kept.inputs);
   out.measure = kept.measure;
+  out.scales = kept.scales;
+  out.stride = kept.stride;
   out.keeping = kept.keeps != nullptr;
   out.divide_by_odds = kept.divide_by_odds;
   out.odds = kept.odds;
@@ -84,8 +88,33 @@ __device__ __forceinline__ double spread_at(const DeviceInputs& in, double base,
   return spread_of(distances, squares, in.count);
 }
 
+// What the measures of all models of an entry have in common.
+__device__ __forceinline__ double common_at(const DeviceKept& kept, double base, int64_t entry) {
+  if (kept.measure == Measure::spread) return spread_at(kept.in, base, entry);
+  double total = 0.0;
+  if (kept.measure != Measure::competition) return total;
+  for (int m = 0; m < kept.in.count; ++m) total += delta_of(kept.in, m, base, entry);
+  return total;
+}
+
+// The magnitude that is compared, of the delta d of model m.
+__device__ __forceinline__ double measured(const DeviceKept& kept, int m, double d, double common,
+                                           int64_t entry) {
+  const double* scales = kept.scales + m * kept.stride;
+  switch (kept.measure) {
+    case Measure::spread:
+      return common;
+    case Measure::rows:
+      return fabs(d) * scales[index_of(kept.in, entry) / kept.in.window.columns];
+    case Measure::competition:
+      return competition(d, common, kept.in.count, scales);
+    default:
+      return fabs(d);
+  }
+}
+
 // What the delta d of model m is multiplied with.
-__device__ __forceinline__ double factor_of(const DeviceKept& kept, int m, double d, double spread,
+__device__ __forceinline__ double factor_of(const DeviceKept& kept, int m, double d, double common,
                                             int64_t entry) {
   if (!kept.keeping) return 1.0;
   const Drop& drop = kept.keeps[m];
@@ -99,24 +128,21 @@ __device__ __forceinline__ double factor_of(const DeviceKept& kept, int m, doubl
     factor = 0.0;
   }
   if (!selects(drop)) return factor;
-  const double magnitude = kept.measure == Measure::spread ? spread : fabs(d);
-  return selected(drop, magnitude, index) ? factor : 0.0;
-}
-
-__device__ __forceinline__ double spread_if_used(const DeviceKept& kept, double base,
-                                                 int64_t entry) {
-  return kept.measure == Measure::spread ? spread_at(kept.in, base, entry) : 0.0;
+  const double magnitude = measured(kept, m, d, common, entry);
+  if (!selected(drop, magnitude, index)) return 0.0;
+  if (kept.measure != Measure::competition || factor == 0.0) return factor;
+  return factor * competing_weight(magnitude, drop.least, drop.most);
 }
 
 __device__ __forceinline__ void count_one(int64_t* total) {
   atomicAdd(reinterpret_cast<unsigned long long*>(total), 1ull);
 }
 
-// The magnitude of set `which`: a model's own, or the spread.
+// The key of set `which`: a model's, or that of all.
 __device__ __forceinline__ int64_t key_of(const DeviceKept& kept, int which, int64_t entry) {
   const double base = base_at(kept.in, entry);
-  return magnitude_bits(kept.measure == Measure::spread ? spread_at(kept.in, base, entry)
-                                                        : delta_of(kept.in, which, base, entry));
+  const double d = delta_of(kept.in, which, base, entry);
+  return magnitude_bits(measured(kept, which, d, common_at(kept, base, entry), entry));
 }
 
 struct Offsets {
@@ -176,8 +202,7 @@ __device__ __forceinline__ Sums sum_lane(const DeviceKept& kept, int m, int64_t 
   for (; entry < last; entry += kLanes) {
     const double base = base_at(kept.in, entry);
     const double d = delta_of(kept.in, m, base, entry);
-    const double v =
-        factor_of(kept, m, d, spread_if_used(kept, base, entry), entry) != 0.0 ? d : 0.0;
+    const double v = factor_of(kept, m, d, common_at(kept, base, entry), entry) != 0.0 ? d : 0.0;
     sums.total += fabs(d);
     sums.magnitude += fabs(v);
     sums.square = fma(v, v, sums.square);
@@ -220,51 +245,185 @@ __global__ void __launch_bounds__(kThreads)
   for (int m = 0; m < in.count; ++m) out[m * entries + entry] = fabs(delta_of(in, m, base, entry));
 }
 
+__global__ void __launch_bounds__(kThreads)
+    write_kept(const __grid_constant__ DeviceKept kept, int64_t entries, double* out) {
+  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (entry >= entries) return;
+  const double base = base_at(kept.in, entry), common = common_at(kept, base, entry);
+  for (int m = 0; m < kept.in.count; ++m) {
+    const double d = delta_of(kept.in, m, base, entry);
+    const double v = factor_of(kept, m, d, common, entry) * d;
+    out[m * entries + entry] = v == 0.0 ? base : base + v;
+  }
+}
+
+struct Limits {
+  double of[kMaxModels];
+};
+
+__global__ void __launch_bounds__(kThreads)
+    count_beyond(const __grid_constant__ DeviceInputs in, const __grid_constant__ Limits limits,
+                 int64_t entries, int64_t* counts) {
+  const int64_t entry = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (entry >= entries) return;
+  const double base = base_at(in, entry);
+  int beyond = 0;
+  for (int m = 0; m < in.count; ++m) {
+    beyond += goes_beyond(delta_of(in, m, base, entry), limits.of[m]) ? 1 : 0;
+  }
+  for (int m = 0; m < in.count; ++m) {
+    if (!goes_beyond(delta_of(in, m, base, entry), limits.of[m])) continue;
+    count_one(counts + 2 * m + (beyond > 1 ? 0 : 1));
+  }
+}
+
+// The sum of f(entry) along a row of `columns` entries: a thread of the warp has two of the lanes.
+template <class F>
+__device__ __forceinline__ double sum_row(int64_t columns, const F& f) {
+  double low = 0.0, high = 0.0;
+  for (int64_t i = threadIdx.x; i < columns; i += kLanes) low += f(i);
+  for (int64_t i = threadIdx.x + kWarp; i < columns; i += kLanes) high += f(i);
+  return add_lanes(low, high);
+}
+
+// The first thread's value.
+__device__ __forceinline__ double from_first(double value) {
+  return __shfl_sync(kAllLanes, value, 0, kWarp);
+}
+
+// One warp per row and model.
+__global__ void __launch_bounds__(kWarp)
+    diverge_rows(const __grid_constant__ DeviceInputs in, double* out, int64_t stride) {
+  const int64_t columns = in.window.columns;
+  const int m = static_cast<int>(blockIdx.x % static_cast<unsigned>(in.count));
+  const int64_t row = blockIdx.x / static_cast<unsigned>(in.count), first = row * columns;
+  const auto delta = [&](int64_t i) { return delta_of(in, m, base_at(in, first + i), first + i); };
+  const auto entry = [&](int64_t i) {
+    const double base = base_at(in, first + i);
+    return base + delta_of(in, m, base, first + i);
+  };
+  double largest = -HUGE_VAL;
+  for (int64_t i = threadIdx.x; i < columns; i += kWarp) {
+    const double x = entry(i);
+    largest = x > largest ? x : largest;
+  }
+  for (int half = kWarp / 2; half > 0; half /= 2) {
+    const double other = __shfl_down_sync(kAllLanes, largest, half, kWarp);
+    largest = other > largest ? other : largest;
+  }
+  largest = from_first(largest);
+  const auto power = [&](int64_t i) { return exp_exact_order(entry(i) - largest); };
+  const double total = from_first(sum_row(columns, power));
+  const double mean =
+      from_first(sum_row(columns, [&](int64_t i) { return power(i) * delta(i); }) / total);
+  const double rest =
+      sum_row(columns, [&](int64_t i) { return power(i) * exp_minus_line(mean - delta(i)); });
+  if (threadIdx.x != 0) return;
+  out[m * stride + first_row_of(in.window) + row] = log1p_exact_order(rest / total);
+}
+
 struct DeviceElection {
   DeviceKept kept;
   Elect elect;
   bool normalize;
   double scale;
+  int consensus;
   void* out;
   Dtype out_dtype;
   double weights[kMaxModels];
+  double limits[kMaxModels];
 };
 
-__device__ __forceinline__ double value_of(const DeviceKept& kept, int m, double base,
-                                           double spread, int64_t entry) {
+// Model m's delta and what it is multiplied with.
+struct Choice {
+  double delta;
+  double factor;
+  __device__ __forceinline__ double value() const { return factor * delta; }
+};
+
+__device__ __forceinline__ Choice choice_of(const DeviceKept& kept, int m, double base,
+                                            double common, int64_t entry) {
   const double d = delta_of(kept.in, m, base, entry);
-  return factor_of(kept, m, d, spread, entry) * d;
+  return {d, factor_of(kept, m, d, common, entry)};
 }
 
-// What is added to the base.
-__device__ __forceinline__ double mixed_at(const DeviceElection& e, double base, int64_t entry) {
+// With an election by sign.
+__device__ __forceinline__ double elected_at(const DeviceElection& e, double scale, double base,
+                                             double common, int64_t entry) {
   const DeviceKept& kept = e.kept;
-  const double spread = spread_if_used(kept, base, entry);
-  double mixed = -0.0;
-  if (e.elect == Elect::none) {
-    for (int m = 0; m < kept.in.count; ++m) {
-      mixed = fma(e.scale * e.weights[m], value_of(kept, m, base, spread, entry), mixed);
-    }
-    return mixed;
-  }
-  double sum = 0.0, absolute = 0.0, divisor = 0.0, weight = 0.0;
+  double mixed = -0.0, sum = 0.0, absolute = 0.0, divisor = 0.0, weight = 0.0;
   for (int m = 0; m < kept.in.count; ++m) {
     const double w = e.elect == Elect::weighted ? e.weights[m] : 1.0;
-    const double term = w * value_of(kept, m, base, spread, entry);
+    const double term = w * choice_of(kept, m, base, common, entry).value();
     sum += term;
     absolute += fabs(term);
   }
   const bool negative = elects_negative(sum, absolute);
   for (int m = 0; m < kept.in.count; ++m) {
     const double w = e.weights[m];
-    const double v = value_of(kept, m, base, spread, entry);
+    const double v = choice_of(kept, m, base, common, entry).value();
     const double side = e.elect == Elect::weighted ? w * v : v;
     if ((negative ? -side : side) <= 0.0) continue;  // NaN stays in
     mixed = fma(w, v, mixed);
     divisor += w;
     weight += fabs(w);
   }
-  return elected(mixed, divisor, weight, e.normalize, e.scale);
+  return elected(mixed, divisor, weight, e.normalize, scale);
+}
+
+__device__ __forceinline__ double combined_at(const DeviceElection& e, double scale, double base,
+                                              double common, int64_t entry) {
+  const DeviceKept& kept = e.kept;
+  if (e.elect == Elect::weighted || e.elect == Elect::unweighted) {
+    return elected_at(e, scale, base, common, entry);
+  }
+  double mixed = -0.0, sum = 0.0, beyond = 0.0, divisor = 0.0;
+  for (int m = 0; m < kept.in.count; ++m) {
+    const Choice choice = choice_of(kept, m, base, common, entry);
+    const double w = e.weights[m], limit = e.limits[m], v = choice.value();
+    switch (e.elect) {
+      case Elect::none:
+        mixed = fma(scale * w, v, mixed);
+        break;
+      case Elect::limited:
+        mixed = fma(scale * w, limited(v, limit), mixed);
+        break;
+      case Elect::largest:
+        if (takes_over(w * v, mixed)) mixed = w * v;
+        break;
+      case Elect::shared:
+        if (!goes_beyond(v, limit)) break;
+        mixed = w * v;
+        sum += v;
+        beyond += 1.0;
+        break;
+      default:  // competing
+        mixed = fma(w, v, mixed);
+        divisor += choice.factor;
+    }
+  }
+  switch (e.elect) {
+    case Elect::largest:
+      return mixed * scale;
+    case Elect::shared:
+      return scale * (beyond > 1.0 ? sum / beyond : mixed);
+    case Elect::competing:
+      return scale * (divisor > 0.0 ? mixed / divisor : mixed);
+    default:
+      return mixed;
+  }
+}
+
+// What is added to the base.
+__device__ __forceinline__ double mixed_at(const DeviceElection& e, double base, int64_t entry) {
+  const double common = common_at(e.kept, base, entry);
+  const double mixed = combined_at(e, e.consensus > 0 ? 1.0 : e.scale, base, common, entry);
+  if (e.consensus == 0) return mixed;
+  int held = 0;
+  for (int m = 0; m < e.kept.in.count; ++m) {
+    held += holds_on(delta_of(e.kept.in, m, base, entry), mixed, e.limits[m]) ? 1 : 0;
+  }
+  return e.scale * agreed(mixed, held, e.consensus);
 }
 
 template <class Out>
@@ -324,6 +483,27 @@ int magnitudes(const Inputs& in, double* out, Stream stream) {
                 entries, out);
 }
 
+int keep_deltas(const Kept& kept, double* out, Stream stream) {
+  const int64_t entries = entries_of(kept);
+  if (entries == 0) return cudaSuccess;
+  return launch(&write_kept, divide_up(entries, kThreads), kThreads, stream, kept_by_value(kept),
+                entries, out);
+}
+
+int count_shared(const Inputs& in, const double* limits, int64_t* counts, Stream stream) {
+  const int64_t entries = in.window.rows * in.window.columns;
+  if (entries == 0) return cudaSuccess;
+  Limits values = {};
+  std::copy_n(limits, in.count, values.of);
+  return launch(&count_beyond, divide_up(entries, kThreads), kThreads, stream, by_value(in), values,
+                entries, counts);
+}
+
+int row_divergences(const Inputs& in, double* out, int64_t stride, Stream stream) {
+  if (in.window.rows == 0 || in.window.columns == 0) return cudaSuccess;
+  return launch(&diverge_rows, in.window.rows * in.count, kWarp, stream, by_value(in), out, stride);
+}
+
 int elect(const Election& election, int64_t* counts, Stream stream) {
   const int64_t entries = entries_of(election.kept);
   if (entries == 0) return cudaSuccess;
@@ -334,7 +514,11 @@ int elect(const Election& election, int64_t* counts, Stream stream) {
   e.scale = election.scale;
   e.out = election.out;
   e.out_dtype = election.out_dtype;
+  e.consensus = election.consensus;
   std::copy_n(election.weights, election.kept.inputs.count, e.weights);
+  if (election.limits != nullptr) {
+    std::copy_n(election.limits, election.kept.inputs.count, e.limits);
+  }
   const int64_t blocks = divide_up(entries, kThreads);
   switch (election.out_dtype) {
     case Dtype::f32:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mergecore.ops import Drop, Elect
+from mergecore.ops import Drop, Elect, Measure
 
 Scalar = bool | int | float | str
 
@@ -76,6 +76,8 @@ class Statistics(Enum):
     COLUMN_GRAM = "Gram matrix per column"
     SQUARES = "squares"
     """Mean squares of the kept deltas."""
+    SHARED = "shared"
+    """How many deltas beyond the parameter `epsilon` a model shares with others, and how many it has alone."""
     DELTAS = "deltas"
     """The deltas of a matrix, whole."""
     SUM = "sum of the deltas"
@@ -96,14 +98,17 @@ class Keep:
     """Which deltas of one model are kept, of one tensor.
 
     By magnitude: the `outliers` share of the largest is dropped, of the others the `density` share of
-    the largest is kept; both are shares of all entries, of which `spread` compares not |d| but the
-    models' standard deviation, and counts only where that is not 0. At random: each entry is dropped
-    with probability `drop_rate`, which falls by rank of |d| within a row from + `epsilon` to - `epsilon`.
+    the largest is kept; both are shares of all entries, Measure.SPREAD counts only those that differ. Or,
+    with `fence`, what is at least the median plus 1.5 times the distance of the quartiles. At random: each
+    entry is dropped with probability `drop_rate`, which falls by rank of |d| within a row from + `epsilon`
+    to - `epsilon`.
     """
 
     density: float = 1.0
     outliers: float = 0.0
-    spread: bool = False
+    measure: Measure = Measure.OWN
+    """What is compared, the same for all models."""
+    fence: bool = False
     drop_rate: float = 0.0
     epsilon: float = 0.0
     rescale: Literal["none", "probability", "l1"] = "none"
@@ -111,7 +116,7 @@ class Keep:
 
     @property
     def by_magnitude(self) -> bool:
-        return self.density < 1 or self.outliers > 0
+        return self.density < 1 or self.outliers > 0 or self.fence or self.measure is Measure.COMPETITION
 
     @property
     def drops(self) -> bool:
@@ -122,6 +127,11 @@ class Keep:
     def by_row(self) -> bool:
         """Whether the ranks within rows decide."""
         return 0 < self.drop_rate < 1 and self.epsilon > 0
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether windows must not cut a row (along the last axis)."""
+        return self.by_row or self.measure is Measure.ROWS
 
     @property
     def rescale_by_sums(self) -> bool:
@@ -219,6 +229,8 @@ class TensorView:
     gram: Gram | None = None
     squares: tuple[float, ...] | None = None
     """Mean square of each model's kept deltas."""
+    shared: tuple[tuple[int, int], ...] | None = None
+    """Per model how many deltas beyond `epsilon` others have too, and how many it has alone."""
     place: float = 0.0
     """Where the tensor's layer stands: 0 is the first, 1 the last; 0 outside the layers."""
     is_linear: bool = False
@@ -229,16 +241,19 @@ class TensorView:
 
 @dataclass(frozen=True)
 class Election:
-    """out = a + scale * sum_n weights[n] * v_n over the kept deltas v_n, or over those that an election leaves.
+    """out = a + scale * what `elect` makes of the kept deltas v_n of an entry: their sum with `weights`, or other.
 
-    With one, only deltas of the elected sign count, at each entry, and `normalize` divides by the sum of
-    their weights.
+    With an election by sign `normalize` divides by the sum of the weights that agree. `limits` are those of
+    Elect.SHARED and Elect.LIMITED, or of a `consensus`: then what fewer than so many models hold on to is 0,
+    |d_n| > limits[n] * |result - d_n|.
     """
 
     weights: tuple[float, ...]
     scale: float = 1.0
     elect: Elect = Elect.NONE
     normalize: bool = False
+    limits: tuple[float, ...] = ()
+    consensus: int = 0
 
     @property
     def finite(self) -> bool:

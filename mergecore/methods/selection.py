@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mergecore.methods.base import Election, Keep, Method, Parameter, Statistics, TensorView, scope
 from mergecore.methods.linear import WEIGHT
-from mergecore.ops import Elect
+from mergecore.ops import Elect, Measure
 
 DENSITY = Parameter("density", 1.0, "share of a model's deltas that is kept", per_model=True)
 GAMMA = Parameter("gamma", 0.01, "share of the largest deltas that is dropped", per_model=True)
@@ -43,7 +43,8 @@ def _rescale(default: bool) -> Parameter:
     return Parameter("rescale", default, "scale up what is kept")
 
 
-def _share(name: str, value: float) -> float:
+def share_of(name: str, value: float) -> float:
+    """A share as it was given; raises ValueError if it is none."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value:g}; it must be from 0 to 1")
     return value
@@ -61,15 +62,15 @@ def _trimmed(view: TensorView) -> tuple[Keep, ...]:
     keeps = []
     for density, gamma in zip(view.parameters["density"], gammas, strict=True):
         # A density of 1 is the dense method, outliers included.
-        outliers = _share("gamma", gamma) if density < 1 else 0.0
-        keeps.append(Keep(density=_share("density", density), outliers=outliers, rescale=rescale))
+        outliers = share_of("gamma", gamma) if density < 1 else 0.0
+        keeps.append(Keep(density=share_of("density", density), outliers=outliers, rescale=rescale))
     return tuple(keeps)
 
 
 def _at_random(view: TensorView) -> tuple[Keep, ...]:
     rescale: Any = view.parameters["rescale_norm"] if view.parameters["rescale"] else "none"
     return tuple(
-        Keep(drop_rate=_complement(_share("density", density)), rescale=rescale)
+        Keep(drop_rate=_complement(share_of("density", density)), rescale=rescale)
         for density in view.parameters["density"]
     )
 
@@ -202,8 +203,8 @@ DELLA_LINEAR = _method(
 
 def _most_varied(view: TensorView) -> tuple[Keep, ...]:
     """The entries where the models differ most, the same of all models."""
-    share = _share("select_topk", view.parameters["select_topk"])
-    return (Keep(density=share, spread=True),) * view.models
+    share = share_of("select_topk", view.parameters["select_topk"])
+    return (Keep(density=share, measure=Measure.SPREAD),) * view.models
 
 
 def _by_square(view: TensorView) -> Election:

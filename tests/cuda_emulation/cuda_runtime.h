@@ -136,6 +136,18 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width) {
   return result;
 }
 
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, int width) {
+  static_assert(sizeof(T) == sizeof(uint64_t), "only 8-byte values are shuffled");
+  if (mask != 0xffffffffu) std::abort();
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const int lane = emulation::meet(emulation::Meeting::shuffle, bits);
+  T result;
+  std::memcpy(&result, &emulation::exchanged[lane / width * width + from], sizeof bits);
+  return result;
+}
+
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
   if (mask != 0xffffffffu) std::abort();
   emulation::meet(emulation::Meeting::sum, value);

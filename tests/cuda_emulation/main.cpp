@@ -382,16 +382,26 @@ std::string rank() {
 
 // A window of a case after a second choice among its deltas.
 Kept kept_of(const Case& c, const Inputs& in, const std::vector<Drop>& keeps, const Memory& odds,
-             bool with_odds, Measure measure, bool divide) {
-  return {in, measure, keeps.data(), with_odds ? odds.as<double>() : nullptr,
+             bool with_odds, Measure measure, const Memory& scales, bool divide) {
+  const bool scaled = measure == Measure::rows || measure == Measure::competition;
+  const int64_t stride = measure == Measure::rows ? first_row_of(in.window) + c.rows + 1 : 2;
+  return {in,
+          measure,
+          scaled ? scales.as<double>() : nullptr,
+          stride,
+          keeps.data(),
+          with_odds ? odds.as<double>() : nullptr,
           divide && c.models > 0};
 }
 
 std::string selection() {
-  const Case c(60);
+  Case c(60);
+  const bool near = chance(70);  // rows of scales from the tensor's first on fit the memory
+  if (near) c.first_entry %= 1000;
   const int64_t entries = c.rows * c.columns, models = c.models, block = draw(1, 300);
   const int64_t blocks = (entries + block - 1) / block;
-  const auto measure = static_cast<Measure>(draw(0, 1));
+  auto measure = static_cast<Measure>(draw(0, 3));
+  if (measure == Measure::rows && !near) measure = Measure::competition;
   const int64_t sets = measure == Measure::spread ? 1 : models;
   std::vector<Drop> keeps;
   for (int64_t m = 0; m < models; ++m) keeps.push_back(c.drop());
@@ -399,12 +409,25 @@ std::string selection() {
   for (int64_t i = 0; i < models * entries; ++i) odds.as<double>()[i] = 0.05 + 0.9 * uniform();
   for (int64_t m = 0; m < models; ++m) weights.as<double>()[m] = uniform() - 0.1;
   std::vector<Matrix> views;
-  const Kept kept =
-      kept_of(c, c.window(0, c.rows, views), keeps, odds, chance(40), measure, chance(50));
+  const Inputs in = c.window(0, c.rows, views);
+  const int64_t rows = near ? first_row_of(in.window) + c.rows + 1 : 2;
+  const Memory scales(models * std::max<int64_t>(2, rows) * 8);
+  for (int64_t i = 0; i < models * std::max<int64_t>(2, rows); ++i) {
+    scales.as<double>()[i] = 20.0 * uniform();
+  }
+  const Kept kept = kept_of(c, in, keeps, odds, chance(40), measure, scales, chance(50));
   const auto dtype = static_cast<Dtype>(draw(0, 2));
   const Memory out(entries * dtype_size(dtype)), cuda_out = out.copy();
-  const Election election{kept, static_cast<Elect>(draw(0, 2)), chance(50),
-                          0.7,  weights.as<double>(),           out.as<void>(),
+  const Memory limits(models * 8);
+  for (int64_t m = 0; m < models; ++m) limits.as<double>()[m] = chance(20) ? 0.0 : 5.0 * uniform();
+  const Election election{kept,
+                          static_cast<Elect>(draw(0, 6)),
+                          chance(50),
+                          0.7,
+                          weights.as<double>(),
+                          limits.as<double>(),
+                          chance(70) ? 0 : static_cast<int>(draw(1, 3)),
+                          out.as<void>(),
                           dtype};
   Election on_cuda = election;
   on_cuda.out = cuda_out.as<void>();
@@ -424,6 +447,13 @@ std::string selection() {
     cpu::magnitudes(kept.inputs, size.as<double>(), 0, entries);
     succeed(cuda::magnitudes(kept.inputs, cuda_size.as<double>(), nullptr));
     equal("magnitudes", size.as<double>(), cuda_size.as<double>(), models * entries);
+    cpu::keep_deltas(kept, size.as<double>(), 0, entries);
+    succeed(cuda::keep_deltas(kept, cuda_size.as<double>(), nullptr));
+    equal("kept deltas", size.as<double>(), cuda_size.as<double>(), models * entries);
+    std::vector<int64_t> shared(static_cast<size_t>(2 * models)), cuda_shared = shared;
+    cpu::count_shared(kept.inputs, limits.as<double>(), shared.data(), 0, entries);
+    succeed(cuda::count_shared(kept.inputs, limits.as<double>(), cuda_shared.data(), nullptr));
+    equal("shared", shared.data(), cuda_shared.data(), 2 * models);
     constexpr int64_t kBins = 300;
     std::vector<int64_t> offsets(static_cast<size_t>(sets), 900);
     std::vector<int64_t> bins(static_cast<size_t>(sets * kBins)), cuda_bins = bins;
@@ -452,6 +482,24 @@ std::string selection() {
   return "";
 }
 
+std::string row_divergences() {
+  Case c(40);
+  c.first_entry = c.columns * draw(0, 20);
+  const int64_t stride = c.first_row + 20 + c.rows + draw(0, 2), size = c.models * stride;
+  const Memory out = numbers(size, false), cuda_out = out.copy();
+  try {
+    std::vector<Matrix> views;
+    cpu::row_divergences(c.window(0, c.rows, views), out.as<double>(), stride, 0, c.rows);
+    c.windows([&](int64_t, const Inputs& in) {
+      succeed(cuda::row_divergences(in, cuda_out.as<double>(), stride, nullptr));
+    });
+    equal("out", out.as<double>(), cuda_out.as<double>(), size);
+  } catch (const std::string& problem) {
+    return c.text() + ": " + problem;
+  }
+  return "";
+}
+
 std::string calibrated_softmax() {
   const int64_t models = draw(1, 6), count = draw(1, 700);
   const Memory scores = numbers(models * count, chance(30)), thresholds = numbers(models, true);
@@ -474,15 +522,16 @@ std::string calibrated_softmax() {
 
 int main(int, char** arguments) {
   const std::string op = arguments[1];
-  auto* run = op == "column_moments" ? column_moments
-              : op == "row_moments"  ? row_moments
-              : op == "gram"         ? gram
-              : op == "row_gram"     ? row_gram
-              : op == "column_gram"  ? column_gram
-              : op == "blend"        ? blend
-              : op == "rank"         ? rank
-              : op == "selection"    ? selection
-                                     : calibrated_softmax;
+  auto* run = op == "column_moments"    ? column_moments
+              : op == "row_moments"     ? row_moments
+              : op == "gram"            ? gram
+              : op == "row_gram"        ? row_gram
+              : op == "column_gram"     ? column_gram
+              : op == "blend"           ? blend
+              : op == "rank"            ? rank
+              : op == "selection"       ? selection
+              : op == "row_divergences" ? row_divergences
+                                        : calibrated_softmax;
   const uint64_t first = std::stoull(arguments[2]), cases = std::stoull(arguments[3]);
   for (uint64_t seed = first; seed < first + cases; ++seed) {
     random_bits.seed(seed);
