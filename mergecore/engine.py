@@ -31,7 +31,7 @@ from mergecore.output import manifest
 from mergecore.output.stages import Stages, stages_folder
 from mergecore.output.writer import OutputWriter
 from mergecore.planning import MergePlan, TensorJob, plan, with_run
-from mergecore.selecting import Part, compared, row_odds, row_pieces
+from mergecore.selecting import Part, compared, row_odds, row_pieces, thinned
 from mergecore.sources import DTYPES, Source, files_of
 from mergecore.spec import MergeSpec, load_spec
 from mergecore.survey import Found
@@ -408,7 +408,11 @@ class _Merge:
             dtype = torch.bfloat16 if source is None else DTYPES[source.dtype]
             hosts.append(HostWindow(data, dtype, window.rows, job.columns))
         tensors = self.device.upload(hosts)
-        return (tensors[0], tensors[1:]) if job.has_base else (None, tensors)
+        base, models = (tensors[0], tensors[1:]) if job.has_base else (None, tensors)
+        if job.thinned:
+            keys = statistics.random_keys(job, len(models), self.plan.spec.seed)
+            models = thinned(job.thinned, keys, Part(first, base, models), job.shape[-1] if job.shape else 1)
+        return base, models
 
     def _windows(self, stream: WindowStream) -> _Windows:
         """Every window of every job with its bytes, in the order of the loop; submitted just far enough ahead."""

@@ -25,6 +25,7 @@ from mergecore.inputs import Input, Inputs, Resolve
 from mergecore.matching import FLOATS, Matching
 from mergecore.methods import METHODS
 from mergecore.methods.base import Coefficients, Keep, Method, Statistics, TensorView, per_model
+from mergecore.methods.selection import complement
 from mergecore.ops import gram_count
 from mergecore.output.config import output_config
 from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
@@ -78,6 +79,8 @@ class TensorJob:
     """What is kept of each model's deltas in front of the method; empty where everything is."""
     keeps: tuple[Keep, ...] = ()
     """What the method keeps of what is left; empty where it keeps everything."""
+    thinned: tuple[Keep, ...] = ()
+    """What is kept by rank within rows, in the place of `sparsify`: windows hold what is left."""
     block_rows: int = 1
     """Windows are cut at multiples of it."""
     scope: str = "tensor"
@@ -319,6 +322,13 @@ def _sparsified(sparsify: Sparsify) -> Keep:
         assert sparsify.drop_rate is not None
         return Keep(drop_rate=sparsify.drop_rate, rescale="none" if sparsify.rescale is False else "probability")
     assert sparsify.density is not None
+    if sparsify.method == "della":
+        drops = sparsify.density < 1
+        return Keep(
+            drop_rate=complement(sparsify.density),
+            epsilon=0.0 if not drops else 0.15 if sparsify.epsilon is None else sparsify.epsilon,
+            rescale="none" if sparsify.rescale is False or not drops else "probability",
+        )
     outliers = 0.0
     if sparsify.method == "breadcrumbs" and sparsify.density < 1:
         outliers = 0.01 if sparsify.gamma is None else sparsify.gamma
@@ -351,12 +361,13 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
     linear = is_linear(name, some.shape)
     view = TensorView(len(models), len(some.shape) < 2, resolved, place=slot.place, is_linear=linear)
     sparsify, keeps = _keeps(name, view, spec, method) if base is not None else ((), ())
+    by_row = any(keep.by_row for keep in sparsify)
     matrices, rows, columns = architecture.matrices(name, some.shape)
     statistics = method.needs(view)
     if statistics in (Statistics.NONE, Statistics.GRAM, Statistics.SQUARES, Statistics.SHARED):
         # Entries do not know of each other: a window may be cut anywhere, or between blocks.
         matrices, rows, columns = 1, matrices * rows * columns, 1
-        if any(keep.whole_rows for keep in keeps) and rows:
+        if rows and (by_row or any(keep.whole_rows for keep in keeps)):
             columns = some.shape[-1] if some.shape else 1
             rows //= columns
     elif 0 in some.shape:
@@ -364,7 +375,11 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
     orientation = architecture.orientation(name, some.shape)
     if statistics.is_gram:
         orientation = "rows" if statistics is Statistics.ROW_GRAM else "columns"
-    in_blocks = planned_reads(sparsify) or planned_reads(keeps) or statistics in (Statistics.GRAM, Statistics.SQUARES)
+    in_blocks = (
+        (not by_row and planned_reads(sparsify))
+        or planned_reads(keeps)
+        or statistics in (Statistics.GRAM, Statistics.SQUARES)
+    )
     job = TensorJob(
         name=name,
         method=method,
@@ -381,8 +396,9 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
         window_rows=max(1, rows),
         keep=False,
         statistics=statistics,
-        sparsify=sparsify,
+        sparsify=() if by_row else sparsify,
         keeps=keeps,
+        thinned=sparsify if by_row else (),
         block_rows=-(-BLOCK // columns) if in_blocks else 1,
         scope=resolved.get("scope", "tensor")
         if planned_reads(keeps) or statistics is not Statistics.NONE
@@ -450,6 +466,7 @@ def _taking_part(slot: Slot, matching: Matching, method: Method) -> tuple[Method
 def _row_bytes(job: TensorJob) -> tuple[int, int]:
     """Bytes of one row of all inputs, and of the output. What is derived while it streams is made in float64."""
     inputs = sum(FLOATS[each.dtype] if isinstance(each, Stored) else 3 * FLOATS["F64"] for each in job.sources())
+    inputs += 2 * FLOATS["F64"] * len(job.thinned)
     return job.columns * inputs, job.columns * FLOATS.get(job.dtype, 1)
 
 
@@ -457,6 +474,7 @@ def _statistics_bytes(job: TensorJob) -> int:
     models = len(job.models)
     entries = MODEL_BLOCKS * BLOCK if job.scope == "model" else job.matrices * job.rows * job.columns
     choosing = max(held_bytes(keeps, entries, job.columns) for keeps in (job.sparsify, job.keeps))
+    choosing += held_bytes(job.thinned, entries, job.columns)
     length = job.columns if job.orientation == "columns" or len(job.shape) < 2 else job.rows
     if job.statistics is Statistics.SQUARES:
         return max(choosing, 48 * models * (entries // BLOCK + 1))

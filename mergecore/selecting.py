@@ -233,6 +233,28 @@ def row_odds(keeps: Sequence[Keep], part: Part, place: Place) -> Tensor | None:
     return ranks
 
 
+def thinned(keeps: Sequence[Keep], keys: Sequence[int], part: Part, columns: int) -> list[Tensor]:
+    """The models' windows with only the deltas that are kept by rank within rows of `columns` entries: base + kept
+    delta, float64, so that any method can follow. The window is whole rows; `keys` as in `choose`."""
+    shape = part.models[0].shape
+    flat = Part(
+        part.first_entry,
+        None if part.base is None else part.base.view(-1, columns),
+        [model.view(-1, columns) for model in part.models],
+    )
+    drops = [keep.dropping(key) for keep, key in zip(keeps, keys, strict=True)]
+    divided = any(keep.rescale == "probability" for keep in keeps)
+    kept = []
+    for piece in row_pieces(keeps, flat, columns):
+        assert piece.base is not None
+        place = Place(first_entry=piece.first_entry)
+        odds = row_odds(keeps, piece, place)
+        kept.append(
+            ops.keep_deltas(piece.base, piece.models, keeps=drops, place=place, odds=odds, divide_by_odds=divided)
+        )
+    return list(torch.cat(kept, dim=1).view(len(keeps), *shape))
+
+
 def _limited(drops: list[Drop], keeps: Sequence[Keep], reads: Reads, place: Place) -> list[Drop]:
     """`drops` with the limits of the models' top sets."""
     sets, entries = _sets(keeps), reads.entries

@@ -32,10 +32,12 @@ def chosen(
     job: TensorJob, keeps: Sequence[Keep], reads: Reads, place: ops.Place, seed: int, purpose: str = ""
 ) -> list[ops.Drop]:
     """What `keeps` keep of each model's deltas. `purpose` keeps apart what is drawn twice for one model."""
-    keys = [
-        ops.Drop.of(0.0, False, seed=seed, tensor=job.name, model=n, purpose=purpose).key for n in range(len(keeps))
-    ]
-    return choose(keeps, reads, place, keys)
+    return choose(keeps, reads, place, random_keys(job, len(keeps), seed, purpose))
+
+
+def random_keys(job: TensorJob, models: int, seed: int, purpose: str = "") -> list[int]:
+    """The models' keys for random numbers."""
+    return [ops.Drop.of(0.0, False, seed=seed, tensor=job.name, model=n, purpose=purpose).key for n in range(models)]
 
 
 def mean_squares(job: TensorJob, kept: Sequence[ops.Drop], reads: Reads, place: ops.Place) -> tuple[float, ...]:

@@ -202,7 +202,7 @@ def test_arcee_fusion_is_its_definition() -> None:
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_pcb_is_its_definition(count: int, density: float) -> None:
     base, models = checkpoints(count, 6, F32, F32)
-    weights = {"merge_method": "pcb", "parameters": {"density": density, "lambda": 0.5}}
+    weights: dict[str, Any] = {"merge_method": "pcb", "parameters": {"density": density, "lambda": 0.5}}
     found = merge(base, models, dtype="float32", **weights)
     for name, start in base.items():
         deltas = longs(start, [model[name] for model in models])

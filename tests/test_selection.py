@@ -556,17 +556,28 @@ def test_windows_change_no_byte(method: str, sparsify: dict[str, Any] | None, mo
         assert torch.equal(oracle.bits(whole[name]), oracle.bits(cut[name])), name
 
 
-@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
-def test_random_methods_keep_share_and_mean(method: str) -> None:
+DELLA = {"method": "della", "density": 0.4}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"merge_method": "dare_linear", "parameters": {"density": 0.4}},
+        {"merge_method": "della_linear", "parameters": {"density": 0.4}},
+        {"merge_method": "task_arithmetic", "sparsify": DELLA},
+    ],
+    ids=["dare", "della", "della in front"],
+)
+def test_random_methods_keep_share_and_mean(spec: dict[str, Any]) -> None:
     """Within 4 sigma: the kept share, the mean of kept and rescaled deltas, and their mean square."""
     n, density = 200_000, 0.4
     base = {"w": torch.zeros(400, 500)}
     random = torch.Generator().manual_seed(1)
     model = {"w": 1.0 + torch.stack([torch.randperm(500, generator=random) for _ in range(400)]) / 500}
-    kept = merge(base, [model], merge_method=method, parameters={"density": density}, seed=3)["w"].double()
+    kept = merge(base, [model], **spec, seed=3)["w"].double()
     delta = model["w"].double()
     odds = torch.full_like(delta, density)
-    if method == "della_linear":
+    if spec["merge_method"] != "dare_linear":
         odds = density - 0.15 + 0.3 * delta.argsort(dim=1).argsort(dim=1) / 499
     sigma = (odds * (1 - odds)).sum().sqrt()
     assert abs((kept != 0).sum() - density * n) < 4 * sigma
@@ -576,6 +587,23 @@ def test_random_methods_keep_share_and_mean(method: str) -> None:
     assert abs((kept**2).sum() - squares.sum()) < 4 * (squares**2 * (1 / odds - 1)).sum().sqrt()
     hits = torch.where(kept != 0, kept * odds / delta, torch.ones_like(kept))
     assert torch.allclose(hits, torch.ones_like(hits), atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", [40 << 20, 1 << 30])
+@pytest.mark.parametrize(
+    "method", ["widen", "linear", "slerp", "karcher", "model_stock", "ties", "sce", "della", "consensus_ta", "tsv"]
+)
+def test_della_in_front_of_a_method_is_the_method_on_thinned_models(method: str, memory: int) -> None:
+    base, models = checkpoints(1 if method == "slerp" else 2, 5, F32, BF16)
+    spec: dict[str, Any] = {"sparsify": {**DELLA, "rescale": False}, "seed": 4, "dtype": "float32"}
+    alone = [[{"weight": float(n == m)} for m in range(len(models))] for n in range(len(models))]
+    thinned = [merge(base, models, merge_method="task_arithmetic", each=each, **spec) for each in alone]
+    assert any(bool((thinned[0][name] != models[0][name]).any()) for name in base)
+    parameters = {"slerp": {"t": 0.3}, "ties": {"density": 0.5}, "della": {"density": 0.7}}.get(method, {})
+    found = merge(base, models, merge_method=method, parameters=parameters, run={"memory": memory}, **spec)
+    expected = merge(base, thinned, merge_method=method, parameters=parameters, seed=4, dtype="float32")
+    for name in base:
+        assert torch.equal(found[name], expected[name]), name
 
 
 def test_models_draw_numbers_of_their_own() -> None:

@@ -50,7 +50,7 @@ def share_of(name: str, value: float) -> float:
     return value
 
 
-def _complement(density: float) -> float:
+def complement(density: float) -> float:
     """1 - density of the number as it is written: 0.1 for 0.9."""
     return float(1 - Fraction(repr(density)))
 
@@ -70,7 +70,7 @@ def _trimmed(view: TensorView) -> tuple[Keep, ...]:
 def _at_random(view: TensorView) -> tuple[Keep, ...]:
     rescale: Any = view.parameters["rescale_norm"] if view.parameters["rescale"] else "none"
     return tuple(
-        Keep(drop_rate=_complement(share_of("density", density)), rescale=rescale)
+        Keep(drop_rate=complement(share_of("density", density)), rescale=rescale)
         for density in view.parameters["density"]
     )
 
