@@ -119,7 +119,7 @@ def pcb(deltas: Longs, density: float) -> Any:
 # Whole merges -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("t", [0.0, 1e-4, 1e-3, 1.0])
+@pytest.mark.parametrize("t", [0.0, 1e-7, 1e-4, 1.0])
 def test_nearswap_moves_by_t_at_most(t: float) -> None:
     base, (model,) = checkpoints(1, 1, BF16, F32)
     found = merge(base, [model], merge_method="nearswap", parameters={"t": t}, dtype="float32")
