@@ -39,12 +39,13 @@ MERGECORE_INLINE bool selects(const Drop& drop) {
 
 MERGECORE_INLINE bool drops_any(const Drop& drop) { return drop.threshold > 0 || selects(drop); }
 
-// NaN is kept: it has to show in the result.
+// NaN is kept: it has to show in the result. Without branches, which compilers would not vectorise.
 MERGECORE_INLINE bool selected(const Drop& drop, double magnitude, int64_t index) {
   const bool small =
-      magnitude < drop.least || (magnitude == drop.least && index >= drop.least_before);
-  const bool large = magnitude > drop.most || (magnitude == drop.most && index < drop.most_before);
-  return !small && !large;
+      (magnitude < drop.least) | ((magnitude == drop.least) & (index >= drop.least_before));
+  const bool large =
+      (magnitude > drop.most) | ((magnitude == drop.most) & (index < drop.most_before));
+  return !(small | large);
 }
 
 struct Window {

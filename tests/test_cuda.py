@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergecore import ops
-from mergecore.ops import Axis, Drop
+from mergecore.ops import Axis, Drop, Elect, Measure, Place
 
 GPU = torch.device("cuda")
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (*HALF, torch.float32)
+WINDOWS = (*DTYPES, torch.float64)
 
 
 def why_not() -> str:
@@ -190,7 +192,7 @@ def check_blend(m: Matrices, height: int, axis: Axis, out_dtype: torch.dtype, ba
 
 # Same dtypes take kernels of their own; columns that are no multiple of 8, or windows that are not
 # aligned, take single loads.
-KINDS = [*((dtype, dtype, dtype) for dtype in DTYPES), DTYPES, (torch.float32, *HALF, torch.bfloat16)]
+KINDS = [*((dtype, dtype, dtype) for dtype in WINDOWS), DTYPES, (torch.float32, *HALF, torch.bfloat16), WINDOWS]
 SHAPES = [(1, 1), (3, 7), (64, 64), (130, 1000), (257, 4096), (200, 5121)]
 
 
@@ -223,7 +225,7 @@ class TestEveryKernel:
 def any_matrices(draw: st.DrawFn) -> Matrices:
     models = draw(st.integers(1, 5))
     base = draw(st.booleans())
-    dtype = st.sampled_from(DTYPES)
+    dtype = st.sampled_from(WINDOWS)
     same = draw(st.booleans())
     kinds = (draw(dtype),) * (models + 1) if same else tuple(draw(dtype) for _ in range(models + 1))
     rates = st.lists(st.sampled_from([0.0, 0.1, 0.9]), min_size=models, max_size=models)
@@ -268,12 +270,113 @@ def test_blend_of_any_windows(
     check_blend(m, height, axis, out_dtype, base_coefficient)
 
 
+def place_of(m: Matrices, measure: Measure) -> Place:
+    """The whole window as the first rows of its tensor, with some scales where the measure takes them."""
+    width = {Measure.ROWS: m.rows, Measure.COMPETITION: 2}.get(measure)
+    scales = None if width is None else torch.rand(len(m.models), width, dtype=torch.float64)
+    return Place(0, m.drops, measure, scales)
+
+
+def check_selection(m: Matrices, measure: Measure, out_dtype: torch.dtype) -> None:
+    """Everything that chooses among deltas; windows of the GPU start where the others do."""
+    assert m.base is not None
+    assert m.gpu_base is not None
+    place = place_of(m, measure)
+    gpu_place = replace(place, scales=None if place.scales is None else place.scales.to(GPU))
+    count, entries, block = len(m.models), m.rows * m.columns, 4096
+    sets = 1 if measure is Measure.SPREAD else count
+    gpu = (m.gpu_base, m.gpu_models)
+
+    bins = torch.zeros(sets, 1 << 11, dtype=torch.int64)
+    gpu_bins = bins.to(GPU)
+    for base, models, histogram, here in ((m.base, m.models, bins, place), (*gpu, gpu_bins, gpu_place)):
+        ops.count_magnitudes(base, models, histogram, shift=52, offsets=[0] * sets, clamp=True, place=here)
+    assert_same_bits(bins, gpu_bins)
+
+    ranges = [(n, 1020 << 52, 1024 << 52) for n in range(sets)]
+    collected = []
+    for base, models, here, device in ((m.base, m.models, place, "cpu"), (*gpu, gpu_place, GPU)):
+        keys = torch.zeros(sets, entries, dtype=torch.int64, device=device)
+        indices, found = torch.zeros_like(keys), torch.zeros(sets, dtype=torch.int64, device=device)
+        equal = torch.zeros(sets, -(-entries // block), dtype=torch.int64, device=device)
+        ops.collect_magnitudes(base, models, ranges, keys, indices, found, equal, block=block, place=here)
+        collected.append((found, equal, indices.sort(dim=1).values, keys.sort(dim=1).values))  # found in any order
+    for one, two in zip(*collected, strict=True):
+        assert_same_bits(one, two)
+
+    keeps = [Drop(n, 1 << 30, 4 / 3, least=0.2, least_before=entries // 2, most=2.0) for n in range(count)]
+    odds = torch.rand(count, entries, dtype=torch.float64) * 0.9 + 0.05
+    for chosen in (None, odds):
+        gpu_chosen = None if chosen is None else chosen.to(GPU)
+        on_cpu: dict[str, Any] = {"keeps": keeps, "place": place}
+        on_device: dict[str, Any] = {"keeps": keeps, "place": gpu_place}
+        assert_same_bits(
+            ops.kept_sums(m.base, m.models, block=block, odds=chosen, **on_cpu),
+            ops.kept_sums(*gpu, block=block, odds=gpu_chosen, **on_device),
+        )
+        assert_same_bits(
+            ops.keep_deltas(m.base, m.models, odds=chosen, divide_by_odds=chosen is not None, **on_cpu),
+            ops.keep_deltas(*gpu, odds=gpu_chosen, divide_by_odds=chosen is not None, **on_device),
+        )
+    weights, limits = [0.5 - 0.3 * n for n in range(count)], [0.1 + 0.2 * n for n in range(count)]
+    for elect in Elect:
+        limited = elect in (Elect.SHARED, Elect.LIMITED)
+        for consensus in (0, 1) if count == 1 else (0, 2):
+            out, counts = torch.empty(m.rows, m.columns, dtype=out_dtype), torch.tensor([3, 5])
+            gpu_out, gpu_counts = out.to(GPU), counts.to(GPU)
+            options: dict[str, Any] = {"scale": 0.7, "elect": elect, "normalize": True, "keeps": keeps}
+            options |= {"consensus": consensus, "limits": limits if limited or consensus else ()}
+            ops.elect(out, m.base, m.models, weights, counts, place=place, **options)
+            ops.elect(gpu_out, *gpu, weights, gpu_counts, place=gpu_place, **options)
+            assert_same_bits(out, gpu_out)
+            assert counts.tolist() == gpu_counts.tolist()
+
+
+def check_of_deltas(m: Matrices) -> None:
+    """Magnitudes, counts of shared deltas, and the rows' divergences."""
+    assert m.base is not None
+    assert m.gpu_base is not None
+    place, limits = Place(0, m.drops), [0.1 + 0.2 * n for n in range(len(m.models))]
+    assert_same_bits(ops.magnitudes(m.base, m.models, place), ops.magnitudes(m.gpu_base, m.gpu_models, place))
+    counts = torch.ones(len(m.models), 2, dtype=torch.int64)
+    gpu_counts = counts.to(GPU)
+    ops.count_shared(m.base, m.models, limits, counts, place)
+    ops.count_shared(m.gpu_base, m.gpu_models, limits, gpu_counts, place)
+    assert_same_bits(counts, gpu_counts)
+    out = torch.randn(len(m.models), m.rows + 3, dtype=torch.float64)
+    gpu_out = out.to(GPU)
+    ops.row_divergences(m.base, m.models, out, replace(place, first_entry=2 * m.columns))
+    ops.row_divergences(m.gpu_base, m.gpu_models, gpu_out, replace(place, first_entry=2 * m.columns))
+    assert_same_bits(out, gpu_out)
+
+
+@pytest.mark.parametrize("dtypes", KINDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("drops", [False, True], ids=["whole", "dropped"])
+def test_selection(shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], drops: bool) -> None:
+    rates = (0.0, *[0.3] * (len(dtypes) - 2)) if drops else ()
+    m = matrices(*shape, dtypes, drop_rates=rates)
+    for measure, out_dtype in zip(Measure, (*DTYPES, torch.bfloat16), strict=True):
+        check_selection(m, measure, out_dtype)
+    check_of_deltas(m)
+
+
+@given(m=any_matrices(), measure=st.sampled_from(list(Measure)), out_dtype=st.sampled_from(DTYPES))
+@settings(max_examples=60, deadline=None)
+def test_selection_of_any_windows(m: Matrices, measure: Measure, out_dtype: torch.dtype) -> None:
+    if m.base is None:
+        m = replace(m, base=m.models[0], gpu_base=m.gpu_models[0])
+    check_selection(m, measure, out_dtype)
+    check_of_deltas(m)
+
+
 def test_the_greatest_number_of_models() -> None:
     m = matrices(5, 264, (torch.bfloat16,) * 65, drop_rates=(0.5,) * 64, first_row=62)
     check_column_moments(m, height=2)
     check_row_moments(m, height=2)
     check_grams(m, height=2)
     check_blend(m, 2, Axis.COLUMNS, torch.bfloat16)
+    check_selection(m, Measure.COMPETITION, torch.bfloat16)
 
 
 def test_a_large_window() -> None:

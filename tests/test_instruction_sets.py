@@ -40,6 +40,7 @@ PROGRAM = """
 #include "chunk.cpp"
 #include "moments.cpp"
 #include "scores.cpp"
+#include "select.cpp"
 using namespace mergecore;
 extern "C" {
 void column_moments(const Inputs* in, double* sums, double* pending, int64_t columns) {
@@ -47,6 +48,13 @@ void column_moments(const Inputs* in, double* sums, double* pending, int64_t col
 }
 void row_moments(const Inputs* in, double* sums, int64_t rows) { cpu::row_moments(*in, sums, rows, 0, rows); }
 void blend(const Blend* b, int64_t entries, int64_t* counts) { cpu::blend(*b, 0, entries, counts[0], counts[1]); }
+void elect(const Inputs* in, const double* numbers, const Drop* keeps, int measure, int how, int consensus, void* out,
+           int64_t entries, int64_t* counts) {
+  Kept kept{*in, static_cast<Measure>(measure), numbers, 2, keeps, nullptr, false};
+  Election election{kept, static_cast<Elect>(how), true, 0.7, numbers, numbers, consensus, out, Dtype::bf16};
+  cpu::elect(election, 0, entries, counts[0], counts[1]);
+}
+void divergences(const Inputs* in, double* out, int64_t rows) { cpu::row_divergences(*in, out, rows, 0, rows); }
 void rank(const double* values, double* ranks, int64_t count, bool average) {
   cpu::rank(values, ranks, count, average);
 }
@@ -212,6 +220,46 @@ def test_blend(compiled: ctypes.CDLL, case: str, axis: ops.Axis, dtype: torch.dt
     assert same(found, wanted)
     assert found_counts.tolist() == wanted_counts.tolist()
     assert wanted_counts[0] > 0  # the rare path was taken too
+
+
+@pytest.mark.parametrize("how", ops.Elect)
+@pytest.mark.parametrize("case", ["bf16", "mixed", "dropping", "double"])
+def test_elections(compiled: ctypes.CDLL, case: str, how: ops.Elect) -> None:
+    base, models, drops = made(case)
+    assert base is not None
+    numbers = torch.tensor([[0.01, 0.5], [0.02, 0.7], [0.0, 1.0]], dtype=torch.float64)
+    keeps = [ops.Drop(n, 1 << 29, 1.25, least=0.001 * n, least_before=5000, most=2.0) for n in range(3)]
+    limits = numbers.flatten()[:3].tolist()
+    for measure in (ops.Measure.OWN, ops.Measure.SPREAD, ops.Measure.COMPETITION):
+        found, wanted = torch.empty(2, ROWS, COLUMNS, dtype=torch.bfloat16).unbind()
+        found_counts, wanted_counts = torch.zeros(2, 2, dtype=torch.int64).unbind()
+        consensus = 2 if how in (ops.Elect.NONE, ops.Elect.WEIGHTED) else 0
+        given = (Drop * 3)(*(Drop(*dataclasses.astuple(keep)) for keep in keeps))
+        compiled.elect(
+            ctypes.byref(Inputs.of(base, models, drops)), pointer(numbers), given, measure, how, consensus,
+            pointer(found), ctypes.c_int64(ROWS * COLUMNS), pointer(found_counts),
+        )  # fmt: skip
+        limited = how in (ops.Elect.SHARED, ops.Elect.LIMITED) or consensus
+        ops.elect(
+            wanted, base, models, limits, wanted_counts, scale=0.7, elect=how, normalize=True, keeps=keeps,
+            place=ops.Place(5, drops, measure, numbers if measure is ops.Measure.COMPETITION else None),
+            limits=limits if limited else (), consensus=consensus,
+        )  # fmt: skip
+        assert same(found, wanted)
+        assert found_counts.tolist() == wanted_counts.tolist()
+
+
+@pytest.mark.parametrize("case", ["bf16", "mixed", "double"])
+def test_divergences(compiled: ctypes.CDLL, case: str) -> None:
+    base, models, _ = made(case)
+    assert base is not None
+    models[0][:, 500] = 2.0
+    found, wanted = torch.empty(2, 3, ROWS, dtype=torch.float64).unbind()
+    inputs = Inputs.of(base, models, ())
+    inputs.window.first_entry = 0
+    compiled.divergences(ctypes.byref(inputs), pointer(found), ctypes.c_int64(ROWS))
+    ops.row_divergences(base, models, wanted, ops.Place())
+    assert same(found, wanted)
 
 
 def test_scores(compiled: ctypes.CDLL) -> None:
