@@ -229,7 +229,8 @@ def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePl
             tokenizer = inputs.open(str(source))
         except CheckpointError as error:
             raise input_error(spec, ("tokenizer_source",), str(error)) from error
-    architecture = Architecture.of(reference.config, matching.names, spec.orientation)
+    shapes = {slot.name: matching.any_tensor(slot).shape for slot in matching.slots}
+    architecture = Architecture.of(reference.config, matching.names, spec.orientation, shapes)
     jobs = [_job(slot, matching, architecture, spec, method) for slot in matching.slots]
     for job in jobs:
         _check_coefficients(job, spec)
