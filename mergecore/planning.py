@@ -338,7 +338,7 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
     method, base, members = _taking_part(slot, matching, method)
     models = tuple(matching.tensor(member, slot) for member in members)
     wanted = spec.out_dtype or spec.dtype
-    dtype = STORED[wanted] if wanted is not None else some.dtype if some.dtype in STORED.values() else "F32"
+    dtype = STORED[wanted] if wanted is not None else _own_dtype(some, matching.reference.config)
     resolved = parameters_of(spec, method, slot, members)
     view = TensorView(len(models), len(some.shape) < 2, resolved, place=slot.place)
     sparsify, keeps = _keeps(name, view, spec, method) if base is not None else ((), ())
@@ -381,6 +381,13 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
         place=slot.place,
     )
     return _windowed(job, spec)
+
+
+def _own_dtype(source: Source, config: Mapping[str, Any]) -> str:
+    """The dtype a tensor is stored in if none is asked for: its own, or the config's where it is computed (fp8)."""
+    if source.dtype in STORED.values():
+        return source.dtype
+    return STORED.get(str(config.get("dtype", config.get("torch_dtype"))), "F32")
 
 
 def _copy(name: str, source: Source) -> TensorJob:

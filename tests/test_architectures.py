@@ -302,9 +302,9 @@ def test_an_fp8_model_merges_as_the_values_that_it_stands_for(
         assert not oracle.task_arithmetic(tensor, [values[name]], "1", ["0.5"]).wrong(found[name]).any(), name
     # As the base its config and names are the output's, without the quantisation and its scales.
     merge(tmp_path / "back", "task_arithmetic", tmp_path / "far", (of["base"], {"weight": 0.5}))
+    assert {tensor.dtype for tensor in load_tensors(tmp_path / "back").values()} == {BF16}
     back = loaded(tmp_path / "back").state_dict()
     for name, tensor in of.states["base"].items():
-        assert back[name].dtype == BF16
         assert not oracle.task_arithmetic(values[name], [tensor], "1", ["0.5"]).wrong(back[name]).any(), name
 
 
@@ -324,13 +324,18 @@ def test_a_real_model_merges_with_its_fine_tune(minilm: Path, tmp_path: Path) ->
     config, base = json.loads((minilm / "config.json").read_text()), load_tensors(minilm)
     write_model(tmp_path / "far", moved(base, 1e-3, 2), config)
     merge(tmp_path / "out", "task_arithmetic", minilm, (tmp_path / "far", {"weight": 0.5}))
-    expected = added(base, [load_tensors(tmp_path / "far")], ["0.5"])
-    found = load_tensors(tmp_path / "out")
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-    model = loaded(tmp_path / "out")
-    reference = type(model).from_pretrained(minilm, state_dict=expected).eval()
-    ids = {"input_ids": torch.tensor([[101, 7592, 2088, 102]])}
-    with torch.no_grad():
-        assert torch.equal(model(**ids)[0], reference(**ids)[0])
+    found, far = load_tensors(tmp_path / "out"), load_tensors(tmp_path / "far")
+    assert found.keys() == base.keys()
+    for name, tensor in base.items():
+        if not tensor.is_floating_point():
+            assert torch.equal(found[name], tensor), name
+        elif tensor.shape[0] < 10_000:  # a few million entries of long doubles are enough
+            assert not oracle.task_arithmetic(tensor, [far[name]], "1", ["0.5"]).wrong(found[name]).any(), name
     assert (tmp_path / "out" / "tokenizer.json").exists()
+    # [CLS] a man is eating food [SEP] / [CLS] a man eats something [SEP]: near each other, as in the model itself.
+    ids = torch.tensor([[101, 1037, 2158, 2003, 5983, 2833, 102], [101, 1037, 2158, 20323, 2242, 102, 0]])
+    with torch.no_grad():
+        own, merged = (
+            loaded(folder)(input_ids=ids, attention_mask=(ids > 0).int())[0] for folder in (minilm, tmp_path / "out")
+        )
+    assert torch.cosine_similarity(own, merged, dim=-1).min() > 0.99
