@@ -102,6 +102,11 @@ def is_embedding(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and parts[-1] == "weight" and len(parts) > 1 and bool(_EMBEDDING.fullmatch(parts[-2]))
 
 
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is the weight of a linear layer or a convolution inside the model (or several: experts)."""
+    return len(shape) > 1 and 0 not in shape and name != HEAD and not is_embedding(name, shape)
+
+
 def embedding_of(names: Iterable[str]) -> str | None:
     """The name of the token embedding, which a tied head shares."""
     endings = (

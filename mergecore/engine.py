@@ -26,7 +26,7 @@ from mergecore._stream import ReadFault, WindowStream
 from mergecore.device import Device, HostWindow, open_device
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
 from mergecore.inputs import Resolve
-from mergecore.methods.base import Coefficients, Election, Statistics, TensorView
+from mergecore.methods.base import Coefficients, Dense, Election, Statistics, TensorView
 from mergecore.output import manifest
 from mergecore.output.stages import Stages, stages_folder
 from mergecore.output.writer import OutputWriter
@@ -129,7 +129,9 @@ def _run_all(
     """The merges that `planned` needs, then itself; progress and the result count all of them."""
     merges = [*planned.earlier, (out, planned)]
     done = MergeResult(out, planned.method.name, 0, 0, 0, 0.0, 0, False, ())
-    tensors, to_read = (sum(values) for values in zip(*((len(m.jobs), m.bytes_to_read) for _, m in merges), strict=True))
+    tensors, to_read = (
+        sum(values) for values in zip(*((len(m.jobs), m.bytes_to_read) for _, m in merges), strict=True)
+    )
     to_write = sum(m.bytes_to_write for _, m in merges)
     for path, merge in merges:
         if path != out and stages.is_done(path.name, merge.identity()):
@@ -265,8 +267,11 @@ class _Merge:
                     gram = found.gram if found is not None else None
                     view = job.view(gram=gram) if gram else statistics.of_matrix(job, matrix, reads, drops)
                     coefficients = self._solve(view, job)
-                    assert isinstance(coefficients, Coefficients)
-                    self._blend(job, matrix, coefficients, drops, counts, reads)
+                    if isinstance(coefficients, Dense):
+                        self._add(job, matrix, coefficients.delta, counts, reads)
+                    else:
+                        assert isinstance(coefficients, Coefficients)
+                        self._blend(job, matrix, coefficients, drops, counts, reads)
             self.device.flush()
             stream.check()
             self._check_finite(job, *counts.tolist())
@@ -283,7 +288,7 @@ class _Merge:
             self.writer.write(job.name, first_row * (data.nbytes // rows), buffer)
             self._count(data.nbytes, data.nbytes)
 
-    def _solve(self, view: TensorView, job: TensorJob) -> Coefficients | Election:
+    def _solve(self, view: TensorView, job: TensorJob) -> Coefficients | Election | Dense:
         try:
             return job.method.coefficients(view)
         except ValueError as error:
@@ -317,6 +322,23 @@ class _Merge:
                 first_entry=entry,
                 drops=drops,
             )
+
+        self._write(job, matrix, compute, reads)
+
+    def _add(self, job: TensorJob, matrix: int, delta: Tensor, counts: Tensor, reads: _Reads) -> None:
+        """The blend of a merged delta, float64 (rows, columns): as one more model that is this far from the base."""
+        one = torch.ones(1, 1, dtype=torch.float64, device=self.device.torch_device)
+        first = matrix * job.rows
+
+        def compute(result: Tensor, part: Part) -> None:
+            done = 0
+            for piece in statistics.pieces(part):
+                assert piece.base is not None
+                rows = piece.base.shape[0]
+                row = piece.first_entry // job.columns - first
+                moved = piece.base.double() + delta[row : row + rows]
+                ops.blend(result[done : done + rows], piece.base, [moved], one, counts)
+                done += rows
 
         self._write(job, matrix, compute, reads)
 

@@ -15,6 +15,7 @@ from mergecore.planning import MergePlan
 
 ROWS, COLUMNS = 512, 2048
 MEASURE_SECONDS = 0.1
+SIDE = 384  # of the matrix that is decomposed
 
 
 def seconds(plan: MergePlan) -> float:
@@ -23,7 +24,7 @@ def seconds(plan: MergePlan) -> float:
     torch.set_num_threads(plan.spec.run.threads or before)
     try:
         entries = sum(job.matrices * job.rows * job.columns for job in plan.jobs if job.parameters is not None)
-        return entries * _seconds_per_entry(plan)
+        return entries * _seconds_per_entry(plan) + _decomposing(plan)
     finally:
         torch.set_num_threads(before)
 
@@ -50,3 +51,22 @@ def _seconds_per_entry(plan: MergePlan) -> float:
         ops.blend(out, base, models, coefficients, counts)
         runs += 1
     return (time.perf_counter() - started) / runs / (ROWS * COLUMNS)
+
+
+def _decomposing(plan: MergePlan) -> float:
+    """Seconds of the singular value decompositions, from that of a small square matrix."""
+    whole = [job for job in plan.jobs if job.statistics.is_whole]
+    if not whole:
+        return 0.0
+    matrix = torch.arange(SIDE * SIDE, dtype=torch.float64).sin().view(SIDE, SIDE)
+    started = time.perf_counter()
+    torch.linalg.svd(matrix, full_matrices=False)
+    each = (time.perf_counter() - started) / SIDE**3
+    return each * sum(
+        job.matrices
+        * job.rows
+        * job.columns
+        * min(job.rows, job.columns)
+        * (len(job.models) if job.statistics is Statistics.DELTAS else 1)
+        for job in whole
+    )

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mergecore.adapters import adapted, open_adapter
 from mergecore.checkpoint import Checkpoint, open_checkpoint
 from mergecore.references import parse_reference
 from mergecore.sources import Source, dequantised
@@ -28,22 +29,25 @@ class Input:
     config: dict[str, Any]
     tensors: dict[str, Source]
     files: tuple[Checkpoint, ...] = ()
-    """The checkpoint, and the adapter if there is one; empty for the result of an earlier merge of the same spec."""
+    """The checkpoint, if it is not the result of an earlier merge of the same spec; then the adapter, if there is
+    one."""
     identity: str | None = None
     """Of the result of an earlier merge: the merge's."""
-    warnings: tuple[str, ...] = field(default=())
+    tokenizer: Path | None = None
+    """Of the result of an earlier merge: where its tokenizer's files lie already."""
 
     @property
     def folder(self) -> Path:
         """Where config.json and the tokenizer lie."""
-        return self.path if not self.files else self.files[0].folder
+        if self.identity is not None:
+            return self.tokenizer or self.path
+        return self.path if self.path.is_dir() else self.path.parent
 
     def fingerprint(self) -> dict[str, Any]:
         """What identifies this input, as it was at opening; JSON-serialisable."""
-        if self.identity is not None:
-            return {"merge": self.identity}
-        base, *adapters = (checkpoint.fingerprint() for checkpoint in self.files)
-        return {**base, "adapters": adapters} if adapters else base
+        found = [file.fingerprint() for file in self.files]
+        own = {"merge": self.identity} if self.identity is not None else found.pop(0)
+        return {**own, "adapters": found} if found else own
 
     def check_unchanged(self) -> None:
         """InputFault when a weight file was replaced or modified since it was opened."""
@@ -65,18 +69,27 @@ class Inputs:
 
     def open(self, text: str) -> Input:
         """The model that `text` names, with its adapter; CheckpointError says what is missing or malformed."""
-        if text in self._results:
-            return self._results[text]
+        name, _, adapter_of_result = text.partition("+")
+        if name in self._results:
+            result = self._results[name]
+            return _adapt(text, result, self._resolve(adapter_of_result, None)) if adapter_of_result else result
         reference = parse_reference(text, self._directory)
         path = self._resolve(reference.path, reference.revision)
         adapter = None if reference.lora is None else self._resolve(*reference.lora)
         # The base is the base by whatever name it is listed.
         key = (os.path.realpath(path), None if adapter is None else os.path.realpath(adapter))
         if key not in self._opened:
-            self._opened[key] = _open(text, path)
+            self._opened[key] = _open(text, path, adapter)
         return self._opened[key]
 
 
-def _open(name: str, path: Path) -> Input:
+def _open(name: str, path: Path, adapter: Path | None) -> Input:
     checkpoint = open_checkpoint(path)
-    return Input(name, checkpoint.path, checkpoint.config, dequantised(checkpoint), (checkpoint,))
+    model = Input(name, checkpoint.path, checkpoint.config, dequantised(checkpoint), (checkpoint,))
+    return model if adapter is None else _adapt(name, model, adapter)
+
+
+def _adapt(name: str, model: Input, path: Path) -> Input:
+    adapter = open_adapter(path)
+    tensors = adapted(model.tensors, adapter, model.config)
+    return replace(model, name=name, tensors=tensors, files=(*model.files, adapter))

@@ -24,6 +24,7 @@ from mergecore.architecture import (
     renaming,
     tower_of,
 )
+from mergecore.embeddings import Embeddings
 from mergecore.inputs import Input
 from mergecore.output.layout import ITEM_BYTES
 from mergecore.sections import Member, Section, Slot, input_error
@@ -44,13 +45,13 @@ class Matching:
     that has a tower (for images, say) which that one lacks.
     """
 
-    def __init__(self, spec: MergeSpec, sections: Sequence[Section]) -> None:
-        self.spec, self.sections = spec, sections
-        self.warnings: list[str] = []
+    def __init__(self, spec: MergeSpec, sections: Sequence[Section], embeddings: Embeddings) -> None:
+        self.spec, self.sections, self.embeddings = spec, sections, embeddings
+        self.warnings = list(embeddings.warnings)
         self._towers: dict[Input, set[str]] = {}
+        self._laid_out: dict[tuple[Input, str], Source | None] = {}
         self.members = [member for section in sections for member in section.everyone()]
-        references = [section.reference for section in sections]
-        self.models = list(dict.fromkeys((*references, *(member.model for member in self.members))))
+        self.models = embeddings.models
         self.keys: dict[Input, Keys] = {section.reference: section.part.base_keys for section in sections}
         for section in sections:
             for member in section.members:
@@ -61,6 +62,7 @@ class Matching:
                     )
         self.reference = self._most_complete()
         self.renamings = {model: renaming(self.reference.tensors, model.tensors) for model in self.models}
+        self.embedding = embedding_of(self.reference.tensors)
         self.tied = all(is_tied(model.config, model.tensors) for model in self.models)
         names = self._names()
         self.head = head_of(names)
@@ -101,6 +103,15 @@ class Matching:
         return tower is None or self._has_tower(member.model, tower)
 
     def _find(self, model: Input, name: str) -> Source | None:
+        """The model's tensor for an output name, in the output's vocabulary."""
+        if self.embeddings.vocabulary is None or not self.embeddings.is_vocabulary(name, self.embedding):
+            return self._stored(model, name)
+        if (model, name) not in self._laid_out:
+            stored = [self._stored(each, name) for each in self.models]
+            self._laid_out[model, name] = self.embeddings.laid_out(model, name, stored)
+        return self._laid_out[model, name]
+
+    def _stored(self, model: Input, name: str) -> Source | None:
         for candidate in self._called(model, name):
             if candidate in model.tensors:
                 return model.tensors[candidate]

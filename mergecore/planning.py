@@ -17,23 +17,25 @@ import xxhash
 from pydantic import ValidationError
 
 from mergecore import __version__
-from mergecore.architecture import Architecture, Orientation, is_tied
+from mergecore.architecture import Architecture, Orientation, is_linear, is_tied
 from mergecore.checkpoint import TensorInfo
-from mergecore.errors import CheckpointError, SpecError
+from mergecore.embeddings import Embeddings
+from mergecore.errors import SpecError
 from mergecore.inputs import Input, Inputs, Resolve
 from mergecore.matching import FLOATS, Matching
 from mergecore.methods import METHODS
-from mergecore.methods.base import Coefficients, Gram, Keep, Method, Moments, Statistics, TensorView, per_model
+from mergecore.methods.base import Coefficients, Keep, Method, Statistics, TensorView, per_model
 from mergecore.ops import gram_count
 from mergecore.output.config import output_config
 from mergecore.output.layout import ITEM_BYTES, OutputLayout, plan_layout
 from mergecore.parameters import check_parameters, parameters_of
 from mergecore.references import local_folder
-from mergecore.sections import Member, Section, Slot, input_error, open_sections
+from mergecore.sections import Member, Section, Slot, input_error, models_of, open_sections
 from mergecore.selecting import BLOCK, held_bytes, planned_reads
-from mergecore.sources import Source, Stored, files_of
+from mergecore.sources import Source, Stored, files_of, stored_dtype
 from mergecore.spec import MergeSpec, Run, Sparsify
 from mergecore.spec.problems import near
+from mergecore.vocabulary import Vocabulary
 
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MODEL_BLOCKS = 1 << 16  # in which ties are counted where the whole model is compared
@@ -82,6 +84,7 @@ class TensorJob:
     """`model`: all tensors of this scope are read together before the first blend, but for their own blends."""
     place: float = 0.0
     """Where its layer stands in the model, from 0 to 1."""
+    is_linear: bool = False
 
     @property
     def inputs(self) -> tuple[Source | None, ...]:
@@ -116,15 +119,17 @@ class TensorJob:
         """Bytes of windows read, every pass counted (all but the first usually come from memory)."""
         return self.input_bytes * self.passes
 
-    def view(
-        self,
-        moments: Moments | None = None,
-        gram: Gram | None = None,
-        squares: tuple[float, ...] | None = None,
-    ) -> TensorView:
-        """This tensor as its method sees it."""
+    def view(self, **statistics: Any) -> TensorView:
+        """This tensor as its method sees it, with the statistics of TensorView that are given."""
         assert self.parameters is not None
-        return TensorView(len(self.models), len(self.shape) < 2, self.parameters, moments, gram, squares, self.place)
+        return TensorView(
+            models=len(self.models),
+            is_vector=len(self.shape) < 2,
+            parameters=self.parameters,
+            place=self.place,
+            is_linear=self.is_linear,
+            **statistics,
+        )
 
     def windows(self) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each window of one matrix, in order."""
@@ -140,7 +145,9 @@ class MergePlan:
     method: Method
     reference: Input
     """The base, or the first model where there is none: names, config and tokenizer come from it."""
-    tokenizer: Input
+    tokenizer: Mapping[str, bytes | Path]
+    """The output's tokenizer files, by name."""
+    vocabulary: Vocabulary | None
     sections: tuple[Section, ...]
     models: tuple[Input, ...]
     base: Input | None
@@ -184,7 +191,8 @@ class MergePlan:
 
     def identity(self) -> str:
         """Equal exactly when the output's tensors are equal: spec, inputs and version (hex, 128 bits)."""
-        what = [self.spec.identity(), [model.fingerprint() for model in self.inputs], __version__]
+        rows = None if self.vocabulary is None else self.vocabulary.identity()
+        what = [self.spec.identity(), [model.fingerprint() for model in self.inputs], rows, __version__]
         return xxhash.xxh3_128_hexdigest(json.dumps(what, sort_keys=True).encode())
 
 
@@ -212,23 +220,23 @@ def _result(planned: MergePlan, path: Path) -> Input:
         slot = planned.layout.slots[job.name]
         file = path / planned.layout.shards[slot.shard].filename
         tensors[job.name] = Stored(TensorInfo(job.name, job.dtype, job.shape, file, slot.offset, slot.nbytes))
-    return Input(path.name, path, dict(planned.config), tensors, identity=planned.identity())
+    if planned.vocabulary is None:  # the tokenizer's files are there already
+        folders = [file.parent for file in planned.tokenizer.values() if isinstance(file, Path)]
+        tokenizer = folders[0] if folders else None
+    else:
+        tokenizer = path
+    return Input(path.name, path, dict(planned.config), tensors, identity=planned.identity(), tokenizer=tokenizer)
 
 
 def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePlan]]) -> MergePlan:
     method = _method(spec)
     sections = open_sections(spec, method, inputs)
     check_parameters(spec, method, sections)
-    matching = Matching(spec, sections)
+    first = sections[0]
+    base = first.reference if first.part.base_model is not None else None
+    embeddings = Embeddings(spec, models_of(sections), base, inputs)
+    matching = Matching(spec, sections, embeddings)
     reference = matching.reference
-    first = sections[0].reference
-    source = spec.tokenizer_source
-    tokenizer = first
-    if source not in (None, "base"):
-        try:
-            tokenizer = inputs.open(str(source))
-        except CheckpointError as error:
-            raise input_error(spec, ("tokenizer_source",), str(error)) from error
     shapes = {slot.name: matching.any_tensor(slot).shape for slot in matching.slots}
     architecture = Architecture.of(reference.config, matching.names, spec.orientation, shapes)
     jobs = [_job(slot, matching, architecture, spec, method) for slot in matching.slots]
@@ -237,20 +245,22 @@ def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePl
     _check_scope(jobs, spec)
     layout = plan_layout([(job.name, job.dtype, job.shape) for job in jobs], spec.run.shard_size)
     untied_head = matching.head in matching.names and is_tied(reference.config, reference.tensors)
+    config = output_config(reference.config, spec, sections, untied_head=untied_head)
     models = tuple(dict.fromkeys(member.model for section in sections for member in section.members))
     based = [section.base.model for section in sections if section.base is not None]
     return MergePlan(
         spec=spec,
         method=method,
         reference=reference,
-        tokenizer=tokenizer,
+        tokenizer=embeddings.files,
+        vocabulary=embeddings.vocabulary,
         sections=tuple(sections),
         models=models,
         base=based[0] if based else None,
         jobs=tuple(jobs),
         layout=layout,
         warnings=tuple(matching.warnings),
-        config=output_config(reference.config, spec, sections, untied_head=untied_head),
+        config=config if embeddings.vocabulary is None else embeddings.vocabulary.configured(config),
         earlier=tuple(earlier),
     )
 
@@ -337,10 +347,10 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
         return _copy(name, matching.tensor(Member(matching.reference, None), slot) or some)
     method, base, members = _taking_part(slot, matching, method)
     models = tuple(matching.tensor(member, slot) for member in members)
-    wanted = spec.out_dtype or spec.dtype
-    dtype = STORED[wanted] if wanted is not None else _own_dtype(some, matching.reference.config)
+    dtype = _out_dtype(spec, some, matching.reference.config)
     resolved = parameters_of(spec, method, slot, members)
-    view = TensorView(len(models), len(some.shape) < 2, resolved, place=slot.place)
+    linear = is_linear(name, some.shape)
+    view = TensorView(len(models), len(some.shape) < 2, resolved, place=slot.place, is_linear=linear)
     sparsify, keeps = _keeps(name, view, spec, method) if base is not None else ((), ())
     matrices, rows, columns = architecture.matrices(name, some.shape)
     statistics = method.needs(view)
@@ -379,15 +389,18 @@ def _job(slot: Slot, matching: Matching, architecture: Architecture, spec: Merge
         if planned_reads(keeps) or statistics is not Statistics.NONE
         else "tensor",
         place=slot.place,
+        is_linear=linear,
     )
     return _windowed(job, spec)
 
 
-def _own_dtype(source: Source, config: Mapping[str, Any]) -> str:
-    """The dtype a tensor is stored in if none is asked for: its own, or the config's where it is computed (fp8)."""
-    if source.dtype in STORED.values():
-        return source.dtype
-    return STORED.get(str(config.get("dtype", config.get("torch_dtype"))), "F32")
+def _out_dtype(spec: MergeSpec, source: Source, config: Mapping[str, Any]) -> str:
+    """What the spec asks for; else as the input is stored; else, if that is float8, what its config computes in."""
+    configured = str(config.get("dtype", config.get("torch_dtype")))
+    wanted = spec.out_dtype or spec.dtype
+    if wanted is None and stored_dtype(source) in STORED.values():
+        return str(stored_dtype(source))
+    return STORED.get(wanted or configured, "F32")
 
 
 def _copy(name: str, source: Source) -> TensorJob:
@@ -451,10 +464,21 @@ def _statistics_bytes(job: TensorJob) -> int:
     if job.statistics is Statistics.COLUMNS:
         # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
         return choosing + 8 * length * (2 * (1 + 3 * models) + 8 * models)
+    if job.statistics.is_whole:
+        return choosing + _decomposition_bytes(job)
     if job.statistics.is_gram:
         # Totals, the pending tile, and both triangles; then points and coefficients.
         return choosing + 8 * length * (4 * gram_count(models) + 8 * models)
     return choosing
+
+
+def _decomposition_bytes(job: TensorJob) -> int:
+    """What is held of one matrix that is decomposed: the deltas or their sum, factors, copies, LAPACK's workspace.
+
+    Measured (peak resident bytes), for matrices from square to 1 : 8.
+    """
+    whole, squares = (len(job.models) + 7, 7) if job.statistics is Statistics.DELTAS else (1 + 4, 3)
+    return 8 * (whole * job.rows * job.columns + squares * min(job.rows, job.columns) ** 2)
 
 
 def _held(job: TensorJob) -> int:

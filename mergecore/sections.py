@@ -65,6 +65,12 @@ class Slot:
         return with_layer(self.name, member.first_layer + self.layer)
 
 
+def models_of(sections: Sequence[Section]) -> list[Input]:
+    """Every model once: references first."""
+    members = (member.model for section in sections for member in section.everyone())
+    return list(dict.fromkeys((*(section.reference for section in sections), *members)))
+
+
 def input_error(spec: MergeSpec, keys: Keys, message: str) -> CheckpointError:
     """The error of an input, with the place in the spec that names it."""
     return CheckpointError(str(spec.error(message, *keys)))

@@ -1,15 +1,15 @@
 """What an output tensor is computed from: a stored tensor, or one derived from several while it streams.
 
 A source names the bytes that a window of it needs and makes the window of them once they are mapped; it
-reads no file itself. Derived sources compute in float64, entry by entry in a fixed order, so their values
-do not depend on how the tensor is cut into windows.
+reads no file itself. Derived sources compute in float64, every entry in the same way however the tensor is
+cut into windows.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import islice, product
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,8 @@ DTYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 """Stored dtypes, as safetensors names them, that windows can show."""
+FLOATS = {"F64", "F32", "F16", "BF16"}
+"""Those that can be computed with as they are."""
 
 Piece = tuple[Path, int, int]
 """(file, offset in it, bytes)."""
@@ -202,12 +204,43 @@ class Adapted(_Derived):
             left, right = torch.stack([part.to(torch.float64) for part in parts[2:]]), right.view(-1, self.rank).T
         else:
             left, right = parts[2].to(torch.float64).view(-1, self.rank).T, right.view(self.rank, -1)
-        # Product by product, in order: a matrix product sums in an order that depends on the window's size.
-        update = torch.zeros(rows.count, rows.columns, dtype=torch.float64)
-        product = torch.empty_like(update)
-        for k in range(self.rank):
-            update += torch.mul(left[k].unsqueeze(1), right[k], out=product)
-        return parts[0].to(torch.float64) + self.scaling * update.view(-1)[rows.entries]
+        # A matrix product of a library adds in an order that depends on the sizes, and so on the window. Of parts of so
+        # few bits every sum over the rank is exact, whatever the order (Ozaki et al., "Error-free transformations of
+        # matrix multiplication", 2012).
+        bits = (53 - (self.rank - 1).bit_length()) // 2
+        rights = _parts(right, bits)
+        result = parts[0].to(torch.float64, copy=True)
+        step = max(1, _BLOCK // rows.columns)
+        for row in range(0, rows.count, step):
+            lefts = _parts(left[:, row : row + step], bits)
+            update = torch.zeros(min(step, rows.count - row), rows.columns, dtype=torch.float64)
+            for one, other in product(lefts, rights):
+                update += one.T @ other
+            update = update.mul_(self.scaling).view(-1)
+            begin = row * rows.columns - rows.entries.start  # where in the window the block begins
+            skipped = max(0, -begin)
+            target = result[begin + skipped : begin + update.numel()]
+            target += update[skipped : skipped + target.numel()]
+        return result
+
+
+_BLOCK = 1 << 20
+"""Entries of a low-rank update that are computed at once."""
+
+
+def _parts(factor: Tensor, bits: int) -> list[Tensor]:
+    """Parts that sum to `factor` exactly: in each, a column's entries are multiples, of at most `bits` bits, of one
+    power of two. Infinite and NaN entries are left as they are."""
+    rest = factor.numpy()
+    if not np.isfinite(rest).all():
+        return [factor]
+    parts = []
+    while rest.any():
+        unit = np.frexp(np.abs(rest).max(axis=0))[1] - bits
+        part = np.ldexp(np.rint(np.ldexp(rest, -unit)), unit)
+        rest = rest - part
+        parts.append(torch.from_numpy(part))
+    return parts
 
 
 class RowMap(_Derived):
@@ -297,6 +330,55 @@ class RowMap(_Derived):
         return result
 
 
+class Filled(_Derived):
+    """All rows of another source, then rows up to `rows` that are the mean of all of those; float64.
+
+    (Hewitt, "Initializing new word embeddings for pretrained language models", 2021.) A window that reaches the new
+    rows reads the whole source.
+    """
+
+    _STEP = 1 << 20  # entries
+
+    def __init__(self, source: Source, rows: int) -> None:
+        self.source, self.shape = source, (rows, *source.shape[1:])
+        self.entries, self.width = prod(source.shape), prod(source.shape[1:])
+        self.nbytes = source.nbytes + (source.nbytes if rows > source.shape[0] else 0)
+        if rows < source.shape[0] or not self.entries:
+            raise ValueError(f"{rows} rows cannot begin with the rows of {list(source.shape)}")
+
+    def _reads(self, first: int, count: int) -> list[Read]:
+        within = max(0, min(self.entries - first, count))
+        reads: list[Read] = [(self.source, first, within)] if within else []
+        if within < count:
+            step = -(-self._STEP // self.width) * self.width
+            reads += [(self.source, at, min(step, self.entries - at)) for at in range(0, self.entries, step)]
+        return reads
+
+    def _make(self, first: int, count: int, parts: list[Tensor]) -> Tensor:
+        result = torch.empty(count, dtype=torch.float64)
+        within = max(0, min(self.entries - first, count))
+        if within:
+            result[:within] = parts.pop(0)
+        if within < count:
+            total = torch.zeros(self.width, dtype=torch.float64)
+            for part in parts:
+                total += part.to(torch.float64).view(-1, self.width).sum(dim=0)
+            at = torch.arange(first + within, first + count) % self.width
+            result[within:] = (total / self.source.shape[0])[at]
+        return result
+
+
+def stored_dtype(source: Source) -> str | None:
+    """The dtype that a tensor had before what is done to it while it streams; None where that was too narrow."""
+    if isinstance(source, Adapted):
+        return stored_dtype(source.weight)
+    if isinstance(source, RowMap):
+        return stored_dtype(source.sources[0])
+    if isinstance(source, Filled):
+        return stored_dtype(source.source)
+    return None if isinstance(source, Scaled) else source.dtype
+
+
 _ZEROS, _MEAN = -1, -2
 """Marks in the first column of a row map's table."""
 
@@ -304,7 +386,6 @@ _ZEROS, _MEAN = -1, -2
 # ---- fp8 checkpoints
 
 _FP8 = ("F8_E4M3", "F8_E5M2")
-_WIDE = ("F64", "F32", "F16", "BF16")
 _ACTIVATION_SCALE = re.compile(r"(?:.*_)?(?:input|output|activation)_scale(?:_ub)?|(?:q|k|v|kv)_scale")
 
 
@@ -321,6 +402,11 @@ def dequantised(checkpoint: Checkpoint) -> dict[str, Source]:
     if not quantisation and not any(info.dtype in _FP8 for info in tensors.values()):
         return {name: Stored(info) for name, info in tensors.items()}
     method = quantisation.get("quant_method", "no quant_method in config.json")
+    if quantisation.get("transform_config"):
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights are stored rotated ({method}, transform_config), which cannot be undone "
+            "here; convert the model to bfloat16 first"
+        )
     scale_of = {
         name: scale
         for name, info in tensors.items()
@@ -361,7 +447,7 @@ def _is_foreign(info: TensorInfo) -> bool:
     """Whether a tensor of a quantised model is no plain weight: integers, narrow floats, zero points."""
     if is_buffer(info.name, info.shape) or info.name.endswith("num_batches_tracked"):
         return False
-    return info.dtype not in _WIDE or info.name.endswith("zero_point")
+    return info.dtype not in FLOATS or info.name.endswith("zero_point")
 
 
 def _scaled(checkpoint: Checkpoint, info: TensorInfo, scale_name: str | None, quantisation: dict[str, Any]) -> Scaled:
@@ -369,7 +455,7 @@ def _scaled(checkpoint: Checkpoint, info: TensorInfo, scale_name: str | None, qu
         return Scaled(Stored(info))
     scale = checkpoint.tensors[scale_name]
     block = _block(info.shape, scale.shape, _configured_blocks(quantisation))
-    if block is None or scale.dtype not in (*_WIDE, "F8_E8M0"):
+    if block is None or scale.dtype not in FLOATS | {"F8_E8M0"}:
         raise CheckpointError(
             f"{checkpoint.path}: {scale_name} ({scale.dtype} {list(scale.shape)}) does not fit "
             f"{info.name} {list(info.shape)}: expected one scale per tensor, per row, per column, or per block as "

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from mergecore import ops
 from mergecore.methods.base import Gram, Keep, Moments, Statistics, TensorView
 from mergecore.planning import TensorJob
 from mergecore.selecting import Part, Reads, choose, kept_sums
+
+PIECE = 1 << 18  # entries
 
 
 class MatrixReads(Reads, Protocol):
@@ -46,6 +49,8 @@ def of_matrix(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[o
         return job.view(moments=_moments(job, matrix, reads, drops))
     if job.statistics.is_gram:
         return job.view(gram=_gram(job, matrix, reads, drops))
+    if job.statistics.is_whole:
+        return job.view(deltas=_deltas(job, matrix, reads, drops))
     return job.view()
 
 
@@ -85,6 +90,39 @@ def _gram(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.D
     if not bool(torch.isfinite(sums).all()):
         reads.nonfinite()
     return Gram.of(sums, anchored)
+
+
+def _deltas(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.Drop]) -> Tensor:
+    """What is left of each delta of a matrix, float64 (models, rows, columns), or with SUM their weighted sum."""
+    weights = job.parameters["weight"] if job.parameters is not None and job.statistics is Statistics.SUM else None
+    count = len(job.models) if weights is None else 1
+    deltas = torch.zeros(count, job.rows, job.columns, dtype=torch.float64, device=reads.device)
+    for part in (piece for window in reads.matrix(matrix) for piece in pieces(window)):
+        assert part.base is not None
+        row = part.first_entry // job.columns - matrix * job.rows
+        last = row + part.base.shape[0]
+        for n, model in enumerate(part.models):
+            delta = model.double() - part.base.double()
+            if drops:
+                place = ops.Place(part.first_entry, drops[n : n + 1])
+                delta = torch.copysign(ops.magnitudes(part.base, [model], place)[0], delta)
+            if weights is None:
+                deltas[n, row:last] = delta
+            else:
+                deltas[0, row:last] += weights[n] * delta
+    if not bool(torch.isfinite(deltas).all()):
+        reads.nonfinite()
+    return deltas
+
+
+def pieces(part: Part) -> Iterator[Part]:
+    """A window in pieces small enough to be held in float64 a few times."""
+    rows, columns = part.models[0].shape
+    step = max(1, PIECE // columns)
+    for first in range(0, rows, step):
+        base = None if part.base is None else part.base[first : first + step]
+        models = [model[first : first + step] for model in part.models]
+        yield Part(part.first_entry + first * columns, base, models)
 
 
 def _place(job: TensorJob, matrix: int, part: Part, drops: Sequence[ops.Drop]) -> dict[str, Any]:

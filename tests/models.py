@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from safetensors import deserialize
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mergecore._stream import WindowStream
+from mergecore.sources import Source
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 
@@ -105,3 +109,17 @@ def tensor_bytes(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         for file in sorted(folder.glob("*.safetensors"))
         for name, entry in deserialize(file.read_bytes())
     }
+
+
+def streamed(source: Source, entries: int) -> Tensor:
+    """The whole tensor through the stream that merges read with, in windows of `entries`."""
+    size = prod(source.shape)
+    windows = [(first, min(entries, size - first)) for first in range(0, size, entries)]
+    files = sorted({path for path, _, _ in source.pieces(0, size)})
+    parts = []
+    with WindowStream(files) as stream:
+        for first, count in windows:
+            pieces = [(files.index(path), offset, nbytes) for path, offset, nbytes in source.pieces(first, count)]
+            stream.submit(pieces)
+            parts.append(source.window(first, count, stream.next()).clone())
+    return torch.cat(parts).view(source.shape)

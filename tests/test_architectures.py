@@ -32,6 +32,7 @@ transformers.utils.logging.disable_progress_bar()
 
 BF16 = torch.bfloat16
 Tensors = dict[str, Tensor]
+Model = Path | tuple[Path, Mapping[str, Any]]
 
 
 class Trio:
@@ -64,7 +65,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trio]:
     return of
 
 
-def merge(out: Path, method: str, base: Path, *models: Path, **keys: Any) -> mergecore.MergeResult:
+def merge(out: Path, method: str, base: Path, *models: Model, **keys: Any) -> mergecore.MergeResult:
     spec = out.parent / f"{out.name}.json"
     spec.write_text(json.dumps(spec_dict(method, base, *models, **keys)))
     return mergecore.merge(spec, out, device="cpu")
@@ -116,8 +117,8 @@ def assert_same_model(found: Any, expected: Mapping[str, Tensor], tiny: Tiny) ->
 def test_a_merge_answers_as_the_oracle_s_merge(name: str, trio: Callable[[str], Trio], tmp_path: Path) -> None:
     """The oracle merges what the models have in memory, so transformers' renaming on the way is checked as well."""
     of = trio(name)
-    models = [(of[model], {"weight": float(weight)}) for model, weight in (("near", "0.5"), ("far", "0.25"))]
-    merge(tmp_path / "out", "task_arithmetic", of["base"], *models)  # type: ignore[arg-type]
+    models = ((of["near"], {"weight": 0.5}), (of["far"], {"weight": 0.25}))
+    merge(tmp_path / "out", "task_arithmetic", of["base"], *models)
     expected = added(of.states["base"], [of.states["near"], of.states["far"]], ["0.5", "0.25"])
     assert_same_model(loaded(tmp_path / "out"), expected, of.tiny)
 
@@ -329,13 +330,10 @@ def test_a_real_model_merges_with_its_fine_tune(minilm: Path, tmp_path: Path) ->
     for name, tensor in base.items():
         if not tensor.is_floating_point():
             assert torch.equal(found[name], tensor), name
-        elif tensor.shape[0] < 10_000:  # a few million entries of long doubles are enough
+        elif "layer.1." in name or len(tensor.shape) == 1:  # enough for long doubles
             assert not oracle.task_arithmetic(tensor, [far[name]], "1", ["0.5"]).wrong(found[name]).any(), name
     assert (tmp_path / "out" / "tokenizer.json").exists()
-    # [CLS] a man is eating food [SEP] / [CLS] a man eats something [SEP]: near each other, as in the model itself.
-    ids = torch.tensor([[101, 1037, 2158, 2003, 5983, 2833, 102], [101, 1037, 2158, 20323, 2242, 102, 0]])
+    ids = torch.tensor([[101, 1037, 2158, 2003, 5983, 2833, 102]])  # a man is eating food
     with torch.no_grad():
-        own, merged = (
-            loaded(folder)(input_ids=ids, attention_mask=(ids > 0).int())[0] for folder in (minilm, tmp_path / "out")
-        )
+        own, merged = (loaded(folder)(input_ids=ids)[0] for folder in (minilm, tmp_path / "out"))
     assert torch.cosine_similarity(own, merged, dim=-1).min() > 0.99

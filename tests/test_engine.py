@@ -55,6 +55,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "parameters": {"density": 0.3, "rescale": True, "scope": "model"},
     },
     "metagpt": {"merge_method": "metagpt"},
+    "tsv": {"merge_method": "tsv"},
+    "iso_c after dare": {"merge_method": "iso_c", "sparsify": DARE},
     "metagpt after trimming": {"merge_method": "metagpt", "sparsify": {"method": "magnitude", "density": 0.4}},
     "widen after trimming": {"merge_method": "widen", "sparsify": {"method": "magnitude", "density": 0.4}},
     "dare_ties after breadcrumbs": {

@@ -377,7 +377,7 @@ def test_heads_that_are_all_tied_are_stored_once(tmp_path: Path) -> None:
     ):
         found = planned(tmp_path, text)
         assert "lm_head.weight" not in {job.name for job in found.jobs}
-        assert not found.untied_head
+        assert found.config["tie_word_embeddings"] is True
         assert any("lm_head.weight is tied" in warning for warning in found.warnings)
 
 
@@ -393,7 +393,7 @@ def test_one_untied_head_unties_the_output(tmp_path: Path, untied: str) -> None:
     assert {name: source.info.name for name, source in stored.items() if isinstance(source, Stored)} == {
         name: "lm_head.weight" if name == untied else "model.embed_tokens.weight" for name in stored
     }
-    assert found.untied_head is (untied != "base")  # a base of its own head says so already
+    assert found.config["tie_word_embeddings"] is False
 
 
 def test_constants_are_copied_from_the_base_or_left_out(tmp_path: Path) -> None:

@@ -258,7 +258,5 @@ def test_a_text_base_lends_its_layers_to_a_larger_model(seeing: Path, tmp_path: 
 
 def test_a_tower_that_the_base_lacks_cannot_be_merged_from_several_models(seeing: Path) -> None:
     text = "merge_method: task_arithmetic\nbase_model: chat\nmodels: [{model: near}, {model: base}]\n"
-    with pytest.raises(
-        CheckpointError, match=r"chat lacks multi_modal_.*, which 2 models have: there is no base"
-    ):
+    with pytest.raises(CheckpointError, match=r"chat lacks multi_modal_.*, which 2 models have: there is no base"):
         mergecore.plan(parse_spec(text, path=seeing / "slices.yaml"))

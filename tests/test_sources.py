@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergecore._stream import WindowStream
 from mergecore.checkpoint import TensorInfo, open_checkpoint
 from mergecore.errors import CheckpointError
 from mergecore.sources import Adapted, RowMap, Scaled, Source, Stored, dequantised
+from tests.models import streamed
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 NAMES |= {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0"}
@@ -154,6 +154,44 @@ def test_an_adapter_adds_the_scaled_product_of_its_factors(
     check_windows(memory, source, expected, cuts)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_updates_are_computed_in_blocks_of_rows(transposed: bool) -> None:
+    memory, rows, columns = Memory(), 3000, 500
+    weight, a, b = tensor((rows, columns)), tensor((4, columns), seed=1), tensor((rows, 4), seed=2)
+    if transposed:
+        a, b = b.T, a.T
+    update = b.double().numpy() @ a.double().numpy()
+    expected = weight.double().numpy() - 1.5 * (update.T if transposed else update)
+    source = Adapted(memory.store(weight), memory.store(a), memory.store(b), -1.5, transposed=transposed)
+    check_windows(memory, source, expected, [3, 499, 70_001, 1_048_500, 1_499_999])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 70), st.integers(0, 2**32 - 1), CUTS)
+def test_factors_of_any_magnitudes_are_multiplied_without_loss(rank: int, seed: int, cuts: list[int]) -> None:
+    memory, random = Memory(), np.random.default_rng(seed)
+    a = random.standard_normal((rank, 7)) * 2.0 ** random.integers(-90, 90, (rank, 7))
+    b = random.standard_normal((5, rank)) * 2.0 ** random.integers(-90, 90, (5, rank))
+    a[random.random(a.shape) < 0.2] = 0
+    weight = torch.zeros(5, 7)
+    factors = [memory.store(torch.from_numpy(factor)) for factor in (a, b)]
+    source = Adapted(memory.store(weight), factors[0], factors[1], 1.0)
+    whole = memory.read(source, 0, 35).view(5, 7).numpy()
+    exact = b.astype(np.longdouble) @ a.astype(np.longdouble)
+    assert (np.abs(whole - exact) <= 1e-15 * (np.abs(b) @ np.abs(a))).all()
+    ends = sorted({0, 35, *(cut % 36 for cut in cuts)})
+    parts = [memory.read(source, start, end - start) for start, end in pairwise(ends)]
+    assert torch.equal(torch.cat(parts).view(5, 7), torch.from_numpy(whole))
+
+
+def test_factors_that_are_not_finite_show_in_the_result() -> None:
+    memory = Memory()
+    a, b = tensor((2, 3)), tensor((4, 2), seed=1)
+    a[1, 2] = torch.nan
+    source = Adapted(memory.store(tensor((4, 3))), memory.store(a), memory.store(b), 1.0)
+    assert torch.equal(memory.read(source, 0, 12).view(4, 3).isnan(), torch.tensor([[False, False, True]] * 4))
+
+
 def test_factors_that_do_not_fit_the_weight_are_refused() -> None:
     memory = Memory()
     a, b = memory.store(tensor((2, 3))), memory.store(tensor((4, 2)))
@@ -263,20 +301,6 @@ def checkpoint_of(folder: Path, tensors: Mapping[str, Tensor], quantisation: Any
     return dequantised(open_checkpoint(folder))
 
 
-def streamed(source: Source, entries: int) -> Tensor:
-    """The whole tensor through the stream that merges read with, in windows of `entries`."""
-    size = int(np.prod(source.shape))
-    windows = [(first, min(entries, size - first)) for first in range(0, size, entries)]
-    files = sorted({path for path, _, _ in source.pieces(0, size)})
-    parts = []
-    with WindowStream(files) as stream:
-        for first, count in windows:
-            pieces = [(files.index(path), offset, nbytes) for path, offset, nbytes in source.pieces(first, count)]
-            stream.submit(pieces)
-            parts.append(source.window(first, count, stream.next()).clone())
-    return torch.cat(parts).view(source.shape)
-
-
 FP8 = tensor((6, 10), torch.float8_e4m3fn)
 
 
@@ -374,6 +398,12 @@ def test_what_cannot_be_dequantised_is_named_with_its_method(
 ) -> None:
     with pytest.raises(CheckpointError, match=rf"{named}.* \({method}\)"):
         checkpoint_of(tmp_path, tensors, {"quant_method": method})
+
+
+def test_rotated_weights_are_refused(tmp_path: Path) -> None:
+    quantisation = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R1": {}}}}
+    with pytest.raises(CheckpointError, match=r"stored rotated \(compressed-tensors, transform_config\)"):
+        checkpoint_of(tmp_path, {"a.weight": FP8, "a.weight_scale": tensor(())}, quantisation)
 
 
 def test_scales_that_fit_no_known_kind_are_an_error(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ from mergecore.methods.geometry import KARCHER, MODEL_STOCK, MULTISLERP, NUSLERP
 from mergecore.methods.layerwise import LAYERWISE
 from mergecore.methods.linear import LINEAR, PASSTHROUGH, TASK_ARITHMETIC
 from mergecore.methods.selection import SELECTION
+from mergecore.methods.spectral import SPECTRAL
 from mergecore.methods.widen import WIDEN
 
 GEOMETRY = (SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK)
 PLAIN = (LINEAR, TASK_ARITHMETIC, PASSTHROUGH)
-METHODS: dict[str, Method] = {method.name: method for method in (WIDEN, *PLAIN, *LAYERWISE, *GEOMETRY, *SELECTION)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (WIDEN, *PLAIN, *LAYERWISE, *GEOMETRY, *SELECTION, *SPECTRAL)
+}

@@ -76,6 +76,15 @@ class Statistics(Enum):
     COLUMN_GRAM = "Gram matrix per column"
     SQUARES = "squares"
     """Mean squares of the kept deltas."""
+    DELTAS = "deltas"
+    """The deltas of a matrix, whole."""
+    SUM = "sum of the deltas"
+    """The sum of w_n d_n of a matrix, whole; w is the parameter `weight`."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a matrix is held in memory."""
+        return self in (Statistics.DELTAS, Statistics.SUM)
 
     @property
     def is_gram(self) -> bool:
@@ -212,6 +221,10 @@ class TensorView:
     """Mean square of each model's kept deltas."""
     place: float = 0.0
     """Where the tensor's layer stands: 0 is the first, 1 the last; 0 outside the layers."""
+    is_linear: bool = False
+    """Whether it is a linear layer or a convolution: neither a vector nor an embedding nor the head."""
+    deltas: Tensor | None = None
+    """Statistics.DELTAS or SUM of one matrix, float64 (models, rows, columns) or (1, rows, columns)."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +258,17 @@ class Coefficients:
         return bool(self.values.isfinite().all())
 
 
+@dataclass(frozen=True)
+class Dense:
+    """out = a + delta: `delta` is float64 (rows, columns) of one matrix."""
+
+    delta: Tensor
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.delta.isfinite().all())
+
+
 def per_model(values: Sequence[float]) -> Tensor:
     """Scalars per model as a (models, 1) tensor of coefficients."""
     return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
@@ -262,7 +286,7 @@ class Method:
     name: str
     summary: str
     reference: str
-    coefficients: Callable[[TensorView], Coefficients | Election]
+    coefficients: Callable[[TensorView], Coefficients | Election | Dense]
     parameters: tuple[Parameter, ...] = ()
     statistics: Statistics | Callable[[TensorView], Statistics] = Statistics.NONE
     deltas: bool = True

@@ -15,17 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergecore import __version__
+from mergecore.checkpoint import read_config
 from mergecore.output.verify import MANIFEST_NAME
 from mergecore.planning import MergePlan
 
 if TYPE_CHECKING:
     from mergecore.engine import MergeResult
     from mergecore.output.writer import OutputWriter
-
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
-    "spiece.model", "sentencepiece*.model", "chat_template*", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
 
 
 def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> None:
@@ -34,10 +30,15 @@ def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> Non
     if plan.config:
         writer.add_file("config.json", _json(plan.config))
     generation = reference.folder / "generation_config.json"
-    if generation.is_file():
+    if generation.is_file() and plan.vocabulary is not None:
+        writer.add_file(generation.name, _json(plan.vocabulary.configured(read_config(generation)[0])))
+    elif generation.is_file():
         writer.add_file(generation.name, generation)
-    for path in _tokenizer_files(plan):
-        writer.add_file(path.name, path)
+    for name, file in plan.tokenizer.items():
+        writer.add_file(name, file)
+    for path in _code_files(plan):
+        if path.name not in plan.tokenizer:
+            writer.add_file(path.name, path)
     writer.add_file("README.md", _model_card(plan).encode(errors="replace"))
     writer.add_file(MANIFEST_NAME, _json(_manifest(writer, plan, result)))
 
@@ -46,13 +47,11 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _tokenizer_files(plan: MergePlan) -> list[Path]:
-    folder = plan.tokenizer.folder
-    files = {path.name: path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
-    if "auto_map" in plan.reference.config:
-        # Code of the model's own: carried along as it is, never run here.
-        files = {path.name: path for path in plan.reference.folder.glob("*.py")} | files
-    return sorted(path for path in files.values() if path.is_file())
+def _code_files(plan: MergePlan) -> list[Path]:
+    """Code of the model's own: carried along as it is, never run here."""
+    if "auto_map" not in plan.reference.config:
+        return []
+    return sorted(path for path in plan.reference.folder.glob("*.py") if path.is_file())
 
 
 def _model_card(plan: MergePlan) -> str:
