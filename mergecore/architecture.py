@@ -104,7 +104,8 @@ def is_embedding(name: str, shape: tuple[int, ...]) -> bool:
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is the weight of a linear layer or a convolution inside the model (or several: experts)."""
-    return len(shape) > 1 and 0 not in shape and name != HEAD and not is_embedding(name, shape)
+    other = is_head(name) or name.endswith("bias") or is_embedding(name, shape)
+    return len(shape) > 1 and 0 not in shape and not other
 
 
 def embedding_of(names: Iterable[str]) -> str | None:
@@ -198,8 +199,9 @@ class Architecture:
         for pattern, orientation in self.orientations.items():
             if fnmatch.fnmatchcase(name, pattern):
                 return orientation
+        if len(shape) == 3:
+            return "rows" if name.rpartition(".")[0] in self.transposed else "columns"
         transposed = self.model_type in _CONV1D_MODELS and _CONV1D.search(name)
-        transposed = transposed or (len(shape) == 3 and name.rpartition(".")[0] in self.transposed)
         return "rows" if transposed or is_embedding(name, shape) else "columns"
 
     def matrices(self, name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:

