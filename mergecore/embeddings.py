@@ -19,7 +19,7 @@ from mergecore.sources import Filled, RowMap, Source
 from mergecore.spec import MergeSpec
 from mergecore.spec.problems import Keys
 from mergecore.spec.tokenizer import TokenOf
-from mergecore.tokenizer import Files, tokenizer_differences, tokenizer_files
+from mergecore.tokenizer import Files, read_tokenizer, tokenizer_differences, tokenizer_files
 from mergecore.vocabulary import TokenRow, Vocabulary, plan_vocabulary
 
 
@@ -41,10 +41,9 @@ class Embeddings:
             self.warnings = tuple(tokenizer_differences([model.folder for model in _with_rows(self.models)]))
         else:
             try:
-                self.vocabulary = self._plan(spec, source, keys, base, inputs)
+                self.files = self._plan(spec, source, base, inputs)
             except CheckpointError as error:
                 raise input_error(spec, keys, str(error)) from error
-            self.files, self.warnings = dict(self.vocabulary.files), self.vocabulary.warnings
         if spec.chat_template is not None:
             self.files = self._with_template(spec, reference)
 
@@ -74,27 +73,35 @@ class Embeddings:
         """Whether the tensor has a row per token."""
         return name == embedding or is_head(name)
 
-    def _plan(self, spec: MergeSpec, source: str, keys: Keys, base: Input | None, inputs: Inputs) -> Vocabulary:
+    def _plan(self, spec: MergeSpec, source: str, base: Input | None, inputs: Inputs) -> Files:
+        """The output's tokenizer files, by the vocabulary that is planned unless there is none to start from."""
         asked = spec.tokenizer
         tokens = {}
-        if asked is not None:
-            for token, entry in asked.tokens.items():
-                here = ("tokenizer", "tokens", token, "source")
-                tokens[token] = TokenRow(self._origin(spec, entry.source, here, inputs), entry.force)
-        chosen: Literal["union", "base"] | int | Path
+        for token, entry in (asked.tokens if asked is not None else {}).items():
+            here = ("tokenizer", "tokens", token, "source")
+            tokens[token] = TokenRow(self._origin(spec, entry.source, here, inputs), entry.force)
+        reference = base or self.models[0]
+        chosen = reference if source in ("union", "base") else inputs.open(source)
+        padding = asked.pad_to_multiple_of if asked is not None else None
+        if source != "union" and not tokens and not padding and read_tokenizer(reference.folder) is None:
+            # Its rows cannot be told apart, so they stay where they are; the files are a wish of the user.
+            self.warnings = (f"{reference.path} has no tokenizer; rows of embeddings are merged as they stand",)
+            return dict(tokenizer_files(chosen.folder))
+        place: Literal["union", "base"] | int | Path = chosen.folder
         if source in ("union", "base"):
-            chosen = source  # type: ignore[assignment]
-        else:
-            model = inputs.open(source)
-            chosen = self.models.index(model) if model in self.models else model.folder
-        return plan_vocabulary(
+            place = "union" if source == "union" else "base"
+        elif chosen in self.models:
+            place = self.models.index(chosen)
+        self.vocabulary = plan_vocabulary(
             [model.folder for model in self.models],
             [_rows(model) for model in self.models],
-            source=chosen,
+            source=place,
             base=None if base is None else self.models.index(base),
             tokens=tokens,
-            pad_to_multiple_of=(asked.pad_to_multiple_of if asked is not None else None) or 1,
+            pad_to_multiple_of=padding or 1,
         )
+        self.warnings = self.vocabulary.warnings
+        return dict(self.vocabulary.files)
 
     def _origin(self, spec: MergeSpec, source: TokenOf | str | None, keys: Keys, inputs: Inputs) -> Any:
         """A token's source as TokenRow has it."""

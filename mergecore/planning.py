@@ -32,7 +32,7 @@ from mergecore.parameters import check_parameters, parameters_of
 from mergecore.references import local_folder
 from mergecore.sections import Member, Section, Slot, input_error, models_of, open_sections
 from mergecore.selecting import BLOCK, held_bytes, planned_reads
-from mergecore.sources import Source, Stored, files_of, stored_dtype
+from mergecore.sources import Source, Stored, files_of, scratch_bytes, stored_dtype
 from mergecore.spec import MergeSpec, Run, Sparsify
 from mergecore.spec.problems import near
 from mergecore.vocabulary import Vocabulary
@@ -191,7 +191,7 @@ class MergePlan:
 
     def identity(self) -> str:
         """Equal exactly when the output's tensors are equal: spec, inputs and version (hex, 128 bits)."""
-        rows = None if self.vocabulary is None else self.vocabulary.identity()
+        rows = None if self.vocabulary is None else self.vocabulary.digest()
         what = [self.spec.identity(), [model.fingerprint() for model in self.inputs], rows, __version__]
         return xxhash.xxh3_128_hexdigest(json.dumps(what, sort_keys=True).encode())
 
@@ -449,8 +449,8 @@ def _taking_part(slot: Slot, matching: Matching, method: Method) -> tuple[Method
 
 
 def _row_bytes(job: TensorJob) -> tuple[int, int]:
-    """Bytes of one row of all inputs, and of the output."""
-    inputs = sum(FLOATS[info.dtype] for info in job.inputs if info is not None)
+    """Bytes of one row of all inputs, and of the output. What is derived while it streams is made in float64."""
+    inputs = sum(FLOATS[each.dtype] if isinstance(each, Stored) else 3 * FLOATS["F64"] for each in job.sources())
     return job.columns * inputs, job.columns * FLOATS.get(job.dtype, 1)
 
 
@@ -481,19 +481,24 @@ def _decomposition_bytes(job: TensorJob) -> int:
     return 8 * (whole * job.rows * job.columns + squares * min(job.rows, job.columns) ** 2)
 
 
+def _beside_bytes(job: TensorJob) -> int:
+    """What is held beside the windows."""
+    return _statistics_bytes(job) + max(map(scratch_bytes, job.sources()), default=0)
+
+
 def _held(job: TensorJob) -> int:
     if job.parameters is None:
         return 4 * job.window_rows * ITEM_BYTES[job.dtype]
     inputs, output = (job.window_rows * size for size in _row_bytes(job))
     kept = job.input_bytes // job.matrices if job.keep else 0
-    return max(kept, inputs) + inputs + 2 * output + _statistics_bytes(job)
+    return max(kept, inputs) + inputs + 2 * output + _beside_bytes(job)
 
 
 def _windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
     """Two windows of inputs (one in use, one read ahead) and two of output fit the memory beside the statistics."""
     models, memory = len(job.models), spec.run.memory
     inputs, output = _row_bytes(job)
-    room = memory - _statistics_bytes(job)
+    room = memory - _beside_bytes(job)
     step = max(1, min(job.block_rows, job.rows))
     of_block = 8 * gram_count(models) if job.statistics is Statistics.GRAM else 0
     smallest = 2 * (inputs + output) * step + of_block

@@ -368,6 +368,17 @@ class Filled(_Derived):
         return result
 
 
+def scratch_bytes(source: Source) -> int:
+    """Bytes that a source needs beside its windows, whatever their size."""
+    if isinstance(source, Adapted):
+        return scratch_bytes(source.weight) + 8 * (3 * _BLOCK + 6 * source.rank * max(source.shape))
+    if isinstance(source, RowMap):
+        return max(map(scratch_bytes, source.sources))
+    if isinstance(source, Filled):
+        return scratch_bytes(source.source) + 8 * source.width + 8 * Filled._STEP
+    return 0
+
+
 def stored_dtype(source: Source) -> str | None:
     """The dtype that a tensor had before what is done to it while it streams; None where that was too narrow."""
     if isinstance(source, Adapted):

@@ -145,7 +145,7 @@ def read_tokenizer(folder: Path) -> ModelTokenizer | None:
     try:
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
         backend.add_tokens([token for token in _configured(folder, config) if token.content not in added])
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise CheckpointError(f"{folder}: the added tokens in tokenizer_config.json are malformed: {error!r}") from None
     tokenizer = ModelTokenizer(folder, backend, config)
     if max(tokenizer.ids.values(), default=0) >= MOST_TOKENS:
@@ -200,11 +200,11 @@ def _listed(folder: Path) -> dict[int, str] | None:
     try:
         vocabulary = data["model"]["vocab"]
         if isinstance(vocabulary, list):  # Unigram: (token, score) pairs
-            tokens = {row: pair[0] for row, pair in enumerate(vocabulary)}
+            tokens = {row: str(pair[0]) for row, pair in enumerate(vocabulary)}
         else:
-            tokens = {row: token for token, row in vocabulary.items()}
-        return tokens | {entry["id"]: entry["content"] for entry in data.get("added_tokens") or []}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            tokens = {int(row): token for token, row in vocabulary.items()}
+        return tokens | {int(entry["id"]): str(entry["content"]) for entry in data.get("added_tokens") or []}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a valid tokenizer: {error!r}") from None
 
 

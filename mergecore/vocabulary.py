@@ -248,11 +248,15 @@ def _others(
 
 
 def _asked(tokens: Mapping[str, TokenRow], output: ModelTokenizer) -> list[AddedToken]:
+    """The tokens of a spec that the output's tokenizer lacks."""
     from tokenizers import AddedToken
 
     if "" in tokens:
         raise CheckpointError("tokens: a token cannot be empty")
-    return [AddedToken(token) for token in tokens if token not in output.ids]
+    try:
+        return [AddedToken(token) for token in tokens if token not in output.ids]
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"tokens: {error.object!r} is not valid text: {error.reason}") from None
 
 
 # ---- Rows
@@ -316,6 +320,7 @@ def _table(
     filled: int,
     rows: int,
 ) -> RowTable | None:
+    """One model's embedding of `rows` rows in the output's vocabulary; None if nothing changes."""
     size = own.shape[1]
     replaced = (own[model] < 0) | forced
     mine = np.stack([np.full(size, model), own[model]], axis=1)

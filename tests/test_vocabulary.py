@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -278,6 +280,12 @@ def test_a_row_that_is_not_there_is_told(source: Any, message: str, tmp_path: Pa
         plan_vocabulary(three(tmp_path), [2, 3, 3], base=0, tokens={"e": TokenRow(source)})
 
 
+@pytest.mark.parametrize("token", ["", "\ud800"])
+def test_a_token_that_no_text_can_hold_is_refused(token: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="tokens: "):
+        plan_vocabulary(three(tmp_path), [2, 3, 3], base=0, tokens={token: TokenRow("zero")})
+
+
 # ---- Padding
 
 
@@ -476,6 +484,8 @@ def test_a_model_without_a_tokenizer_is_taken_to_have_the_base_s(tmp_path: Path)
         plan_vocabulary(folders, [2, 2], base=1)
 
 
+HOSTILE = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+tokenizer_of = cache(trained)
 BROKEN: Mapping[str, Any] = {
     "nothing": "",
     "list": "[]",
@@ -485,6 +495,9 @@ BROKEN: Mapping[str, Any] = {
     "bytes": b"\xff\xfe",
     "merges": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}},
     "unigram": {"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 7}},
+    "text id": {"model": {"type": "WordLevel", "vocab": {"a": "x"}, "unk_token": "a"}},
+    "list id": {"added_tokens": [{"id": [], "content": "a"}]},
+    "no token": {"added_tokens": [7]},
     "negative": {"model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}},
 }
 
@@ -517,6 +530,44 @@ def test_a_malformed_tokenizer_config_is_told(config: Any, tmp_path: Path) -> No
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
         plan_vocabulary([base], [1])
+
+
+JSON_VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 9), st.sampled_from([float("inf"), 2**70, "a", "", [], {}, [["a", 1.0]]])
+)
+
+
+def with_one_node_replaced(value: Any, data: st.DataObject) -> Any:
+    """The value, with something else in one place of it."""
+    if isinstance(value, dict) and value and data.draw(st.booleans()):
+        key = data.draw(st.sampled_from(sorted(value)))
+        return value | {key: with_one_node_replaced(value[key], data)}
+    if isinstance(value, list) and value and data.draw(st.booleans()):
+        place = data.draw(st.integers(0, len(value) - 1))
+        return [*value[:place], with_one_node_replaced(value[place], data), *value[place + 1 :]]
+    return data.draw(JSON_VALUES)
+
+
+@given(kind=st.sampled_from(KINDS), name=st.sampled_from(HOSTILE), data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_any_file_gives_a_vocabulary_or_a_clear_error(
+    kind: str, name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("hostile")
+    tokenizer = tokenizer_of(kind)
+    decoder = {str(row): {"content": token.content} for row, token in tokenizer.get_added_tokens_decoder().items()}
+    good = save(folder / "good", tokenizer, eos_token="<s>", extra_special_tokens=["<x>"])
+    bad = save(folder / "bad", tokenizer, eos_token="<s>", extra_special_tokens=["<x>"], added_tokens_decoder=decoder)
+    if name in ("special_tokens_map.json", "added_tokens.json"):
+        save(bad, tokenizer)
+        (bad / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<s>", "lstrip": True}}))
+        (bad / "added_tokens.json").write_text(json.dumps({"<y>": 60, "<z>": 61}))
+    (bad / name).write_text(json.dumps(with_one_node_replaced(json.loads((bad / name).read_text()), data)))
+    with suppress(CheckpointError):
+        plan_vocabulary([bad, good], [40, 70], base=data.draw(st.integers(0, 1)))
+    assert all(isinstance(warning, str) for warning in tokenizer_differences([good, bad]))
+    with suppress(CheckpointError):
+        commonest_template([bad, good])
 
 
 def test_files_that_are_too_large_or_no_files_are_not_read(tmp_path: Path) -> None:

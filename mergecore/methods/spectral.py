@@ -16,6 +16,8 @@ from mergecore.methods.linear import WEIGHT
 
 # Below this share of the largest entry, one of a decomposed matrix is rounding noise: unchanged rows stay so.
 NOISE = 2.0**-40
+# Below this share of the largest singular value, singular vectors of several models are one direction: they agree
+# in half of the digits of float64, and what they differ in would be blown up to a direction of its own.
 SAME = 2.0**-26
 
 
@@ -41,10 +43,7 @@ def _top(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """The solution of the orthogonal Procrustes problem: of all matrices whose singular values are 1 the nearest.
-
-    Vectors of several models that agree in half of the digits are one direction.
-    """
+    """The solution of the orthogonal Procrustes problem: of all matrices whose singular values are 1 the nearest."""
     u, _, vt = _decomposed(matrix, SAME)
     return u @ vt
 
@@ -61,7 +60,7 @@ def _mean(view: TensorView) -> Coefficients:
 
 
 def _tsv(view: TensorView) -> Coefficients | Dense:
-    """TSV-Merge (section 4.2): the top 1/N of each model's singular triplets, decorrelated, then put together."""
+    """TSV-Merge: the top 1/N of each model's singular triplets, decorrelated, then put together."""
     deltas = view.deltas
     if deltas is None:
         return _mean(view)
@@ -75,7 +74,7 @@ def _tsv(view: TensorView) -> Coefficients | Dense:
 
 
 def _iso_c(view: TensorView) -> Coefficients | Dense:
-    """Iso-C (section 4.1): the sum of the deltas with all singular values replaced by their mean."""
+    """Iso-C: the sum of the deltas with all singular values replaced by their mean."""
     if view.deltas is None:
         return _mean(view)
     (total,) = view.deltas

@@ -30,10 +30,10 @@ def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> Non
     if plan.config:
         writer.add_file("config.json", _json(plan.config))
     generation = reference.folder / "generation_config.json"
-    if generation.is_file() and plan.vocabulary is not None:
-        writer.add_file(generation.name, _json(plan.vocabulary.configured(read_config(generation)[0])))
-    elif generation.is_file():
-        writer.add_file(generation.name, generation)
+    if generation.is_file():
+        before, _ = read_config(generation)
+        after = before if plan.vocabulary is None else plan.vocabulary.configured(before)
+        writer.add_file(generation.name, generation if after == before else _json(after))
     for name, file in plan.tokenizer.items():
         writer.add_file(name, file)
     for path in _code_files(plan):
