@@ -121,6 +121,9 @@ def test_a_merge_answers_as_the_oracle_s_merge(name: str, trio: Callable[[str], 
     merge(tmp_path / "out", "task_arithmetic", of["base"], *models)
     expected = added(of.states["base"], [of.states["near"], of.states["far"]], ["0.5", "0.25"])
     assert_same_model(loaded(tmp_path / "out"), expected, of.tiny)
+    manifest = json.loads((tmp_path / "out" / "mergecore_manifest.json").read_text())
+    for entry in manifest["inputs"]:
+        assert entry["tensors"]["merged"] == entry["tensors"]["stored"] == manifest["tensors_out"]["stored"]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -241,6 +244,7 @@ def test_a_text_model_and_one_that_sees_merge_into_one_that_sees(
     first, second = (seeing["base"], text["far"]) if base == "seeing" else (text["far"], seeing["base"])
     result = merge(tmp_path / "out", "task_arithmetic", first, (second, {"weight": 0.5}))
     assert any("taken from the models that have them" in warning for warning in result.warnings)
+    assert not any("end up in nothing" in warning for warning in result.warnings)
     sees = seeing.states["base"]
     renamed = {
         key if key == "lm_head.weight" else key.replace("model.", "model.language_model.", 1): tensor
