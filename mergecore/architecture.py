@@ -16,10 +16,10 @@ Orientation = Literal["rows", "columns"]
 
 HEAD = "lm_head.weight"
 _LAYER = re.compile(r"^(?P<stack>.*?(?:^|\.)(?:layers?|h|blocks?))\.(?P<index>\d+)\.")
-_EMBEDDINGS = {
-    "embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings", "embed_positions",
-    "embed_in", "tok_embeddings", "embeddings", "embedding", "shared",
-}  # fmt: skip
+_EMBEDDING = re.compile(
+    r"embed_(tokens|positions|in)\w*|(\w+_)?(word|tok|token|type|position)_embeddings?|(tokens|positions|pos)_embed"
+    r"|embeddings?|wte|wpe|shared|relative_attention_bias"
+)
 # transformers.pytorch_utils.Conv1D stores (in, out): an input feature is a stored row.
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
@@ -77,7 +77,8 @@ def tower_of(name: str) -> str | None:
 
 def is_before_layers(name: str) -> bool:
     """Whether a tensor outside of the layers comes before them (embeddings) and not after (last norm, head)."""
-    return any(part in _EMBEDDINGS or part.startswith("embed") for part in name.split(".")[:-1]) and not is_head(name)
+    parts = name.split(".")[:-1]
+    return any(_EMBEDDING.fullmatch(part) or part.startswith("embed") for part in parts) and not is_head(name)
 
 
 def is_head(name: str) -> bool:
@@ -98,12 +99,13 @@ def is_bias(name: str) -> bool:
 def is_embedding(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a lookup table whose rows are tokens or positions."""
     parts = name.split(".")
-    return len(shape) == 2 and parts[-1] == "weight" and len(parts) > 1 and parts[-2] in _EMBEDDINGS
+    return len(shape) == 2 and parts[-1] == "weight" and len(parts) > 1 and bool(_EMBEDDING.fullmatch(parts[-2]))
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is the weight of a linear layer or a convolution inside the model (or several: experts)."""
-    return len(shape) > 1 and 0 not in shape and name != HEAD and not is_embedding(name, shape)
+    other = is_head(name) or name.endswith("bias") or is_embedding(name, shape)
+    return len(shape) > 1 and 0 not in shape and not other
 
 
 def embedding_of(names: Iterable[str]) -> str | None:
@@ -114,6 +116,7 @@ def embedding_of(names: Iterable[str]) -> str | None:
         "embed_in.weight",
         "tok_embeddings.weight",
         "word_embeddings.weight",
+        "shared.weight",
     )
     return next((name for name in names if name.endswith(endings)), None)
 
@@ -135,6 +138,21 @@ def place_in(layer: int, count: int) -> float:
     return layer / (count - 1) if count > 1 else 1.0
 
 
+def _transposed_experts(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+    """The modules whose fused experts are stored (experts, in, out), as some models have them.
+
+    The gate and the up projection together have twice as many outputs as the down projection has inputs: read the
+    wrong way round, twice the hidden size would have to equal the hidden size.
+    """
+    found = set()
+    for name, gate_up in shapes.items():
+        module, _, last = name.rpartition(".")
+        down = shapes.get(f"{module}.down_proj", ())
+        if last == "gate_up_proj" and len(gate_up) == len(down) == 3 and gate_up[2] == 2 * down[1]:
+            found.add(module)
+    return frozenset(found)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The structure of the output model, from the reference's names and config."""
@@ -145,17 +163,25 @@ class Architecture:
     """How many layers each stack (the name's part before the layer number) has."""
     orientations: Mapping[str, Orientation]
     """The spec's override: glob of a tensor's name -> orientation; the first match decides."""
+    transposed: frozenset[str] = frozenset()
+    """Modules whose fused experts are stored (experts, in, out)."""
 
     @classmethod
     def of(
-        cls, config: Mapping[str, Any], names: Iterable[str], orientations: Mapping[str, Orientation]
+        cls,
+        config: Mapping[str, Any],
+        names: Iterable[str],
+        orientations: Mapping[str, Orientation],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Architecture:
+        """`shapes` of the tensors tell how fused experts are stored; without them (experts, out, in) is taken."""
         layers: dict[str, int] = {}
         for stack, number, _ in filter(None, map(layer_of, names)):
             layers[stack] = max(layers.get(stack, 0), number + 1)
         counts = [config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
         experts = frozenset(count for count in counts if isinstance(count, int))
-        return cls(str(config.get("model_type", "")), experts, layers, orientations)
+        transposed = _transposed_experts(shapes or {})
+        return cls(str(config.get("model_type", "")), experts, layers, orientations, transposed)
 
     def place(self, name: str) -> float:
         """Where in its stack a tensor's layer stands, 0 (first) to 1 (last); 0 outside the layers."""
@@ -173,6 +199,8 @@ class Architecture:
         for pattern, orientation in self.orientations.items():
             if fnmatch.fnmatchcase(name, pattern):
                 return orientation
+        if len(shape) == 3:
+            return "rows" if name.rpartition(".")[0] in self.transposed else "columns"
         transposed = self.model_type in _CONV1D_MODELS and _CONV1D.search(name)
         return "rows" if transposed or is_embedding(name, shape) else "columns"
 

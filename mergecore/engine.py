@@ -31,6 +31,7 @@ from mergecore.output import manifest
 from mergecore.output.stages import Stages, stages_folder
 from mergecore.output.writer import OutputWriter
 from mergecore.planning import MergePlan, TensorJob, plan, with_run
+from mergecore.relation import unrelated
 from mergecore.selecting import Part, compared, row_odds, row_pieces, thinned
 from mergecore.sources import DTYPES, Source, files_of
 from mergecore.spec import MergeSpec, load_spec
@@ -107,6 +108,10 @@ def merge(
         torch.set_num_threads(spec.run.threads)
 
     def run(planned: MergePlan, out: Path, show: Callable[[Progress], None] | None) -> MergeResult:
+        strangers = unrelated(planned)
+        for warning in strangers:
+            log.warning(warning)
+        planned = replace(planned, warnings=(*planned.warnings, *strangers))
         with OutputWriter(out, planned.layout, planned.identity(), resume=resume) as writer:
             return _Merge(planned, out, writer, computing, show, should_stop).run()
 

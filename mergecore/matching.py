@@ -77,7 +77,7 @@ class Matching:
         copied = [name for name in self.names if name not in self.merged | self.constants]
         if copied:
             self.warnings.append(
-                f"{_count(copied)} of whole numbers copied from {self.reference.path}: {_listed(copied)}"
+                f"{_count(copied)} of whole numbers copied from {self.reference.path}: {listed(copied)}"
             )
 
     # Lookups
@@ -154,7 +154,7 @@ class Matching:
             more = set(filter(None, map(tower_of, model.tensors))) - towers
             if more and layer_stacks(model.tensors):
                 self.warnings.append(
-                    f"{first.path} has no {_listed(sorted(more))}; the output is made like {model.path}, which has"
+                    f"{first.path} has no {listed(sorted(more))}; the output is made like {model.path}, which has"
                 )
                 return model
         return first
@@ -176,7 +176,7 @@ class Matching:
             if unknown:
                 raise self._error(
                     model,
-                    f"has {_count(unknown)} that {self.reference.path} does not have: {_listed(unknown)}; "
+                    f"has {_count(unknown)} that {self.reference.path} does not have: {listed(unknown)}; "
                     "the models must be of one architecture",
                 )
             added = [self._our_name(model, name) for name in extra]
@@ -190,7 +190,7 @@ class Matching:
             own = [name for name in names if module is None or self._module_of(name) == module]
             if not own:
                 raise self.spec.error(
-                    f"{self.reference.path} has no tensors below {module!r}; it has {_listed(self._modules())}",
+                    f"{self.reference.path} has no tensors below {module!r}; it has {listed(self._modules())}",
                     "modules",
                     str(module),
                 )
@@ -203,8 +203,8 @@ class Matching:
             left = [name for name in names if self._module_of(name) not in self.spec.modules]
             if left:
                 raise self.spec.error(
-                    f"no module takes {_count(left)} of {self.reference.path}: {_listed(left)}; "
-                    f"expected modules {_listed(self._modules())}",
+                    f"no module takes {_count(left)} of {self.reference.path}: {listed(left)}; "
+                    f"expected modules {listed(self._modules())}",
                     "modules",
                 )
 
@@ -235,7 +235,7 @@ class Matching:
         stacks = layer_stacks(names)
         if len(stacks) != 1:
             raise self.spec.error(
-                f"{self.reference.path} has {len(stacks)} stacks of layers ({_listed(sorted(stacks))}); slices need "
+                f"{self.reference.path} has {len(stacks)} stacks of layers ({listed(sorted(stacks))}); slices need "
                 "one: describe each component under 'modules'",
                 *sections[0].part.keys,
             )
@@ -279,11 +279,12 @@ class Matching:
                 members.insert(0, Member(slot.section.reference, None))
             for member in members:
                 self._check_tensor(member, slot, expected, problems[member.model])
+        self.zeros = {model: tuple(found.zeros) for model, found in problems.items()}
         for model, found in problems.items():
             if found.missing:
                 raise self._error(
                     model,
-                    f"lacks {_count(found.missing)} that the other models have: {_listed(found.missing)}; "
+                    f"lacks {_count(found.missing)} that the other models have: {listed(found.missing)}; "
                     "the models must be of one architecture",
                 )
             if found.differing:
@@ -291,13 +292,13 @@ class Matching:
             if found.unsupported:
                 raise self._error(
                     model,
-                    f"is quantised or of a dtype that cannot be merged: {_listed(found.unsupported)}; "
+                    f"is quantised or of a dtype that cannot be merged: {listed(found.unsupported)}; "
                     "inputs can be F64, F32, F16, BF16 or scaled F8: convert the model first",
                 )
             for count, what in ((found.zeros, "read as zeros"), (found.absent, "taken from the models that have them")):
                 if count:
                     kind = "bias tensor" if what == "read as zeros" else "tensor"
-                    self.warnings.append(f"{model.path} lacks {_count(count, kind)}, {what}: {_listed(count)}")
+                    self.warnings.append(f"{model.path} lacks {_count(count, kind)}, {what}: {listed(count)}")
 
     def _check_tensor(self, member: Member, slot: Slot, expected: tuple[int, ...], found: _Problems) -> None:
         info, name = self.tensor(member, slot), slot.name
@@ -338,14 +339,15 @@ def _differing(found: list[tuple[str, tuple[int, ...], tuple[int, ...]]], refere
         if vocabulary
         else "the models must be of one size"
     )
-    return f"differs in shape from {reference.path} in {_count(found)}: {_listed(shapes)}; {hint}"
+    return f"differs in shape from {reference.path} in {_count(found)}: {listed(shapes)}; {hint}"
 
 
 def _count(items: Sequence[Any], what: str = "tensor") -> str:
     return f"{len(items)} {what}" + ("s" if len(items) != 1 else "")
 
 
-def _listed(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = len(listed) - MAX_LISTED
-    return ", ".join(listed[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+def listed(names: Iterable[str]) -> str:
+    """The first names, and how many more."""
+    found = list(names)
+    more = len(found) - MAX_LISTED
+    return ", ".join(found[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

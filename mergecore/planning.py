@@ -17,12 +17,13 @@ import xxhash
 from pydantic import ValidationError
 
 from mergecore import __version__
+from mergecore.accounting import Account, accounts
 from mergecore.architecture import Architecture, Orientation, is_linear, is_tied
 from mergecore.checkpoint import TensorInfo
 from mergecore.embeddings import Embeddings
 from mergecore.errors import SpecError
 from mergecore.inputs import Input, Inputs, Resolve
-from mergecore.matching import FLOATS, Matching
+from mergecore.matching import FLOATS, Matching, listed
 from mergecore.methods import METHODS
 from mergecore.methods.base import Coefficients, Keep, Method, Statistics, TensorView, per_model
 from mergecore.methods.selection import complement
@@ -99,6 +100,11 @@ class TensorJob:
         yield from (source for source in self.inputs if source is not None)
 
     @property
+    def merges(self) -> bool:
+        """Whether a method computes it; otherwise it is taken from one model as it is."""
+        return self.parameters is not None and self.method is not CARRY
+
+    @property
     def input_bytes(self) -> int:
         return sum(source.nbytes for source in self.sources())
 
@@ -157,6 +163,8 @@ class MergePlan:
     jobs: tuple[TensorJob, ...]
     layout: OutputLayout
     warnings: tuple[str, ...]
+    accounts: tuple[Account, ...]
+    """What becomes of the tensors of every input."""
     config: Mapping[str, Any]
     """The output's config.json; empty if the reference has none."""
     earlier: tuple[tuple[Path, MergePlan], ...] = ()
@@ -184,8 +192,7 @@ class MergePlan:
 
     @property
     def inputs(self) -> list[Input]:
-        based = () if self.base is None else (self.base,)
-        return list(dict.fromkeys((self.reference, *based, *self.models)))
+        return [account.model for account in self.accounts]
 
     @property
     def held_bytes(self) -> int:
@@ -240,7 +247,8 @@ def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePl
     embeddings = Embeddings(spec, models_of(sections), base, inputs)
     matching = Matching(spec, sections, embeddings)
     reference = matching.reference
-    architecture = Architecture.of(reference.config, matching.names, spec.orientation)
+    shapes = {slot.name: matching.any_tensor(slot).shape for slot in matching.slots}
+    architecture = Architecture.of(reference.config, matching.names, spec.orientation, shapes)
     jobs = [_job(slot, matching, architecture, spec, method) for slot in matching.slots]
     for job in jobs:
         _check_coefficients(job, spec)
@@ -248,6 +256,12 @@ def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePl
     layout = plan_layout([(job.name, job.dtype, job.shape) for job in jobs], spec.run.shard_size)
     untied_head = matching.head in matching.names and is_tied(reference.config, reference.tensors)
     config = output_config(reference.config, spec, sections, untied_head=untied_head)
+    inventory = accounts(matching.models, sections, jobs, matching.zeros)
+    unused = [
+        f"{account.model.path}: {len(account.unused)} tensors end up in nothing: {listed(account.unused)}"
+        for account in inventory
+        if account.unused
+    ]
     models = tuple(dict.fromkeys(member.model for section in sections for member in section.members))
     based = [section.base.model for section in sections if section.base is not None]
     return MergePlan(
@@ -261,7 +275,8 @@ def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePl
         base=based[0] if based else None,
         jobs=tuple(jobs),
         layout=layout,
-        warnings=tuple(matching.warnings),
+        warnings=(*matching.warnings, *unused),
+        accounts=inventory,
         config=config if embeddings.vocabulary is None else embeddings.vocabulary.configured(config),
         earlier=tuple(earlier),
     )

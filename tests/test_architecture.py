@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from mergecore.architecture import HEAD, Architecture, embedding_of, is_bias, is_buffer, is_embedding, is_tied
+from mergecore.architecture import (
+    HEAD,
+    Architecture,
+    embedding_of,
+    is_bias,
+    is_buffer,
+    is_embedding,
+    is_linear,
+    is_tied,
+)
 
 
 def architecture(*names: str, **config: object) -> Architecture:
@@ -59,6 +68,10 @@ def test_stacks_are_counted_apart() -> None:
         ("gpt_neox.embed_in.weight", (10, 4), True),
         ("gpt_neox.embed_out.weight", (10, 4), False),
         ("shared.weight", (10, 4), True),
+        ("decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 4), True),
+        ("vision_tower.embeddings.position_embedding.weight", (5, 4), True),
+        ("vision_tower.embeddings.patch_embedding.weight", (5, 12), False),
+        ("model.visual.pos_embed.weight", (10, 4), True),
         (HEAD, (10, 4), False),
         ("model.layers.0.mlp.up_proj.weight", (10, 4), False),
         ("weight", (10, 4), False),
@@ -118,6 +131,34 @@ def test_a_tensor_is_seen_as_matrices(name: str, shape: tuple[int, ...], matrice
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])
 def test_fused_experts_are_also_known_by_their_number(key: str) -> None:
     assert architecture(**{key: 4}).matrices("mlp.fused.weight", (4, 5, 7)) == (4, 5, 7)
+
+
+def test_the_shapes_of_both_projections_tell_how_fused_experts_are_stored() -> None:
+    """Also where each of them alone could be either."""
+    gate_up, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+    for hidden, inner in ((16, 12), (16, 16), (16, 8), (8, 16)):
+        out_in = {gate_up: (4, 2 * inner, hidden), down: (4, hidden, inner)}
+        in_out = {gate_up: (4, hidden, 2 * inner), down: (4, inner, hidden)}
+        for shapes, orientation in ((out_in, "columns"), (in_out, "rows")):
+            known = Architecture.of({}, shapes, {}, shapes)
+            assert {known.orientation(name, shape) for name, shape in shapes.items()} == {orientation}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "linear"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", (10, 4), True),
+        ("model.layers.0.mlp.experts.gate_up_proj", (2, 10, 4), True),
+        ("model.layers.0.mlp.experts.gate_up_proj_bias", (2, 10), False),
+        ("model.norm.weight", (4,), False),
+        ("model.embed_tokens.weight", (10, 4), False),
+        ("gpt_neox.embed_out.weight", (10, 4), False),
+        ("language_model.lm_head.weight", (10, 4), False),
+        ("model.layers.0.mlp.up_proj.weight", (0, 4), False),
+    ],
+)
+def test_linear_layers_are_matrices_inside_the_model(name: str, shape: tuple[int, ...], linear: bool) -> None:
+    assert is_linear(name, shape) is linear
 
 
 @pytest.mark.parametrize(

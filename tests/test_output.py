@@ -224,7 +224,9 @@ def test_the_manifest_tells_spec_inputs_versions_and_checksums(chatty: list[Path
     assert manifest["inputs"][0]["files"][0].items() >= stored.items()
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["result"] == {key: value for key, value in result.as_dict().items() if key != "output"}
-    assert manifest["tensors_out"] == len(manifest["tensors"]) == len(load_tensors(tmp_path / "out"))
+    assert (
+        manifest["tensors_out"]["stored"]["tensors"] == len(manifest["tensors"]) == len(load_tensors(tmp_path / "out"))
+    )
     assert verify_output(tmp_path / "out") == []
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import platform
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mergecore import __version__
+from mergecore.accounting import COPIED, MERGED
 from mergecore.checkpoint import read_config
 from mergecore.output.verify import MANIFEST_NAME
 from mergecore.planning import MergePlan
@@ -76,7 +78,7 @@ def _manifest(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> dic
             "dtype": stored[name].dtype,
             "shape": list(stored[name].shape),
             "xxh3_128": writer.checksums[name],
-            "merged": stored[name].parameters is not None,
+            "merged": stored[name].merges,
         }
         for name, slot in plan.layout.slots.items()
     }
@@ -87,10 +89,24 @@ def _manifest(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> dic
         "method": plan.method.name,
         "spec": plan.spec.as_dict(),
         "spec_text": plan.spec.text,
-        "inputs": [{"path": str(model.path), **model.fingerprint()} for model in plan.inputs],
+        "inputs": [
+            {"path": str(account.model.path), **account.model.fingerprint(), "tensors": account.as_dict()}
+            for account in plan.accounts
+        ],
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "result": {key: value for key, value in result.as_dict().items() if key != "output"},
-        "tensors_in": {str(model.path): len(model.tensors) for model in plan.inputs},
-        "tensors_out": len(tensors),
+        "tensors_out": _totals(plan),
         "tensors": tensors,
+    }
+
+
+def _totals(plan: MergePlan) -> dict[str, dict[str, int]]:
+    """Tensors and parameters of the output, as an input's account has them."""
+    kinds = {
+        "stored": plan.jobs,
+        MERGED: [job for job in plan.jobs if job.merges],
+        COPIED: [job for job in plan.jobs if not job.merges],
+    }
+    return {
+        kind: {"tensors": len(jobs), "parameters": sum(prod(job.shape) for job in jobs)} for kind, jobs in kinds.items()
     }
