@@ -21,7 +21,7 @@ from mergecore.sections import Section
 from mergecore.sources import Adapted, Source, Stored
 
 if TYPE_CHECKING:
-    from mergecore.planning import TensorJob
+    from mergecore.jobs import TensorJob
 
 MERGED, COPIED, FOLDED = "merged", "copied", "folded"
 """Where a stored tensor goes: into a merge, into the output as it is, or into a tensor of its model that is merged

@@ -26,11 +26,12 @@ from mergecore._stream import ReadFault, WindowStream
 from mergecore.device import Device, HostWindow, open_device
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
 from mergecore.inputs import Resolve
+from mergecore.jobs import TensorJob
 from mergecore.methods.base import Coefficients, Dense, Election, TensorView
 from mergecore.output import manifest
 from mergecore.output.stages import Stages, stages_folder
 from mergecore.output.writer import OutputWriter
-from mergecore.planning import MergePlan, TensorJob, plan, with_run
+from mergecore.planning import MergePlan, plan, with_run
 from mergecore.relation import unrelated
 from mergecore.selecting import Part, compared, row_odds, row_pieces, thinned
 from mergecore.sources import DTYPES, Source, files_of

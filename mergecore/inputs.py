@@ -13,8 +13,9 @@ from typing import Any
 
 from mergecore.adapters import adapted, open_adapter
 from mergecore.checkpoint import Checkpoint, open_checkpoint
+from mergecore.quantised import dequantised
 from mergecore.references import parse_reference
-from mergecore.sources import Source, dequantised
+from mergecore.sources import Source
 
 Resolve = Callable[[str, str | None], Path]
 """(path or name, revision) as a spec has them -> where the model lies."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mergecore.inputs import Input
-from mergecore.planning import MergePlan, TensorJob
+from mergecore.jobs import TensorJob
+from mergecore.planning import MergePlan
 from mergecore.sources import Source
 
 MATRICES, SEGMENTS, ENTRIES = 8, 2, 2048

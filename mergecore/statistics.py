@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mergecore import ops
+from mergecore.jobs import TensorJob
 from mergecore.methods.base import Gram, Keep, Moments, Statistics, TensorView
-from mergecore.planning import TensorJob
 from mergecore.selecting import Part, Reads, choose, kept_sums
 
 PIECE = 1 << 18  # entries

@@ -15,8 +15,8 @@ from itertools import accumulate, repeat
 import torch
 
 from mergecore import ops, statistics
+from mergecore.jobs import MODEL_BLOCKS, TensorJob
 from mergecore.methods.base import Gram, Keep
-from mergecore.planning import MODEL_BLOCKS, TensorJob
 from mergecore.selecting import Part, Reads, choose, kept_sums
 
 

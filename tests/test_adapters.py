@@ -16,7 +16,8 @@ from torch import Tensor
 from mergecore.adapters import adapted, open_adapter
 from mergecore.checkpoint import open_checkpoint
 from mergecore.errors import CheckpointError, InputFault
-from mergecore.sources import Source, Stored, dequantised
+from mergecore.quantised import dequantised
+from mergecore.sources import Source, Stored
 from tests.models import LLAMA, llama, streamed, write_model
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

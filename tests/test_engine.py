@@ -33,7 +33,8 @@ from mergecore.errors import (
     OutputExistsError,
     SpecError,
 )
-from mergecore.planning import MergePlan, TensorJob
+from mergecore.jobs import TensorJob
+from mergecore.planning import MergePlan
 from tests.models import LLAMA, llama, load_tensors, moved, spec_dict, tensor_bytes, write_model, write_trio
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,8 @@ from torch import Tensor
 from mergecore import load_spec, plan
 from mergecore.checkpoint import open_checkpoint
 from mergecore.errors import CheckpointError, MergecoreError, SpecError
-from mergecore.planning import MergePlan, TensorJob, with_run
+from mergecore.jobs import TensorJob
+from mergecore.planning import MergePlan, with_run
 from mergecore.sources import Stored
 from tests.models import LLAMA, llama, moved, spec_dict, tensor_bytes, write_model, write_trio
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from mergecore.checkpoint import TensorInfo, open_checkpoint
 from mergecore.errors import CheckpointError
-from mergecore.sources import Adapted, RowMap, Scaled, Source, Stored, dequantised
+from mergecore.quantised import dequantised
+from mergecore.sources import Adapted, RowMap, Scaled, Source, Stored
 from tests.models import streamed
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

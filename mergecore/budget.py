@@ -1,0 +1,85 @@
+"""What is held in memory for a tensor, and windows that fit a merge's budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mergecore.jobs import MODEL_BLOCKS, WINDOW_BYTES, TensorJob
+from mergecore.matching import FLOATS
+from mergecore.methods.base import Statistics
+from mergecore.ops import gram_count
+from mergecore.output.layout import ITEM_BYTES
+from mergecore.selecting import BLOCK, held_bytes
+from mergecore.sources import Stored, scratch_bytes
+from mergecore.spec import MergeSpec
+
+
+def _row_bytes(job: TensorJob) -> tuple[int, int]:
+    """Bytes of one row of all inputs, and of the output. What is derived while it streams is made in float64."""
+    inputs = sum(FLOATS[each.dtype] if isinstance(each, Stored) else 3 * FLOATS["F64"] for each in job.sources())
+    inputs += 2 * FLOATS["F64"] * len(job.thinned)
+    return job.columns * inputs, job.columns * FLOATS.get(job.dtype, 1)
+
+
+def _statistics_bytes(job: TensorJob) -> int:
+    models = len(job.models)
+    entries = MODEL_BLOCKS * BLOCK if job.scope == "model" else job.matrices * job.rows * job.columns
+    choosing = max(held_bytes(keeps, entries, job.columns) for keeps in (job.sparsify, job.keeps))
+    choosing += held_bytes(job.thinned, entries, job.columns)
+    length = job.columns if job.orientation == "columns" or len(job.shape) < 2 else job.rows
+    if job.statistics is Statistics.SQUARES:
+        return max(choosing, 48 * models * (entries // BLOCK + 1))
+    if job.statistics is Statistics.COLUMNS:
+        # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
+        return choosing + 8 * length * (2 * (1 + 3 * models) + 8 * models)
+    if job.statistics.is_whole:
+        return choosing + _decomposition_bytes(job)
+    if job.statistics.is_gram:
+        # Totals, the pending tile, and both triangles; then points and coefficients.
+        return choosing + 8 * length * (4 * gram_count(models) + 8 * models)
+    return choosing
+
+
+def _decomposition_bytes(job: TensorJob) -> int:
+    """What is held of one matrix that is decomposed: the deltas or their sum, factors, copies, LAPACK's workspace.
+
+    Measured (peak resident bytes), for matrices from square to 1 : 8.
+    """
+    whole, squares = (len(job.models) + 7, 7) if job.statistics is Statistics.DELTAS else (1 + 4, 3)
+    return 8 * (whole * job.rows * job.columns + squares * min(job.rows, job.columns) ** 2)
+
+
+def _beside_bytes(job: TensorJob) -> int:
+    """What is held beside the windows."""
+    return _statistics_bytes(job) + max(map(scratch_bytes, job.sources()), default=0)
+
+
+def held(job: TensorJob) -> int:
+    """Bytes held at most while a job runs."""
+    if job.parameters is None:
+        return 4 * job.window_rows * ITEM_BYTES[job.dtype]
+    inputs, output = (job.window_rows * size for size in _row_bytes(job))
+    kept = job.input_bytes // job.matrices if job.keep else 0
+    return max(kept, inputs) + inputs + 2 * output + _beside_bytes(job)
+
+
+def windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
+    """Two windows of inputs (one in use, one read ahead) and two of output fit the memory beside the statistics."""
+    models, memory = len(job.models), spec.run.memory
+    inputs, output = _row_bytes(job)
+    room = memory - _beside_bytes(job)
+    step = max(1, min(job.block_rows, job.rows))
+    of_block = 8 * gram_count(models) if job.statistics is Statistics.GRAM else 0
+    smallest = 2 * (inputs + output) * step + of_block
+    if room < smallest:
+        needed = memory - room + smallest
+        raise spec.error(
+            f"{job.name} {list(job.shape)} needs {needed / 2**20:.1f} MiB for its statistics and one row of "
+            f"{models} models, more than the memory allowed ({memory / 2**20:.1f} MiB); raise run.memory or --memory",
+            "run",
+            "memory",
+        )
+    rows = min(job.rows, step * max(1, min(room, 2 * WINDOW_BYTES) // smallest))
+    windowed = replace(job, window_rows=max(1, rows))
+    kept = replace(windowed, keep=job.passes > 1 and job.scope == "tensor")
+    return kept if kept.keep and held(kept) <= memory else windowed
