@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mergecore.engine import MergeResult, Progress, merge
+    from mergecore.engine import MergeResult, Progress
+    from mergecore.merging import merge
     from mergecore.planning import MergePlan, plan
     from mergecore.spec import MergeSpec, load_spec
 
@@ -20,7 +21,7 @@ _HOMES = {
     "MergeSpec": "mergecore.spec",
     "plan": "mergecore.planning",
     "MergePlan": "mergecore.planning",
-    "merge": "mergecore.engine",
+    "merge": "mergecore.merging",
     "MergeResult": "mergecore.engine",
     "Progress": "mergecore.engine",
 }

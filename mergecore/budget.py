@@ -65,6 +65,8 @@ def held(job: TensorJob) -> int:
 
 def windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
     """Two windows of inputs (one in use, one read ahead) and two of output fit the memory beside the statistics."""
+    if job.parameters is None:
+        return job
     models, memory = len(job.models), spec.run.memory
     inputs, output = _row_bytes(job)
     room = memory - _beside_bytes(job)

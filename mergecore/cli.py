@@ -129,7 +129,7 @@ def _size(text: str) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from mergecore.engine import merge
+    from mergecore.merging import merge
     from mergecore.spec import load_spec
 
     spec = load_spec(options.spec)

@@ -23,19 +23,15 @@ from torch import Tensor
 
 from mergecore import ops, statistics, survey
 from mergecore._stream import ReadFault, WindowStream
-from mergecore.device import Device, HostWindow, open_device
+from mergecore.device import Device, HostWindow
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
-from mergecore.inputs import Resolve
 from mergecore.jobs import TensorJob
 from mergecore.methods.base import Coefficients, Dense, Election, TensorView
 from mergecore.output import manifest
-from mergecore.output.stages import Stages, stages_folder
 from mergecore.output.writer import OutputWriter
-from mergecore.planning import MergePlan, plan, with_run
-from mergecore.relation import unrelated
+from mergecore.planning import MergePlan
 from mergecore.selecting import Part, compared, row_odds, row_pieces, thinned
 from mergecore.sources import DTYPES, Source, files_of
-from mergecore.spec import MergeSpec, load_spec
 from mergecore.survey import Found
 
 log = logging.getLogger(__name__)
@@ -55,6 +51,16 @@ class Progress:
     bytes_written_total: int
     seconds: float
 
+    def after(self, done: MergeResult, total: Progress) -> Progress:
+        """This progress where other merges were `done` before; of them all together `total` tells the totals."""
+        return replace(
+            total,
+            tensors_done=done.tensors + self.tensors_done,
+            bytes_read=done.bytes_read + self.bytes_read,
+            bytes_written=done.bytes_written + self.bytes_written,
+            seconds=done.seconds + self.seconds,
+        )
+
 
 @dataclass(frozen=True)
 class MergeResult:
@@ -70,109 +76,22 @@ class MergeResult:
     resumed: bool
     warnings: tuple[str, ...]
 
+    def after(self, done: MergeResult) -> MergeResult:
+        """This merge and those `done` before, as one."""
+        return replace(
+            self,
+            tensors=done.tensors + self.tensors,
+            bytes_read=done.bytes_read + self.bytes_read,
+            bytes_written=done.bytes_written + self.bytes_written,
+            seconds=done.seconds + self.seconds,
+            peak_rss=max(done.peak_rss, self.peak_rss),
+            resumed=done.resumed or self.resumed,
+            warnings=(*done.warnings, *self.warnings),
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**asdict(self), "output": str(self.output), "warnings": list(self.warnings)}
-
-
-def merge(
-    spec: MergeSpec | str | Path,
-    out: str | Path,
-    *,
-    device: str | None = None,
-    memory: int | None = None,
-    threads: int | None = None,
-    resume: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    resolve: Resolve | None = None,
-) -> MergeResult:
-    """Merges `spec` into the model directory `out`, which must not exist yet (an empty folder may).
-
-    `device` (cpu, cuda, cuda:N, auto), `memory` (bytes) and `threads` override the spec's `run`;
-    `progress` is called after every window; when `should_stop` returns True the merge ends with
-    Interrupted, its finished tensors are kept, and `resume=True` continues. `resolve` maps models
-    of the spec (path or name, revision) to where they lie. On any other error nothing is left at or beside `out`.
-    Errors: mergecore.errors.
-    """
-    spec = spec if isinstance(spec, MergeSpec) else load_spec(spec)
-    spec = with_run(spec, device=device, memory=memory, threads=threads)
-    out = Path(out)
-    planned = plan(spec, resolve=resolve, stages=stages_folder(out))
-    for each in (*(earlier for _, earlier in planned.earlier), planned):
-        for warning in each.warnings:
-            log.warning(warning)
-    # Before the writer: a device that is missing must not cost the work that `resume` would continue.
-    computing = open_device(spec.run.device)
-    before = torch.get_num_threads()
-    if spec.run.threads:
-        torch.set_num_threads(spec.run.threads)
-
-    def run(planned: MergePlan, out: Path, show: Callable[[Progress], None] | None) -> MergeResult:
-        strangers = unrelated(planned)
-        for warning in strangers:
-            log.warning(warning)
-        planned = replace(planned, warnings=(*planned.warnings, *strangers))
-        with OutputWriter(out, planned.layout, planned.identity(), resume=resume) as writer:
-            return _Merge(planned, out, writer, computing, show, should_stop).run()
-
-    try:
-        if not planned.earlier:
-            return run(planned, out, progress)
-        with Stages(out, resume=resume) as stages:
-            return _run_all(planned, out, stages, run, progress)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _run_all(
-    planned: MergePlan,
-    out: Path,
-    stages: Stages,
-    run: Callable[[MergePlan, Path, Callable[[Progress], None] | None], MergeResult],
-    progress: Callable[[Progress], None] | None,
-) -> MergeResult:
-    """The merges that `planned` needs, then itself; progress and the result count all of them."""
-    merges = [*planned.earlier, (out, planned)]
-    done = MergeResult(out, planned.method.name, 0, 0, 0, 0.0, 0, False, ())
-    tensors, to_read = (
-        sum(values) for values in zip(*((len(m.jobs), m.bytes_to_read) for _, m in merges), strict=True)
-    )
-    to_write = sum(m.bytes_to_write for _, m in merges)
-    for path, merge in merges:
-        if path != out and stages.is_done(path.name, merge.identity()):
-            one = replace(done, tensors=len(merge.jobs), bytes_read=merge.bytes_to_read, resumed=True)
-            one = replace(one, bytes_written=merge.bytes_to_write, seconds=0.0, warnings=merge.warnings)
-        else:
-            before = done
-
-            def show(now: Progress, before: MergeResult = before) -> None:
-                assert progress is not None
-                progress(
-                    Progress(
-                        tensors_done=before.tensors + now.tensors_done,
-                        tensors_total=tensors,
-                        bytes_read=before.bytes_read + now.bytes_read,
-                        bytes_read_total=to_read,
-                        bytes_written=before.bytes_written + now.bytes_written,
-                        bytes_written_total=to_write,
-                        seconds=before.seconds + now.seconds,
-                    )
-                )
-
-            one = run(merge, path, show if progress is not None else None)
-        done = MergeResult(
-            output=out,
-            method=planned.method.name,
-            tensors=done.tensors + one.tensors,
-            bytes_read=done.bytes_read + one.bytes_read,
-            bytes_written=done.bytes_written + one.bytes_written,
-            seconds=done.seconds + one.seconds,
-            peak_rss=max(done.peak_rss, one.peak_rss),
-            resumed=done.resumed or one.resumed,
-            warnings=(*done.warnings, *one.warnings),
-        )
-    return done
 
 
 @dataclass(frozen=True)
@@ -194,8 +113,8 @@ class _Window:
 _Windows = Iterator[tuple[_Window, list[memoryview]]]
 
 
-class _Merge:
-    """The state of one running merge."""
+class Merge:
+    """One running merge: `run` takes it from the plan to the published output."""
 
     def __init__(
         self,
@@ -505,7 +424,7 @@ class _Merge:
 class _Reads:
     """A job's tensor as its statistics read it: planned reads from the merge's windows, others from a stream apart."""
 
-    def __init__(self, merge: _Merge, job: TensorJob, windows: _Windows) -> None:
+    def __init__(self, merge: Merge, job: TensorJob, windows: _Windows) -> None:
         self.merge, self.job, self.windows = merge, job, windows
         self.entries = job.matrices * job.rows * job.columns
         self.block = job.block_rows * job.columns

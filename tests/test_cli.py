@@ -185,7 +185,7 @@ import sys
 from mergecore import cli, engine
 from mergecore.output import writer
 writer.CHECKPOINT_SECONDS = 0  # every finished tensor is in the journal at once
-hold_after, count = int(sys.argv.pop(1)), engine._Merge._count
+hold_after, count = int(sys.argv.pop(1)), engine.Merge._count
 def counted(merge, read, written):
     global hold_after
     count(merge, read, written)
@@ -194,7 +194,7 @@ def counted(merge, read, written):
         merge.writer.sync()
         print("holding", flush=True)
         sys.stdin.readline()
-engine._Merge._count = counted
+engine.Merge._count = counted
 sys.exit(cli.main(sys.argv[1:]))
 """
 

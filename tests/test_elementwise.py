@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mergecore
-from mergecore import engine, ops, selecting
+from mergecore import merging, ops, selecting
 from mergecore.errors import NonFiniteError, SpecError
 from mergecore.ops import Drop, Measure, Place
 from mergecore.planning import MergePlan
@@ -275,7 +275,7 @@ def test_windows_change_no_byte(method: str, sparsify: dict[str, Any] | None, mo
         ]
         return replace(planned, jobs=tuple(jobs))
 
-    monkeypatch.setattr(engine, "plan", small_windows)
+    monkeypatch.setattr(merging, "plan", small_windows)
     monkeypatch.setattr(selecting, "ROOM", 8)
     cut = merge(base, models, **spec, run={"threads": 2})
     for name in base:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import mergecore
-from mergecore import engine, ops
+from mergecore import merging, ops
 from mergecore.errors import SpecError
 from mergecore.planning import MergePlan, plan
 from tests import oracle
@@ -519,7 +519,7 @@ def test_windows_of_any_size_and_any_number_of_threads_give_the_same_bytes(
             jobs = [replace(job, window_rows=rows * step[job.name], keep=rows == 3) for job in planned.jobs]
             return replace(planned, jobs=tuple(jobs))
 
-        monkeypatch.setattr(engine, "plan", cut)
+        monkeypatch.setattr(merging, "plan", cut)
         with threads(count):
             results.append(merge(base if based else None, models, **SPECS[name]))
     for other in results[1:]:

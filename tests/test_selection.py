@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mergecore
-from mergecore import engine, ops, selecting
+from mergecore import merging, ops, selecting
 from mergecore.errors import NonFiniteError, SpecError
 from mergecore.methods.base import Keep
 from mergecore.ops import Drop, Elect, Measure, Place
@@ -548,7 +548,7 @@ def test_windows_change_no_byte(method: str, sparsify: dict[str, Any] | None, mo
         jobs = [replace(job, window_rows=min(job.rows, job.block_rows), keep=False) for job in planned.jobs]
         return replace(planned, jobs=tuple(jobs))
 
-    monkeypatch.setattr(engine, "plan", small_windows)
+    monkeypatch.setattr(merging, "plan", small_windows)
     monkeypatch.setattr(selecting, "ROOM", 8)
     monkeypatch.setattr(selecting, "RANK_BYTES", 1 << 16)
     cut = merge(base, models, **spec, run={"threads": 2})
