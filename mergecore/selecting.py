@@ -233,6 +233,20 @@ def row_odds(keeps: Sequence[Keep], part: Part, place: Place) -> Tensor | None:
     return ranks
 
 
+def kept_windows(keeps: Sequence[Keep], drops: Sequence[Drop], part: Part, block: int, place: Place) -> Part:
+    """The window with what `drops`, as chosen by `keeps`, leave of the models: float64, for any kernel after it."""
+    pieces = []
+    for piece in row_pieces(keeps, part, block):
+        assert piece.base is not None
+        here = replace(place, first_entry=piece.first_entry)
+        divide = any(keep.rescale == "probability" for keep in keeps)
+        odds = row_odds(keeps, piece, here)
+        pieces.append(
+            ops.keep_deltas(piece.base, piece.models, keeps=drops, place=here, odds=odds, divide_by_odds=divide)
+        )
+    return Part(part.first_entry, part.base, list(torch.cat(pieces, dim=1)))
+
+
 def _limited(drops: list[Drop], keeps: Sequence[Keep], reads: Reads, place: Place) -> list[Drop]:
     """`drops` with the limits of the models' top sets."""
     sets, entries = _sets(keeps), reads.entries
