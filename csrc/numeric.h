@@ -150,14 +150,16 @@ MERGECORE_INLINE double exp_tail(double r) {
   return fma(sum, r, 0.5);
 }
 
-// exp(x) for x <= 0 or moderate x, within 2 ulp, the same bits everywhere. Below -700 it is 0.
+// exp(x) for x <= 0 or moderate x, within 2 ulp, the same bits everywhere. Below -700 it is 0,
+// beyond 700 infinite. Without branches, so that loops over it are vectorised.
 MERGECORE_INLINE double exp_exact_order(double x) {
-  if (!(x > -700.0)) return x != x ? x : 0.0;
-  if (x > 700.0) return HUGE_VAL;
-  double k = floor(x * 1.4426950408889634 + 0.5);
-  double r = fma(k, -6.93147180369123816490e-01, x);  // ln 2, upper 33 bits: k * upper is exact
+  const double inside = x > -700.0 ? x < 700.0 ? x : 700.0 : -700.0;
+  const double k = floor(inside * 1.4426950408889634 + 0.5);
+  double r = fma(k, -6.93147180369123816490e-01, inside);  // ln 2, upper 33 bits: exact
   r = fma(k, -1.90821492927058770002e-10, r);
-  return fma(fma(exp_tail(r), r, 1.0), r, 1.0) * power_of_two(static_cast<int>(k));
+  const double power = fma(fma(exp_tail(r), r, 1.0), r, 1.0) * power_of_two(static_cast<int>(k));
+  const double outside = x > 700.0 ? HUGE_VAL : x != x ? x : 0.0;
+  return (x > -700.0) & (x <= 700.0) ? power : outside;
 }
 
 // e^x - 1 - x, which is never negative, without cancellation.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal, localcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,8 +21,10 @@ from torch import Tensor
 import mergecore
 from mergecore import merging, ops, selecting
 from mergecore.errors import NonFiniteError, SpecError
+from mergecore.methods.base import Keep
 from mergecore.ops import Drop, Measure, Place
 from mergecore.planning import MergePlan
+from mergecore.selecting import Part, kept_windows
 from tests import oracle
 from tests.test_methods import merge
 from tests.test_selection import assert_right, checkpoints, deltas_of, elected, share, top, trimmed
@@ -344,6 +346,26 @@ def test_kept_deltas_are_windows_for_any_kernel(seed: int, with_odds: bool, dtyp
     untouched = found == base.double()
     assert untouched.any()
     assert not untouched.all()
+
+
+@pytest.mark.parametrize("rescale", ["none", "probability"])
+def test_della_in_front_of_a_sum_is_della_linear(rescale: Literal["none", "probability"]) -> None:
+    base = {"w": torch.randn(60, 50)}
+    models = [{"w": base["w"] + 0.1 * torch.randn(60, 50)} for _ in range(2)]
+    keeps = [Keep(drop_rate=0.5, epsilon=0.1, rescale=rescale)] * 2
+    drops = [
+        keep.dropping(Drop.of(0.0, False, seed=7, tensor="w", model=n, purpose="kept").key)
+        for n, keep in enumerate(keeps)
+    ]
+    part = Part(0, base["w"], [model["w"] for model in models])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selecting, "RANK_BYTES", 1 << 15)  # several pieces
+        kept = kept_windows(keeps, drops, part, 50, Place())
+    blended, counts = torch.empty(60, 50), torch.zeros(2, dtype=torch.int64)
+    ops.blend(blended, kept.base, kept.models, torch.ones(2, 1, dtype=torch.float64), counts)
+    parameters = {"density": 0.5, "epsilon": 0.1, "rescale": rescale == "probability"}
+    wanted = merge(base, models, merge_method="della_linear", parameters=parameters, seed=7, dtype="float32")
+    assert torch.equal(blended, wanted["w"])
 
 
 def test_what_is_whole_stays_as_it_was() -> None:

@@ -67,6 +67,13 @@ void common_run(const Kept& kept, const Deltas* deltas, int n, double* common) {
   }
 }
 
+MERGECORE_CLONES
+void competition_run(const double* delta, const double* total, int count, const double* of_model,
+                     int n, double* out) {
+  const double scales[2] = {of_model[0], of_model[1]};
+  for (int i = 0; i < n; ++i) out[i] = competition(delta[i], total[i], count, scales);
+}
+
 // The magnitudes that are compared, of model m: as they are, or in `out`.
 const double* measured_run(const Kept& kept, int m, const double* delta, const double* common,
                            int64_t entry, int n, double* out) {
@@ -83,7 +90,7 @@ const double* measured_run(const Kept& kept, int m, const double* delta, const d
       return out;
     }
     case Measure::competition:
-      for (int i = 0; i < n; ++i) out[i] = competition(delta[i], common[i], in.count, scales);
+      competition_run(delta, common, in.count, scales, n, out);
       return out;
   }
   return out;
@@ -94,9 +101,9 @@ bool is_own(Measure measure) { return measure == Measure::own || measure == Meas
 
 int sets_of(const Kept& kept) { return kept.measure == Measure::spread ? 1 : kept.inputs.count; }
 
-// Calls f(which, keys) with the keys of a run, of each model or of all together.
+// Calls f(which, keys) with the keys of a run, of sets first, first + 1, ... last - 1.
 template <class F>
-void with_keys(const Kept& kept, int64_t entry, int n, const F& f) {
+void with_keys(const Kept& kept, int first, int last, int64_t entry, int n, const F& f) {
   const Inputs& in = kept.inputs;
   alignas(64) double out[kRun];
   int64_t keys[kRun];
@@ -109,7 +116,7 @@ void with_keys(const Kept& kept, int64_t entry, int n, const F& f) {
     alignas(64) double base[kRun] = {};
     alignas(64) double delta[kRun];
     load_base(in, entry, n, base);
-    for (int m = 0; m < in.count; ++m) {
+    for (int m = first; m < last; ++m) {
       load_deltas(in, m, entry, n, base, delta);
       call(m, delta, nullptr);
     }
@@ -119,33 +126,20 @@ void with_keys(const Kept& kept, int64_t entry, int n, const F& f) {
   double common[kRun];
   load_all_deltas(in, entry, n, deltas);
   common_run(kept, deltas, n, common);
-  for (int m = 0; m < sets_of(kept); ++m) call(m, deltas[m].value, common);
+  for (int m = first; m < last; ++m) call(m, deltas[m].value, common);
 }
 
 void add_to(int64_t* total, int64_t count) { __atomic_fetch_add(total, count, __ATOMIC_RELAXED); }
 
-// The same for model m alone.
-Kept only(const Kept& kept, int m) {
-  Kept one = kept;
-  one.scales += m * kept.stride;
-  one.inputs.models += m;
-  if (one.inputs.drops != nullptr) one.inputs.drops += m;
-  one.inputs.count = 1;
-  return one;
-}
-
 void count_magnitudes(const Kept& kept, int shift, const int64_t* offsets, bool clamp, int64_t bins,
                       int64_t* histogram, int64_t begin, int64_t end) {
-  const bool own = is_own(kept.measure);
-  // One model after the other: a thread's counts of one model fit its cache.
+  // One set after the other: a thread's counts of one fit its cache.
   std::vector<uint32_t> counts(static_cast<size_t>(bins));
   for (int set = 0; set < sets_of(kept); ++set) {
-    const Kept part = own ? only(kept, set) : kept;
     const int64_t offset = offsets[set];
     for (int64_t entry = begin; entry < end; entry += kRun) {
       const int n = static_cast<int>(std::min<int64_t>(kRun, end - entry));
-      with_keys(part, entry, n, [&](int which, const int64_t* keys) {
-        if (!own && which != set) return;
+      with_keys(kept, set, set + 1, entry, n, [&](int, const int64_t* keys) {
         for (int i = 0; i < n; ++i) {
           const int64_t bin =
               clamp ? clamped_bin(keys[i], shift, offset, bins) : (keys[i] >> shift) - offset;
@@ -169,7 +163,7 @@ void collect_magnitudes(const Kept& kept, const KeyRange* ranges, int count, int
   for (int64_t entry = begin; entry < end;) {
     const int64_t in_block = block - entry % block;
     const int n = static_cast<int>(std::min<int64_t>({kRun, end - entry, in_block}));
-    with_keys(kept, entry, n, [&](int which, const int64_t* keys) {
+    with_keys(kept, 0, sets_of(kept), entry, n, [&](int which, const int64_t* keys) {
       for (int r = 0; r < count; ++r) {
         if (ranges[r].model != which) continue;
         const int64_t low = ranges[r].low, high = ranges[r].high;
@@ -399,8 +393,8 @@ void consensus_run(const Election& e, const Deltas* deltas, int n, double* mixed
 }
 
 MERGECORE_CLONES
-void multiply_run(const double* factor, const double* delta, int n, double* value) {
-  for (int i = 0; i < n; ++i) value[i] = factor[i] * delta[i];
+void multiply_run(const double* factor, const double* delta, int64_t n, double* value) {
+  for (int64_t i = 0; i < n; ++i) value[i] = factor[i] * delta[i];
 }
 
 void mix_run(const Election& e, const Deltas* values, const Deltas* factors, int n, double* mixed) {
@@ -507,22 +501,42 @@ void count_shared(const Inputs& in, const double* limits, int64_t* counts, int64
   for (size_t i = 0; i < found.size(); ++i) add_to(counts + i, found[i]);
 }
 
-// The sum of f(i) along a row, in 64 lanes, which are halved.
-template <class F>
-double sum_row(int64_t columns, const F& f) {
+// The sum along a row, in 64 lanes, which are halved.
+MERGECORE_CLONES
+double sum_row(const double* values, int64_t columns) {
   double lanes[kLanes] = {};
-  for (int64_t i = 0; i < columns; ++i) lanes[i % kLanes] += f(static_cast<size_t>(i));
+  for (int64_t first = 0; first < columns; first += kLanes) {
+    const int n = static_cast<int>(std::min<int64_t>(kLanes, columns - first));
+    for (int i = 0; i < n; ++i) lanes[i] += values[first + i];
+  }
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
 }
 
+// power[i] = e^(base[i] + delta[i] - largest), where that is the largest exponent of the row.
+MERGECORE_CLONES
+void power_row(const double* base, const double* delta, int64_t columns, double* power) {
+  double largest = -HUGE_VAL;
+  for (int64_t i = 0; i < columns; ++i) {
+    power[i] = base[i] + delta[i];
+    largest = power[i] > largest ? power[i] : largest;
+  }
+  for (int64_t i = 0; i < columns; ++i) power[i] = exp_exact_order(power[i] - largest);
+}
+
+MERGECORE_CLONES
+void rest_row(const double* power, const double* delta, double mean, int64_t columns, double* out) {
+  for (int64_t i = 0; i < columns; ++i) out[i] = power[i] * exp_minus_line(mean - delta[i]);
+}
+
 // With p = softmax(x) and d = x - a, KL = log(sum p e^(m - d)) for m = sum p d. The terms of first
 // order vanish, so that what is left, log(1 + sum p (e^(m - d) - 1 - (m - d))), cancels nowhere.
 void row_divergences(const Inputs& in, double* out, int64_t stride, int64_t begin, int64_t end) {
   const int64_t columns = in.window.columns;
-  std::vector<double> base(static_cast<size_t>(columns)), delta(base.size()), power(base.size());
+  std::vector<double> base(static_cast<size_t>(columns)), delta(base.size()), power(base.size()),
+      term(base.size());
   for (int64_t row = begin; row < end; ++row) {
     for (int m = 0; m < in.count; ++m) {
       for (int64_t i = 0; i < columns; i += kRun) {
@@ -530,16 +544,12 @@ void row_divergences(const Inputs& in, double* out, int64_t stride, int64_t begi
         load_base(in, row * columns + i, n, base.data() + i);
         load_deltas(in, m, row * columns + i, n, base.data() + i, delta.data() + i);
       }
-      double largest = -HUGE_VAL;
-      for (size_t i = 0; i < base.size(); ++i) {
-        power[i] = base[i] + delta[i];
-        largest = power[i] > largest ? power[i] : largest;
-      }
-      for (double& x : power) x = exp_exact_order(x - largest);
-      const double total = sum_row(columns, [&](size_t i) { return power[i]; });
-      const double mean = sum_row(columns, [&](size_t i) { return power[i] * delta[i]; }) / total;
-      const double rest =
-          sum_row(columns, [&](size_t i) { return power[i] * exp_minus_line(mean - delta[i]); });
+      power_row(base.data(), delta.data(), columns, power.data());
+      const double total = sum_row(power.data(), columns);
+      multiply_run(power.data(), delta.data(), columns, term.data());
+      const double mean = sum_row(term.data(), columns) / total;
+      rest_row(power.data(), delta.data(), mean, columns, term.data());
+      const double rest = sum_row(term.data(), columns);
       out[m * stride + first_row_of(in.window) + row] = log1p_exact_order(rest / total);
     }
   }
