@@ -24,7 +24,7 @@ from mergecore.errors import NonFiniteError, SpecError
 from mergecore.methods.base import Keep
 from mergecore.ops import Drop, Measure, Place
 from mergecore.planning import MergePlan
-from mergecore.selecting import Part, kept_windows
+from mergecore.selecting import Part, thinned
 from tests import oracle
 from tests.test_methods import merge
 from tests.test_selection import assert_right, checkpoints, deltas_of, elected, share, top, trimmed
@@ -360,9 +360,9 @@ def test_della_in_front_of_a_sum_is_della_linear(rescale: Literal["none", "proba
     part = Part(0, base["w"], [model["w"] for model in models])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selecting, "RANK_BYTES", 1 << 15)  # several pieces
-        kept = kept_windows(keeps, drops, part, 50, Place())
+        kept = thinned(keeps, [drop.key for drop in drops], part, 50)
     blended, counts = torch.empty(60, 50), torch.zeros(2, dtype=torch.int64)
-    ops.blend(blended, kept.base, kept.models, torch.ones(2, 1, dtype=torch.float64), counts)
+    ops.blend(blended, part.base, kept, torch.ones(2, 1, dtype=torch.float64), counts)
     parameters = {"density": 0.5, "epsilon": 0.1, "rescale": rescale == "probability"}
     wanted = merge(base, models, merge_method="della_linear", parameters=parameters, seed=7, dtype="float32")
     assert torch.equal(blended, wanted["w"])
