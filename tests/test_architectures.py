@@ -344,3 +344,21 @@ def test_a_real_model_merges_with_its_fine_tune(minilm: Path, tmp_path: Path) ->
     with torch.no_grad():
         own, merged = (loaded(folder)(input_ids=ids)[0] for folder in (minilm, tmp_path / "out"))
     assert torch.cosine_similarity(own, merged, dim=-1).min() > 0.99
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in {*PARTNERS, "t5"}])
+def test_a_stack_of_slices_is_a_model_that_transformers_loads(
+    name: str, trio: Callable[[str], Trio], tmp_path: Path
+) -> None:
+    of = trio(name)
+    ranges = [("base", [0, 2]), ("far", [1, 2])]
+    slices = [{"sources": [{"model": str(of[model]), "layer_range": layers}]} for model, layers in ranges]
+    (tmp_path / "slices.json").write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
+    mergecore.merge(tmp_path / "slices.json", tmp_path / "out", device="cpu")
+    model = loaded(tmp_path / "out")
+    assert model.config.num_hidden_layers == 3
+    types = getattr(model.config, "layer_types", None)
+    if types is not None:
+        before = transformers.AutoConfig.from_pretrained(of["base"]).layer_types
+        assert types == [*before, before[1]]
+    answer(model, of.tiny)
