@@ -231,6 +231,36 @@ def test_fused_experts_merge_like_experts_apart(trio: Callable[[str], Trio], tmp
         assert_same_model(loaded(out), expected, of.tiny)
 
 
+def test_an_embedding_stored_under_all_of_its_names_is_merged_once(trio: Callable[[str], Trio], tmp_path: Path) -> None:
+    """torch.save keeps every name of a tied tensor."""
+    of = trio("t5")
+    stored, config = load_tensors(of["far"]), json.loads((of["far"] / "config.json").read_text())
+    stored |= {f"{part}.embed_tokens.weight": stored["shared.weight"] for part in ("encoder", "decoder")}
+    far = write_model(tmp_path / "far", stored | {"lm_head.weight": stored["shared.weight"]}, config)
+    expected = added(of.states["base"], [of.states["far"]], ["1"])
+    merge(tmp_path / "out", "task_arithmetic", of["base"], far)
+    assert_same_model(loaded(tmp_path / "out"), expected, of.tiny)
+    result = merge(tmp_path / "turned", "task_arithmetic", far, (of["base"], {"weight": 0.0}))
+    assert_same_model(loaded(tmp_path / "turned"), of.states["far"], of.tiny)
+    assert not any("end up in nothing" in warning for warning in result.warnings)
+
+
+def test_a_head_that_only_one_model_stores_may_be_tied_by_its_class(
+    trio: Callable[[str], Trio], tmp_path: Path
+) -> None:
+    """A config need not say what its class ties anyway; the output then has a head, with the same values."""
+    of = trio("gemma")
+    folders = {}
+    for name in ("base", "far"):
+        config = json.loads((of[name] / "config.json").read_text())
+        del config["tie_word_embeddings"]
+        stored = load_tensors(of[name])
+        head = {"lm_head.weight": stored["model.embed_tokens.weight"]} if name == "far" else {}
+        folders[name] = write_model(tmp_path / name, stored | head, config)
+    merge(tmp_path / "out", "task_arithmetic", folders["base"], folders["far"])
+    assert_same_model(loaded(tmp_path / "out"), added(of.states["base"], [of.states["far"]], ["1"]), of.tiny)
+
+
 PARTNERS = {"llava": "llama", "qwen2_vl": "qwen2", "qwen3_vl": "qwen3"}
 """Models that see, and text models with the same layers."""
 
