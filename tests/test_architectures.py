@@ -308,20 +308,23 @@ def test_a_file_without_config_merges_by_its_names(trio: Callable[[str], Trio], 
     assert_same_model(loaded(tmp_path / "out"), added(of.states["base"], [of.states["far"]], ["1"]), of.tiny)
 
 
-@pytest.mark.parametrize("kind", ["blocks", "tensor"])
+@pytest.mark.parametrize("kind", ["blocks", "tensor", "unscaled"])
 def test_an_fp8_model_merges_as_the_values_that_it_stands_for(
     kind: str, trio: Callable[[str], Trio], tmp_path: Path
 ) -> None:
-    """Scales of blocks as DeepSeek stores them, or no scales at all; what comes out is a plain model."""
+    """Scales of blocks as DeepSeek stores them, one of each tensor, or none; what comes out is a plain model."""
     of = trio("llama")
     values, stored = {}, {}
     for name, tensor in load_tensors(of["far"]).items():
         values[name] = stored[name] = tensor
         if not name.endswith("_proj.weight"):
             continue
-        if kind == "tensor":
-            stored[name] = tensor.to(torch.float8_e5m2)
-            values[name] = stored[name].double()
+        if kind != "blocks":
+            scale = torch.tensor(0.75 if kind == "tensor" else 1.0)
+            stored[name] = (tensor.double() / scale).to(torch.float8_e5m2)
+            values[name] = stored[name].double() * scale
+            if kind == "tensor":
+                stored[f"{name}_scale"] = scale
             continue
         rows, columns = tensor.shape
         scale = torch.rand(-(-rows // 8), -(-columns // 8)) + 0.5
@@ -332,6 +335,8 @@ def test_an_fp8_model_merges_as_the_values_that_it_stands_for(
     config = json.loads((of["far"] / "config.json").read_text())
     if kind == "blocks":
         config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    elif kind == "tensor":
+        config["quantization_config"] = {"quant_method": "compressed-tensors"}
     write_model(tmp_path / "far", stored, config)
     weighted = (tmp_path / "far", {"weight": 0.5})
     merge(tmp_path / "out", "task_arithmetic", of["base"], weighted)
