@@ -351,6 +351,29 @@ def test_an_fp8_model_merges_as_the_values_that_it_stands_for(
         assert not oracle.task_arithmetic(values[name], [tensor], "1", ["0.5"]).wrong(back[name]).any(), name
 
 
+def test_configs_of_components_follow_the_output(trio: Callable[[str], Trio], tmp_path: Path) -> None:
+    """The dtype, the head and the quantisation may stand in the config of the text model only, or there as well."""
+    of = trio("llava")
+    folders = {}
+    for name in ("base", "far"):
+        config = json.loads((of[name] / "config.json").read_text())
+        config["text_config"] |= {"quantization_config": {"quant_method": "fp8"}, "dtype": "bfloat16"}
+        stored = load_tensors(of[name])
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = name == "base"
+        if name == "base":
+            del stored["language_model.lm_head.weight"]
+        folders[name] = write_model(tmp_path / name, stored, config)
+    merge(tmp_path / "out", "task_arithmetic", folders["base"], folders["far"], dtype="float32")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config["text_config"]
+    for part in (config, config["text_config"]):
+        assert (part["dtype"], part["tie_word_embeddings"]) == ("float32", False)
+    model = loaded(tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.lm_head.weight, of.states["far"]["lm_head.weight"].float())
+    answer(model, of.tiny)
+
+
 @pytest.fixture(scope="module")
 def minilm() -> Path:
     """all-MiniLM-L6-v2, a BERT with real weights, which a package carries."""
