@@ -13,7 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergecore.architecture import is_buffer, is_head
+from mergecore.architecture import is_buffer, is_head, is_shared_again
 from mergecore.checkpoint import TensorInfo
 from mergecore.inputs import Input
 from mergecore.matching import WHOLE_NUMBERS
@@ -106,8 +106,8 @@ def _why(info: TensorInfo, model: Input, parts: str | None, *, tied: bool) -> st
         return "constants"
     if info.dtype in WHOLE_NUMBERS:
         return "whole numbers"
-    if tied and is_head(info.name):
-        return "tied heads"
+    if (tied and is_head(info.name)) or is_shared_again(info.name, model.tensors):
+        return "tied"
     return UNUSED if parts is None else f"not in a {parts}"
 
 

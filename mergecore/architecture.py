@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ _EMBEDDING = re.compile(
 # transformers.pytorch_utils.Conv1D stores (in, out): an input feature is a stored row.
 _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+_SHARED_AGAIN = re.compile(r"(.*?)(?:encoder|decoder)\.embed_tokens\.weight")
 _TOWER = re.compile(r"visi|visual|image|audio|speech|multi_?modal|mm_|projector|connector")
 _BUFFER = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|\.(attn|attention)\.bias)$")
 
@@ -119,6 +120,12 @@ def embedding_of(names: Iterable[str]) -> str | None:
         "shared.weight",
     )
     return next((name for name in names if name.endswith(endings)), None)
+
+
+def is_shared_again(name: str, names: Container[str]) -> bool:
+    """Whether a tensor repeats `shared.weight`, the embedding that encoder and decoder have in common (T5, BART)."""
+    match = _SHARED_AGAIN.fullmatch(name)
+    return match is not None and f"{match[1]}shared.weight" in names
 
 
 def head_of(names: Iterable[str]) -> str | None:

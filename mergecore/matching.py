@@ -17,6 +17,7 @@ from mergecore.architecture import (
     is_buffer,
     is_embedding,
     is_head,
+    is_shared_again,
     is_tied,
     layer_of,
     layer_stacks,
@@ -161,10 +162,11 @@ class Matching:
 
     def _names(self) -> list[str]:
         """All names, as far as they may be absent from some models; with slices, of whole models."""
-        names = list(self.reference.tensors)
+        names = [name for name in self.reference.tensors if not is_shared_again(name, self.reference.tensors)]
         known = set(names)
         for model in self.models:
-            extra = [name for name in model.tensors if self._our_name(model, name) not in known]
+            stored = [name for name in model.tensors if not is_shared_again(name, model.tensors)]
+            extra = [name for name in stored if self._our_name(model, name) not in known]
             for name in [name for name in extra if is_buffer(name, model.tensors[name].shape)]:
                 extra.remove(name)
                 self.warnings.append(

@@ -26,8 +26,9 @@ MATRICES, SEGMENTS, ENTRIES = 8, 2, 2048
 READ_BYTES = 4 << 20
 """Read at most, of all models together."""
 RELATED = 0.05
-"""The least median cosine of related models; chance reaches it where `LEAST_ENTRIES` are 5 standard deviations."""
+"""The least median cosine of related models."""
 LEAST_ENTRIES = 10_000
+"""Of a pair, to judge it: the cosine of so many unrelated entries has a standard deviation of 0.01."""
 
 
 @dataclass

@@ -91,7 +91,7 @@ def test_tied_heads_and_constants_are_left_out(tmp_path: Path) -> None:
     constant = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     near = write(tmp_path, "near", moved(BASE, 1e-3, 2) | constant, tie_word_embeddings=True)
     found = accounts(spec_dict("task_arithmetic", base, near))
-    assert numbers(found["near"]) == {"merged": len(BASE) - 1, "tied heads": 1, "constants": 1}
+    assert numbers(found["near"]) == {"merged": len(BASE) - 1, "tied": 1, "constants": 1}
     assert numbers(found["base"]) == {"merged": len(BASE) - 1}
 
 

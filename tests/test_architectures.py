@@ -231,6 +231,36 @@ def test_fused_experts_merge_like_experts_apart(trio: Callable[[str], Trio], tmp
         assert_same_model(loaded(out), expected, of.tiny)
 
 
+def test_an_embedding_stored_under_all_of_its_names_is_merged_once(trio: Callable[[str], Trio], tmp_path: Path) -> None:
+    """torch.save keeps every name of a tied tensor."""
+    of = trio("t5")
+    stored, config = load_tensors(of["far"]), json.loads((of["far"] / "config.json").read_text())
+    stored |= {f"{part}.embed_tokens.weight": stored["shared.weight"] for part in ("encoder", "decoder")}
+    far = write_model(tmp_path / "far", stored | {"lm_head.weight": stored["shared.weight"]}, config)
+    expected = added(of.states["base"], [of.states["far"]], ["1"])
+    merge(tmp_path / "out", "task_arithmetic", of["base"], far)
+    assert_same_model(loaded(tmp_path / "out"), expected, of.tiny)
+    result = merge(tmp_path / "turned", "task_arithmetic", far, (of["base"], {"weight": 0.0}))
+    assert_same_model(loaded(tmp_path / "turned"), of.states["far"], of.tiny)
+    assert not any("end up in nothing" in warning for warning in result.warnings)
+
+
+def test_a_head_that_only_one_model_stores_may_be_tied_by_its_class(
+    trio: Callable[[str], Trio], tmp_path: Path
+) -> None:
+    """A config need not say what its class ties anyway; the output then has a head, with the same values."""
+    of = trio("gemma")
+    folders = {}
+    for name in ("base", "far"):
+        config = json.loads((of[name] / "config.json").read_text())
+        del config["tie_word_embeddings"]
+        stored = load_tensors(of[name])
+        head = {"lm_head.weight": stored["model.embed_tokens.weight"]} if name == "far" else {}
+        folders[name] = write_model(tmp_path / name, stored | head, config)
+    merge(tmp_path / "out", "task_arithmetic", folders["base"], folders["far"])
+    assert_same_model(loaded(tmp_path / "out"), added(of.states["base"], [of.states["far"]], ["1"]), of.tiny)
+
+
 PARTNERS = {"llava": "llama", "qwen2_vl": "qwen2", "qwen3_vl": "qwen3"}
 """Models that see, and text models with the same layers."""
 
@@ -278,20 +308,23 @@ def test_a_file_without_config_merges_by_its_names(trio: Callable[[str], Trio], 
     assert_same_model(loaded(tmp_path / "out"), added(of.states["base"], [of.states["far"]], ["1"]), of.tiny)
 
 
-@pytest.mark.parametrize("kind", ["blocks", "tensor"])
+@pytest.mark.parametrize("kind", ["blocks", "tensor", "unscaled"])
 def test_an_fp8_model_merges_as_the_values_that_it_stands_for(
     kind: str, trio: Callable[[str], Trio], tmp_path: Path
 ) -> None:
-    """Scales of blocks as DeepSeek stores them, or no scales at all; what comes out is a plain model."""
+    """Scales of blocks as DeepSeek stores them, one of each tensor, or none; what comes out is a plain model."""
     of = trio("llama")
     values, stored = {}, {}
     for name, tensor in load_tensors(of["far"]).items():
         values[name] = stored[name] = tensor
         if not name.endswith("_proj.weight"):
             continue
-        if kind == "tensor":
-            stored[name] = tensor.to(torch.float8_e5m2)
-            values[name] = stored[name].double()
+        if kind != "blocks":
+            scale = torch.tensor(0.75 if kind == "tensor" else 1.0)
+            stored[name] = (tensor.double() / scale).to(torch.float8_e5m2)
+            values[name] = stored[name].double() * scale
+            if kind == "tensor":
+                stored[f"{name}_scale"] = scale
             continue
         rows, columns = tensor.shape
         scale = torch.rand(-(-rows // 8), -(-columns // 8)) + 0.5
@@ -302,6 +335,8 @@ def test_an_fp8_model_merges_as_the_values_that_it_stands_for(
     config = json.loads((of["far"] / "config.json").read_text())
     if kind == "blocks":
         config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    elif kind == "tensor":
+        config["quantization_config"] = {"quant_method": "compressed-tensors"}
     write_model(tmp_path / "far", stored, config)
     weighted = (tmp_path / "far", {"weight": 0.5})
     merge(tmp_path / "out", "task_arithmetic", of["base"], weighted)
@@ -314,6 +349,29 @@ def test_an_fp8_model_merges_as_the_values_that_it_stands_for(
     back = loaded(tmp_path / "back").state_dict()
     for name, tensor in of.states["base"].items():
         assert not oracle.task_arithmetic(values[name], [tensor], "1", ["0.5"]).wrong(back[name]).any(), name
+
+
+def test_configs_of_components_follow_the_output(trio: Callable[[str], Trio], tmp_path: Path) -> None:
+    """The dtype, the head and the quantisation may stand in the config of the text model only, or there as well."""
+    of = trio("llava")
+    folders = {}
+    for name in ("base", "far"):
+        config = json.loads((of[name] / "config.json").read_text())
+        config["text_config"] |= {"quantization_config": {"quant_method": "fp8"}, "dtype": "bfloat16"}
+        stored = load_tensors(of[name])
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = name == "base"
+        if name == "base":
+            del stored["language_model.lm_head.weight"]
+        folders[name] = write_model(tmp_path / name, stored, config)
+    merge(tmp_path / "out", "task_arithmetic", folders["base"], folders["far"], dtype="float32")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config["text_config"]
+    for part in (config, config["text_config"]):
+        assert (part["dtype"], part["tie_word_embeddings"]) == ("float32", False)
+    model = loaded(tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(model.lm_head.weight, of.states["far"]["lm_head.weight"].float())
+    answer(model, of.tiny)
 
 
 @pytest.fixture(scope="module")
@@ -344,3 +402,21 @@ def test_a_real_model_merges_with_its_fine_tune(minilm: Path, tmp_path: Path) ->
     with torch.no_grad():
         own, merged = (loaded(folder)(input_ids=ids)[0] for folder in (minilm, tmp_path / "out"))
     assert torch.cosine_similarity(own, merged, dim=-1).min() > 0.99
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in {*PARTNERS, "t5"}])
+def test_a_stack_of_slices_is_a_model_that_transformers_loads(
+    name: str, trio: Callable[[str], Trio], tmp_path: Path
+) -> None:
+    of = trio(name)
+    ranges = [("base", [0, 2]), ("far", [1, 2])]
+    slices = [{"sources": [{"model": str(of[model]), "layer_range": layers}]} for model, layers in ranges]
+    (tmp_path / "slices.json").write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
+    mergecore.merge(tmp_path / "slices.json", tmp_path / "out", device="cpu")
+    model = loaded(tmp_path / "out")
+    assert model.config.num_hidden_layers == 3
+    types = getattr(model.config, "layer_types", None)
+    if types is not None:
+        before = transformers.AutoConfig.from_pretrained(of["base"]).layer_types
+        assert types == [*before, before[1]]
+    answer(model, of.tiny)

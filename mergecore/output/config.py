@@ -11,6 +11,7 @@ from typing import Any
 from mergecore.sections import Section
 from mergecore.spec import MergeSpec
 
+QUANTISATIONS = ("quantization_config", "compression_config")
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 """What configs call the number of layers."""
 
@@ -22,18 +23,21 @@ def output_config(
 
     `untied_head`: the output has a head of its own although the reference ties it.
     """
-    config = dict(reference)
+    # What was quantised is stored plainly.
+    config = {key: value for key, value in reference.items() if key not in QUANTISATIONS}
     if not config:
         return config
     wanted = spec.out_dtype or spec.dtype
-    if wanted is not None:
-        for key in {"torch_dtype", "dtype"} & config.keys() or {"dtype"}:
-            config[key] = wanted
-    config.pop("quantization_config", None)  # what was quantised is stored plainly
+    dtypes = {"torch_dtype", "dtype"}
+    changed: dict[str, Any] = {} if wanted is None else dict.fromkeys(dtypes, wanted)
     if untied_head:
-        config["tie_word_embeddings"] = False
-        if "tie_word_embeddings" in config.get("text_config", {}):
-            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+        changed["tie_word_embeddings"] = False
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, dict):  # of a component
+            kept = {inner: entry for inner, entry in value.items() if inner not in QUANTISATIONS}
+            config[key] = kept | {inner: entry for inner, entry in changed.items() if inner in kept}
+    named = (dtypes & config.keys()) or {"dtype"}
+    config |= {key: value for key, value in changed.items() if key not in dtypes - named}
     for module in {section.part.module for section in sections}:
         own = [section for section in sections if section.part.module == module]
         if own[0].layers is not None:
