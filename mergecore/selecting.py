@@ -159,7 +159,7 @@ def _divergences(models: int, reads: Reads, place: Place) -> Tensor:
 def _extremes(models: int, reads: Reads, place: Place) -> Tensor:
     """The least |d| of each model, and how much larger the largest is, float64 (models, 2)."""
     histogram = _counted(models, reads, place)
-    queries = [_Query(n, count) for n in range(models) for count in sorted({1, reads.entries}) if count]
+    queries = [_Query(n, count) for n in range(models) for count in sorted({1, reads.entries}) if reads.entries]
     found = _select(queries, histogram, reads, place)
     pairs = [(found[n, reads.entries][0], found[n, 1][0]) if queries else (0.0, 0.0) for n in range(models)]
     return torch.tensor(
