@@ -232,6 +232,16 @@ def test_exact_differences_are_compared_with_epsilon(
         assert torch.equal(theirs[name], tensor)
 
 
+def test_arcee_fusion_writes_the_type_that_the_spec_asks_for(
+    mergekit: Mergekit, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """mergekit writes float32, whatever `dtype` says."""
+    asked = config("arcee_fusion", "near", base="base") | {"dtype": "bfloat16"}
+    theirs, ours = both(mergekit, asked, models, tmp_path)
+    assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in theirs.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("scale", [2.0**-5, 2.0**-13])
 def test_arcee_fusion_keeps_what_the_exact_quartiles_and_divergences_say(
     scale: float, mergekit: Mergekit, models: dict[str, Path], tmp_path: Path
