@@ -222,6 +222,21 @@ modules:
     assert (config["text_config"]["num_hidden_layers"], config["vision_config"]["num_hidden_layers"]) == (3, 2)
 
 
+def test_an_encoder_and_a_decoder_count_their_own_layers(tmp_path: Path) -> None:
+    tensors = {f"{stack}.block.{i}.wi.weight": torch.ones(4, 6) * i for stack in ("encoder", "decoder") for i in (0, 1)}
+    write_model(tmp_path / "base", tensors, {"model_type": "t5", "num_layers": 2, "num_decoder_layers": 2})
+    text = """
+merge_method: passthrough
+modules:
+  encoder: {models: [{model: base}]}
+  decoder: {slices: [{sources: [{model: base, layer_range: [0, 2]}]}, {sources: [{model: base, layer_range: [1, 2]}]}]}
+"""
+    out = merged(tmp_path, text, tmp_path / "out")
+    assert [float(out[f"decoder.block.{i}.wi.weight"].max()) for i in range(3)] == [0, 1, 1]
+    config = config_of(tmp_path / "out")
+    assert (config["num_layers"], config["num_decoder_layers"]) == (2, 3)
+
+
 def test_slices_of_a_model_with_several_stacks_need_modules(seeing: Path) -> None:
     text = "merge_method: passthrough\nslices: [{sources: [{model: near, layer_range: [0, 2]}]}]\n"
     with pytest.raises(SpecError, match=r"has 2 stacks of layers .*; slices need one: describe each .* 'modules'"):

@@ -51,7 +51,9 @@ def _set_layers(config: dict[str, Any], module: str | None, sections: list[Secti
     place = config if inner is None else {**config[inner]}
     if inner is not None:
         config[inner] = place
-    count = next((key for key in COUNTS if isinstance(place.get(key), int)), None)
+    # An encoder and a decoder stand beside each other: the count without a name is the other one's.
+    own = (f"num_{module}_layers", f"{module}_layers") if module is not None else ()
+    count = next((key for key in (*own, *COUNTS) if isinstance(place.get(key), int)), None)
     if count is None:
         return
     before = place[count]
