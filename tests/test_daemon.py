@@ -144,7 +144,7 @@ def test_a_bad_spec_fails_with_a_clear_error_and_the_next_one_runs(folder: Path)
 @pytest.mark.parametrize(
     ("spec", "error"),
     [
-        ({"signal": 9}, "worker was killed by signal 9 (out of memory?)"),
+        ({"signal": 9}, "worker was killed by signal 9: likely out of memory; see dmesg"),
         ({"signal": 11}, "worker was killed by signal 11 (SIGSEGV)"),
         ({"exit": 7}, "worker ended with exit code 7 and no report"),
     ],
@@ -154,13 +154,13 @@ def test_a_worker_that_dies_without_a_word_leaves_a_clear_error(folder: Path, sp
         daemon.drop("a.yaml", **spec)
         daemon.drop("next.yaml")
         status = daemon.wait_for("failed", "a.yaml")["a.yaml"]
-        assert status.error == error
-        assert (daemon.spool.failed / status.job / "error.txt").read_text().startswith(f"{error}\n\n")
+        assert status.error.startswith(error)
+        assert (daemon.spool.failed / status.job / "error.txt").read_text().startswith(f"{status.error}\n\n")
         daemon.wait_for("done", "next.yaml")
 
 
 def test_kill_9_of_a_worker_fails_its_job_and_the_next_one_runs(folder: Path) -> None:
-    with running_daemon(folder) as daemon:
+    with running_daemon(folder, attempts=1) as daemon:
         daemon.drop("a.yaml", gate="never")
         daemon.wait_started("a.yaml")
         pid = wait_until(lambda: daemon.jobs("running")["a.yaml"].pid, "the worker's pid")
@@ -437,6 +437,9 @@ def test_a_worker_that_is_no_program_is_a_clear_error(folder: Path) -> None:
         ("jobs", 1.5, "jobs is 1.5, but must be"),
         ("rescan", 0, "rescan is 0, but must be a number of seconds above 0"),
         ("settle", -1, "settle is -1, but must be"),
+        ("attempts", 0, "attempts is 0, but must be a whole number, at least 1"),
+        ("retry_delay", -1, "retry_delay is -1, but must be a number of seconds, at least 0"),
+        ("stall_seconds", 0, "stall_seconds is 0, but must be a number of seconds above 0"),
         ("stop_timeout", float("inf"), "stop_timeout is inf, but must be"),
         ("models", "/m", "models is '/m', but must be a list of paths"),
         ("worker_command", [], "worker_command is [], but must be a list of strings"),
