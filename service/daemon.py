@@ -353,7 +353,10 @@ class Daemon:
             )
             worker = Worker(job, self._worker_command(job))
         except OSError as error:
-            log.error("job %s: cannot start a worker: %s; trying again later", job.name, error)
+            if job.folder.exists() or not self.spool.running.is_dir():
+                log.error("job %s: cannot start a worker: %s; trying again later", job.name, error)
+            else:
+                log.error("job %s: cannot be run: somebody removed its folder", job.name)
             job.release()
             return
         self.workers[job.name] = worker

@@ -618,7 +618,7 @@ def merge_spec(output: str | None = None, **changes: object) -> dict[str, object
     }
 
 
-def merged(spec: dict[str, object], out: Path, models: Path) -> Path:
+def merged(spec: dict[str, object] | Path, out: Path, models: Path) -> Path:
     """The merge without any daemon."""
     from mergecore import load_spec, merge
 
@@ -799,10 +799,10 @@ def test_a_link_in_place_of_the_spec_is_not_followed(folder: Path) -> None:
 def test_an_output_that_an_earlier_attempt_published_is_taken_for_done(folder: Path, models: Path) -> None:
     # As if worker and daemon had died between the rename of the output and the note about it.
     spec, out = merge_spec("out"), folder / "outputs" / "out"
-    expected = digest(merged(spec, out, models))
     spool = Spool(folder / "spool")
     spool.prepare()
     (spool.incoming / "a.yaml").write_text(json.dumps(spec))
+    expected = digest(merged(spool.incoming / "a.yaml", out, models))
     job = spool.claim("a.yaml")
     assert job is not None
     job.update(attempts=1, output=str(out))
