@@ -105,6 +105,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("job", nargs="?", metavar="JOB")
     _add_spool_options(sub)
     sub.add_argument("--json", action="store_true", help="print the status as JSON")
+    for name, summary in (("cancel", "stop JOB, or take a waiting spec out"), ("retry", "run a failed JOB again")):
+        sub = command(name, _steer, summary)
+        sub.add_argument("job", metavar="JOB")
+        _add_spool_options(sub)
+        sub.set_defaults(command=name)
+    for name, summary in (
+        ("pause", "start no more jobs; what runs goes on"),
+        ("resume", "start jobs again after a pause"),
+        ("drain", "have the daemons finish what they run, and end"),
+    ):
+        sub = command(name, _steer, summary)
+        _add_spool_options(sub)
+        sub.set_defaults(command=name)
     return parser
 
 
@@ -350,6 +363,16 @@ def _submit(options: argparse.Namespace) -> int:
     from service.daemon import submit_command
 
     print(submit_command(options.spec, _spool(options)))
+    return 0
+
+
+def _steer(options: argparse.Namespace) -> int:
+    from service import commands
+
+    run = getattr(commands, f"{options.command}_command")
+    told = run(_spool(options), options.job) if "job" in options else run(_spool(options))
+    if told is not None:
+        print(told)
     return 0
 
 

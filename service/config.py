@@ -24,6 +24,9 @@ _WHAT = {
     "rescan": "a number of seconds above 0",
     "settle": "a number of seconds, at least 0",
     "stop_timeout": "a number of seconds, at least 0",
+    "attempts": "a whole number, at least 1",
+    "retry_delay": "a number of seconds, at least 0",
+    "stall_seconds": "a number of seconds above 0",
     "worker_command": "a list of strings: a program and its arguments",
 }
 
@@ -49,6 +52,12 @@ class ServeConfig:
     """Seconds without a change after which a dropped file counts as complete."""
     stop_timeout: float = 60.0
     """Seconds that workers get to stop and keep their work when the daemon stops; then they are killed."""
+    attempts: int = 3
+    """How often a job is started whose worker dies of a signal; then the job fails."""
+    retry_delay: float = 10.0
+    """Seconds before the second attempt; twice as many before each further one."""
+    stall_seconds: float = 600.0
+    """Seconds without a finished window, CPU time and reading after which a worker counts as hung and is aborted."""
     worker_command: tuple[str, ...] = WORKER_COMMAND
     """Gets JOB_DIR --outputs DIR [--models DIR]... appended."""
 
@@ -106,10 +115,10 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise problem
-    if key in ("port", "jobs"):
+    if key in ("port", "jobs", "attempts"):
         if not isinstance(value, int) or not (0 <= value <= 65535 if key == "port" else value >= 1):
             raise problem
         return value
-    if not 0 <= value < float("inf") or (key == "rescan" and value == 0):
+    if not 0 <= value < float("inf") or (key in ("rescan", "stall_seconds") and value == 0):
         raise problem
     return float(value)

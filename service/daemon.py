@@ -13,43 +13,48 @@ import select
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
-from watchdog.events import FileClosedEvent, FileModifiedEvent, FileMovedEvent, FileSystemEvent, FileSystemEventHandler
+from watchdog.events import (
+    FileClosedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
 from watchdog.observers.inotify import InotifyObserver
 
-from mergecore.errors import Interrupted, MergecoreError
+from mergecore.errors import MergecoreError
 from service import systemd
 from service.commands import status_command, submit_command
 from service.config import ServeConfig, load_config
 from service.incoming import Incoming, is_spec
 from service.metrics import Metrics
-from service.spool import DAEMON_PID, ERROR, LOG, Job, ServiceError, Spool, printable, utc_now, write_atomic
+from service.process import Worker
+from service.spool import ERROR, LOG, Job, ServiceError, Spool, printable, utc_now, write_atomic
 
 __all__ = ["Daemon", "ServeConfig", "load_config", "serve", "serve_command", "status_command", "submit_command"]
 
 log = logging.getLogger("mergecore.service")
 
 WATCHED_EVENTS: list[type[FileSystemEvent]] = [FileClosedEvent, FileMovedEvent, FileModifiedEvent]
+CONTROL_EVENTS: list[type[FileSystemEvent]] = [FileMovedEvent, FileDeletedEvent]
 REFRESH = 1.0
 """Seconds between two looks at the progress of running workers, and between two scans while no worker is free."""
 SCAN_PAUSE = 0.1
 """Seconds between two scans however many events come."""
 LONGEST_WAIT = 3600.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-RESUMABLE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""A worker that died of one of these was asked to stop before it could listen: nothing is wrong with the job."""
 
 
 def serve_command(config_file: Path | None, overrides: dict[str, Any]) -> int:
@@ -69,18 +74,6 @@ def serve(config: ServeConfig) -> int:
     return Daemon(config).run()
 
 
-@dataclass
-class Worker:
-    """A running worker process and the job that it runs."""
-
-    job: Job
-    process: subprocess.Popen[bytes]
-    started: float
-    """On the monotonic clock."""
-    killed: bool = False
-    """By us, because it did not stop in time."""
-
-
 class Daemon:
     """One daemon on one spool. Several may share a spool, also on several hosts: the job locks keep them apart."""
 
@@ -90,6 +83,8 @@ class Daemon:
         self.incoming = Incoming(self.spool.incoming, config.settle)
         self.metrics = Metrics()
         self.workers: dict[str, Worker] = {}
+        self._resting: dict[str, tuple[float, Job]] = {}
+        """Jobs of ours whose worker died, and when they are to be started again, on the monotonic clock."""
         self._unfinished: list[tuple[Job, str, dict[str, Any]]] = []
         """Jobs that ended but could not be moved: a full disk, a vanished mount. Tried again at each rescan."""
         self._complaints: set[Path] = set()
@@ -101,6 +96,8 @@ class Daemon:
         self._events: deque[tuple[str, bool]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop_signals = 0
+        self._paused = self._draining = self._heed = False
+        self._drain_seen = self._drain_request()
         self._rescan_at = self._scan_at = self._refresh_at = time.monotonic()
         self._scanned_at = float("-inf")
         self._said = ""
@@ -112,7 +109,7 @@ class Daemon:
             cleanup.callback(os.close, self._wake)
             self._startup(cleanup)
             systemd.notify("READY=1")
-            while not self._stop_signals:
+            while not self._stop_signals and not self._drained():
                 self._turn()
             self._shutdown()
         return 0
@@ -144,6 +141,7 @@ class Daemon:
         try:
             observer = InotifyObserver(generate_full_events=True)
             observer.schedule(_Listener(self), str(self.spool.incoming), event_filter=WATCHED_EVENTS)
+            observer.schedule(_Controls(self), str(self.spool.root), event_filter=CONTROL_EVENTS)
             observer.start()
         except OSError as error:
             log.warning(
@@ -181,6 +179,11 @@ class Daemon:
         if complete:
             self.wake()
 
+    def heed(self) -> None:
+        """Somebody paused, resumed or drained the spool. Called in the observer's thread."""
+        self._heed = True
+        self.wake()
+
     # --- main loop ---
 
     def _turn(self) -> None:
@@ -195,6 +198,9 @@ class Daemon:
             self._refresh_at = now
             if self._left_behind:
                 self._adopt()
+        if self._heed or self._ready or now >= min(self._refresh_at, self._rescan_at):
+            self._heed = False
+            self._look_at_controls()
         if now >= self._rescan_at:
             self._rescan_at = now + self.config.rescan
             self._retry_unfinished()
@@ -202,6 +208,7 @@ class Daemon:
             self._scan_at = now
         if now >= self._scan_after():
             self._look()
+        self._start_rested()
         self._claim()
         if now >= self._refresh_at:
             self._refresh_at = now + REFRESH
@@ -210,7 +217,12 @@ class Daemon:
 
     def _next_moment(self) -> float:
         """When the loop must turn though nothing happens, on the monotonic clock."""
-        return min(self._rescan_at, self._scan_after(), self._refresh_at if self.workers else self._rescan_at)
+        moments = [self._rescan_at, self._scan_after()]
+        if self.workers:
+            moments.append(self._refresh_at)
+        if self._free() > 0:
+            moments += [at for at, _ in self._resting.values()]
+        return min(moments)
 
     def _scan_after(self) -> float:
         """When the drop folder is to be looked at; not too often, be it 10,000 files and an event for each."""
@@ -228,7 +240,45 @@ class Daemon:
 
     def _free(self) -> int:
         """How many jobs may be started now."""
-        return 0 if self._stop_signals else self.config.jobs - len(self.workers)
+        halted = self._stop_signals or self._paused or self._draining
+        return 0 if halted else self.config.jobs - len(self.workers)
+
+    def _look_at_controls(self) -> None:
+        """Whether the spool is paused or to be drained, and which of our jobs are to be cancelled."""
+        paused = self.spool.paused.exists()
+        if paused != self._paused:
+            self._paused = paused
+            log.info("paused: nothing is started" if paused else "resumed")
+            self._rescan_at = min(self._rescan_at, time.monotonic())
+        if not self._draining and self._drain_request() not in ("", self._drain_seen):
+            self._draining = True
+            log.info("draining: %d worker(s) finish, then this daemon ends", len(self.workers))
+        for worker in self.workers.values():
+            if not worker.cancelled and worker.job.cancellation() is not None:
+                log.info("job %s: cancelled; stopping its worker", worker.job.name)
+                worker.cancelled = True
+                worker.stop(self.config.stop_timeout)
+        for name, (_, job) in list(self._resting.items()):
+            if job.cancellation() is not None:
+                del self._resting[name]
+                self._cancelled(job)
+
+    def _cancelled(self, job: Job) -> None:
+        """End a job of ours that has no worker."""
+        status = job.status()
+        log.info("job %s: cancelled", job.name)
+        self.metrics.ended(job.name, "cancelled", status.method, status.seconds)
+        self._finish(job, "cancelled")
+
+    def _drain_request(self) -> str:
+        """What the drain file says: each request is another one. Empty if there is none."""
+        try:
+            return self.spool.drain.read_text(errors="replace")[:200]
+        except OSError:
+            return ""
+
+    def _drained(self) -> bool:
+        return self._draining and not self.workers and not self._unfinished
 
     def _look(self) -> None:
         """See what lies in the drop folder and in which order it is to be claimed."""
@@ -264,7 +314,7 @@ class Daemon:
 
     def _adopt(self) -> None:
         """Go on with jobs that a dead daemon, or an interrupted worker of ours, left in running/."""
-        own = {*self.workers, *(job.name for job, _, _ in self._unfinished)}
+        own = {*self.workers, *self._resting, *(job.name for job, _, _ in self._unfinished)}
         self._left_behind = False
         try:
             for job in self.spool.adopt(own):
@@ -276,6 +326,8 @@ class Daemon:
                     if outcome == "done":
                         self.metrics.succeeded(time.time())
                     self._finish(job, outcome)
+                elif job.cancellation() is not None:
+                    self._cancelled(job)
                 elif self._free() > 0:
                     log.info("job %s: taken over; resuming", job.name)
                     self._start(job)
@@ -299,23 +351,24 @@ class Daemon:
                 progress={},
                 error="",
             )
-            with open(job.folder / LOG, "ab") as output:
-                process = subprocess.Popen(
-                    self._worker_command(job),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=_worker_environment(),
-                    pass_fds=(job.lock,),  # the job stays owned while the worker lives, also without us
-                    start_new_session=True,
-                )
+            worker = Worker(job, self._worker_command(job))
         except OSError as error:
-            log.error("job %s: cannot start a worker: %s; trying again later", job.name, error)
+            if job.folder.exists() or not self.spool.running.is_dir():
+                log.error("job %s: cannot start a worker: %s; trying again later", job.name, error)
+            else:
+                log.error("job %s: cannot be run: somebody removed its folder", job.name)
             job.release()
             return
-        self.workers[job.name] = Worker(job, process, time.monotonic())
+        self.workers[job.name] = worker
         self.metrics.started(job.name)
-        log.info("job %s: worker %d started", job.name, process.pid)
+        log.info("job %s: worker %d started", job.name, worker.process.pid)
+
+    def _start_rested(self) -> None:
+        """Start again what died and has waited long enough, the one that waits longest first."""
+        for name, (at, job) in sorted(self._resting.items(), key=lambda item: item[1][0]):
+            if self._free() > 0 and time.monotonic() >= at:
+                del self._resting[name]
+                self._start(job)
 
     def _worker_command(self, job: Job) -> list[str]:
         command = [*self.config.worker_command, str(job.folder), "--outputs", str(self.config.outputs)]
@@ -337,37 +390,49 @@ class Daemon:
         self.metrics.progressed(job.name, status)
         status.seconds += time.monotonic() - worker.started
         changes: dict[str, Any] = {"seconds": round(status.seconds, 3), "pid": 0, "resident_bytes": 0}
-        stopped = code == Interrupted.exit_code or worker.killed or -code in RESUMABLE_SIGNALS
         if code == 0 or status.result:
             if code != 0:
                 log.warning("job %s: worker ended with %d after the merge was complete", job.name, code)
             self.metrics.succeeded(time.time())
             state = "done"
             changes["progress"] = {**status.progress, "ratio": 1.0}
-        elif stopped:
+        elif not worker.died():
+            state, changes["error"] = "failed", status.error or worker.why_ended()
+        elif worker.cancelled:
+            state = "cancelled"
+        elif self._stop_signals:
             state = "interrupted"
         else:
-            state = "failed"
-            changes["error"] = status.error or _why_ended(code)
+            state, changes["deaths"], changes["error"] = self._judged(worker, status.deaths + 1)
         self.metrics.ended(job.name, state, status.method, status.seconds)
-        log.log(
-            logging.ERROR if state == "failed" else logging.INFO,
-            "job %s: %s after %.1f s%s",
-            job.name,
-            state,
-            status.seconds,
-            f": {changes['error']}" if state == "failed" else "",
-        )
-        if state == "interrupted":
-            with contextlib.suppress(OSError):  # the lock tells the same
-                job.update(state=state, **changes)
-            job.release()
-        else:
+        error = changes.get("error")
+        level = logging.ERROR if error else logging.INFO
+        log.log(level, "job %s: %s after %.1f s%s", job.name, state, status.seconds, f": {error}" if error else "")
+        if state != "interrupted":
             self._finish(job, state, **changes)
+            return
+        with contextlib.suppress(OSError):  # the lock tells the same
+            job.update(state=state, **changes)
+        if error:
+            pause = self.config.retry_delay * 2 ** (changes["deaths"] - 1)
+            self._resting[job.name] = (time.monotonic() + pause, job)
+        else:
+            job.release()
+
+    def _judged(self, worker: Worker, deaths: int) -> tuple[str, int, str]:
+        """(state, deaths, error) of a job whose worker has died: it gets another attempt, or fails."""
+        why, attempts = worker.why_ended(), self.config.attempts
+        if deaths < attempts:
+            return "interrupted", deaths, f"{why}; attempt {deaths} of {attempts}"
+        kept = f"what was finished is kept: mergecore retry {worker.job.name}"
+        return "failed", deaths, f"{why}; attempt {deaths} of {attempts}, the last; {kept}"
 
     def _finish(self, job: Job, state: str, **changes: Any) -> None:
         """Move an ended job to done/ or failed/; if that cannot be done now, keep it and try again."""
         try:
+            if state == "cancelled":
+                job.cancel(by=job.cancellation() or "somebody")
+                return
             if state == "failed" and not (job.folder / ERROR).exists():
                 paragraph = changes.get("error") or job.status().error or "the worker left no report"
                 text = f"{paragraph}\n\nThe end of the worker's log:\n{_log_tail(job.folder / LOG)}"
@@ -387,14 +452,23 @@ class Daemon:
             self._finish(job, state, **changes)
 
     def _refresh(self) -> None:
-        """Look how the running workers fare."""
+        """Look how the running workers fare; end those that hang, and those that were to end and did not."""
         for worker in self.workers.values():
-            self.metrics.progressed(worker.job.name, worker.job.status())
-        self.metrics.resident(sum(_resident_bytes(worker.process.pid) for worker in self.workers.values()))
+            status = worker.job.status()
+            self.metrics.progressed(worker.job.name, status)
+            idle = worker.idle_seconds(status)
+            if not worker.hung and idle >= self.config.stall_seconds:
+                log.error("job %s: worker hangs: no progress and no CPU time for %.0f s", worker.job.name, idle)
+                worker.abort()
+            elif worker.overdue():
+                log.warning("job %s: worker did not stop, killing it", worker.job.name)
+                worker.kill()
+        self.metrics.resident(sum(worker.resident_bytes() for worker in self.workers.values()))
 
     def _tell(self) -> None:
         """Tell systemd what is going on, when it has changed."""
         saying = f"STATUS={len(self.workers)} running, {self.incoming.waiting} waiting"
+        saying += ", draining" if self._draining else ", paused" if self._paused else ""
         if saying != self._said:
             self._said = saying
             systemd.notify(saying)
@@ -413,30 +487,28 @@ class Daemon:
         if self.workers:
             log.info("stopping: waiting up to %g s for %d worker(s)", self.config.stop_timeout, len(self.workers))
         for worker in self.workers.values():
-            worker.process.terminate()
+            worker.stop(self.config.stop_timeout)
         deadline = time.monotonic() + self.config.stop_timeout
         while self.workers:
             self._wait(deadline)
-            if self._stop_signals > 1 or time.monotonic() >= deadline:
-                deadline = float("inf")
-                for worker in self.workers.values():
+            for worker in self.workers.values():
+                if worker.overdue() or (self._stop_signals > 1 and not worker.killed):
                     log.warning("job %s: worker did not stop, killing it", worker.job.name)
-                    worker.killed = True
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(worker.process.pid, signal.SIGKILL)
+                    worker.kill()
+            if time.monotonic() >= deadline:
+                deadline = float("inf")
             self._reap()
         log.info("stopped")
 
     def _release_all(self) -> None:
         """Whatever ended the loop: no worker stays behind unseen, no lock is held on."""
         for worker in self.workers.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(worker.process.pid, signal.SIGKILL)
+            worker.kill()
             worker.process.wait()
             worker.job.release()
         self.workers.clear()
         self._retry_unfinished()
-        for job, _, _ in self._unfinished:
+        for job in (*(job for job, _, _ in self._unfinished), *(job for _, job in self._resting.values())):
             job.release()
 
 
@@ -451,6 +523,16 @@ class _Listener(FileSystemEventHandler):
         name = os.path.basename(os.fsdecode(event.dest_path if moved else event.src_path))
         if is_spec(name):
             self.daemon.event(name, complete=not isinstance(event, FileModifiedEvent))
+
+
+class _Controls(FileSystemEventHandler):
+    """Passes events on the files that pause and drain the spool to the daemon."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        self.daemon.heed()
 
 
 def _prepare_outputs(outputs: Path) -> None:
@@ -478,27 +560,6 @@ def _close_server(server: WSGIServer) -> None:
     server.server_close()
 
 
-def _worker_environment() -> dict[str, str]:
-    """Ours, without what concerns only us; with the place of this package, wherever the daemon was started."""
-    ours = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
-    environment = {key: value for key, value in os.environ.items() if key not in ours}
-    package = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
-    environment["PYTHONUNBUFFERED"] = "1"
-    environment[DAEMON_PID] = str(os.getpid())
-    return environment
-
-
-def _why_ended(code: int) -> str:
-    if code >= 0:
-        return f"worker ended with exit code {code} and no report"
-    if -code == signal.SIGKILL:
-        return "worker was killed by signal 9 (out of memory?)"
-    with contextlib.suppress(ValueError):
-        return f"worker was killed by signal {-code} ({signal.Signals(-code).name})"
-    return f"worker was killed by signal {-code}"
-
-
 def _log_tail(path: Path, nbytes: int = 4096) -> str:
     try:
         with path.open("rb") as file:
@@ -506,10 +567,3 @@ def _log_tail(path: Path, nbytes: int = 4096) -> str:
             return file.read().decode("utf-8", "replace")
     except OSError:
         return "(none)\n"
-
-
-def _resident_bytes(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
-        return 0

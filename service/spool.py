@@ -4,6 +4,8 @@
     SPOOL/running/JOB/          spec.yaml, status.json, log, lock
     SPOOL/done/JOB/             spec.yaml, status.json, log
     SPOOL/failed/JOB/           spec.yaml, status.json, log, error.txt
+    SPOOL/running/JOB/cancel    somebody wants the job to stop; its owner sees it, on whatever host
+    SPOOL/paused, SPOOL/drain   nothing new is started; what runs is finished, then the daemons end
 
 A job moves by one rename each time, so it is in exactly one folder whatever dies in between. Who owns a running job
 is told by a flock on running/JOB/lock; the kernel takes it back when the last process that holds it dies (the daemon
@@ -32,7 +34,9 @@ from typing import Any
 from mergecore.errors import MergecoreError
 
 FOLDERS = ("incoming", "running", "done", "failed")
-SPEC, STATUS, LOCK, ERROR, LOG = "spec.yaml", "status.json", "lock", "error.txt", "log"
+SPEC, STATUS, LOCK, ERROR, LOG, CANCEL = "spec.yaml", "status.json", "lock", "error.txt", "log", "cancel"
+ENDED = {"done": "done", "failed": "failed", "cancelled": "failed"}
+"""The final states, and in which folder jobs of this state lie."""
 DAEMON_PID = "MERGECORE_DAEMON_PID"
 """Environment variable that tells a worker whose death to follow."""
 
@@ -89,7 +93,8 @@ def printable(text: str) -> str:
 class JobStatus:
     """What status.json holds.
 
-    `state`: queued (still in incoming/), running, interrupted (in running/, will be resumed), done, failed.
+    `state`: queued (still in incoming/), running, cancelling, interrupted (in running/, will be resumed), or one of
+    ENDED. `attempts` counts the starts of workers, `deaths` those that ended without a report, since the last retry.
     Times are ISO UTC; `seconds` is the time workers spent on the job, over all attempts; `progress` has ratio,
     tensors_done, tensors_total and bytes; `result` is MergeResult.as_dict(); `resident_bytes` is the worker's.
     Only one process writes it at a time: the worker while it lives, the job's owner before and after.
@@ -107,6 +112,7 @@ class JobStatus:
     pid: int = 0
     heartbeat: str = ""
     attempts: int = 0
+    deaths: int = 0
     seconds: float = 0.0
     resident_bytes: int = 0
     error: str = ""
@@ -169,27 +175,43 @@ class Job:
         return status
 
     def outcome(self) -> str | None:
-        """What the last worker left: "done", "failed", or None if there is still something to run."""
+        """What the last worker left: one of ENDED, or None if there is still something to run."""
         status = self.status()
-        if status.state in ("done", "failed"):
+        if status.state in ENDED:
             return status.state
         if status.result:
             return "done"
         return "failed" if (self.folder / ERROR).exists() else None
 
+    def cancellation(self) -> str | None:
+        """Who wants the job to stop, and since when; None if nobody does."""
+        try:
+            return printable((self.folder / CANCEL).read_text(encoding="utf-8", errors="replace").strip()[:200])
+        except OSError:
+            return None
+
     def finish(self, state: str, **changes: Any) -> None:
-        """Record the final state ("done" or "failed") and move the job to its folder; the lock is given back.
+        """Record the final state, one of ENDED, and move the job to its folder; the lock is given back.
 
         May be called again after an OSError: each step is repeatable.
         """
-        target = self.spool.root / state / self.name
+        target = self.spool.root / ENDED[state] / self.name
         if not target.exists():
             self.update(state=state, finished=utc_now(), **changes)
             os.rename(self.folder, target)
         sync_folder(target.parent)
         sync_folder(self.spool.running)
-        (target / LOCK).unlink(missing_ok=True)
+        for name in (LOCK, CANCEL):
+            (target / name).unlink(missing_ok=True)
         self.release()
+
+    def cancel(self, by: str) -> None:
+        """End a job that no worker runs as cancelled. Repeatable after an OSError, like `finish`."""
+        error = f"cancelled by {by}"
+        if self.folder.exists():
+            text = f"{error}; `mergecore retry {self.name}` goes on from what was finished\n"
+            write_atomic(self.folder / ERROR, text)
+        self.finish("cancelled", error=error, pid=0, resident_bytes=0)
 
     def discard(self) -> None:
         """Remove the folder of a claim that got no spec. The lock is held until the folder is gone."""
@@ -213,6 +235,10 @@ class Spool:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.incoming, self.running, self.done, self.failed = (root / name for name in FOLDERS)
+        self.paused = root / "paused"
+        """While this file exists, no daemon starts anything."""
+        self.drain = root / "drain"
+        """When this file appears or changes, each daemon finishes what it runs and ends."""
 
     def prepare(self) -> None:
         """Make the folders and rehearse a job's way through them. Raises ServiceError if it is barred."""
@@ -275,7 +301,7 @@ class Spool:
         """
         folders = [entry for entry in self._folders(self.running) if entry.name not in own]
         for folder in sorted(folders, key=lambda folder: (read_status(folder).created, folder.name)):
-            job = self._lock(folder.name)
+            job = self.own(folder.name)
             if job is None:
                 continue
             if (folder / SPEC).exists():
@@ -283,22 +309,42 @@ class Spool:
             else:
                 job.discard()
 
+    def request_cancel(self, name: str, by: str) -> None:
+        """Ask the owner of running/NAME to stop it. Raises OSError, FileNotFoundError if it has just ended."""
+        write_atomic(self.running / name / CANCEL, by + "\n")
+
+    def retry(self, name: str) -> None:
+        """Put failed/NAME back into running/, for any daemon to go on with. Repeatable after an OSError."""
+        folder = self.failed / name
+        status = read_status(folder)
+        status.state, status.error, status.finished, status.deaths = "interrupted", "", "", 0
+        write_status(folder, status)
+        for left in (ERROR, CANCEL):
+            (folder / left).unlink(missing_ok=True)
+        os.rename(folder, self.running / name)
+        sync_folder(self.running)
+        sync_folder(self.failed)
+
     def jobs(self) -> list[JobStatus]:
         """Every job once: running first, then done and failed with the newest first. Queued ones: incoming.py."""
         found: dict[str, JobStatus] = {}
         running = [folder for folder in self._folders(self.running) if (folder / SPEC).exists()]
         for folder in running:
             status = read_status(folder)
-            status.state = "running" if _is_locked(folder / LOCK) else "interrupted"
+            # An owned job may wait for its next attempt.
+            owned = status.state != "interrupted" and _is_locked(folder / LOCK)
+            cancelled = (folder / CANCEL).exists()
+            status.state = "cancelling" if cancelled else "running" if owned else "interrupted"
             found[status.job] = status
         ended = []
         for state, parent in (("done", self.done), ("failed", self.failed)):
             for folder in self._folders(parent):
                 status = read_status(folder)
-                status.state = state  # the folder says so, whatever the file says
+                if ENDED.get(status.state) != state:
+                    status.state = state  # the folder says so, whatever the file says
                 ended.append(status)
                 found.pop(status.job, None)  # it moved while this list was made
-        current = sorted(found.values(), key=lambda status: (status.state != "running", status.created, status.job))
+        current = sorted(found.values(), key=lambda status: (status.state == "interrupted", status.created, status.job))
         return current + sorted(ended, key=lambda status: (status.finished, status.job), reverse=True)
 
     def last_success(self) -> float:
@@ -326,12 +372,12 @@ class Spool:
                 (self.running / name).mkdir()
             except FileExistsError:
                 continue
-            job = self._lock(name)
+            job = self.own(name)
             if job is not None:
                 return job
 
-    def _lock(self, name: str) -> Job | None:
-        """Own running/NAME, or None if it has an owner or is gone."""
+    def own(self, name: str) -> Job | None:
+        """Own running/NAME, or None if it has an owner or is gone. Raises OSError."""
         path = self.running / name / LOCK
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

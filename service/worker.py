@@ -28,6 +28,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mergecore.errors import CheckpointError, Interrupted, MergecoreError, OutputExistsError, SpecError
+from mergecore.references import local_folder
 from service.spool import DAEMON_PID, ERROR, SPEC, printable, read_status, utc_now, write_atomic, write_status
 
 if TYPE_CHECKING:
@@ -236,25 +237,36 @@ def load(path: Path, name: str) -> MergeSpec:
 
 
 def find_model(model: str, revision: str | None, roots: list[Path]) -> Path:
-    """Where a model that a spec names lies: below one of `roots`, after resolving links. Raises CheckpointError.
+    """Where a model or adapter that a spec names lies: below one of `roots`, after resolving links.
 
-    Without roots any path goes, and a relative one starts at the working directory.
+    It is a path, relative to any of them, or the name of one in the local Hugging Face cache whose snapshot lies below
+    them. Without roots any path goes, and a relative one starts at the working directory. Raises CheckpointError.
     """
     if not roots:
-        return Path(model).absolute()
+        return local_folder(model, revision)
     shown = ", ".join(str(root) for root in roots)
+    outside = CheckpointError(f"{model!r} does not lie below a model folder of this server ({shown})")
     try:
         real_roots = [root.resolve() for root in roots]
         candidates = [(root / model).resolve() for root in roots]  # an absolute `model` takes the root's place
         allowed = [path for path in candidates if any(path.is_relative_to(root) for root in real_roots)]
         if not allowed:
-            raise CheckpointError(f"{model!r} does not lie below a model folder of this server ({shown})")
-        for path in allowed:
-            if path.exists():
-                return path
-    except (OSError, RuntimeError) as error:
+            raise outside
+        found = next((path for path in allowed if path.exists()), None)
+        if found is not None:
+            return local_folder(str(found), revision)
+        if not any(path.exists() for path in candidates):
+            try:
+                found = local_folder(model, revision, real_roots[0]).resolve()
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{model!r} was not found; the model folders of this server are {shown}; {error}"
+                ) from None
+            if any(found.is_relative_to(root) for root in real_roots):
+                return found
+    except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{model!r} {_not_looked_up(error)}") from error
-    raise CheckpointError(f"{model!r} was not found; the model folders of this server are {shown}")
+    raise outside
 
 
 def output_path(spec: MergeSpec, job: str, outputs: Path) -> Path:
@@ -277,9 +289,9 @@ def output_path(spec: MergeSpec, job: str, outputs: Path) -> Path:
     return out
 
 
-def _not_looked_up(error: OSError | RuntimeError) -> str:
-    """A path that cannot even be looked up: too long, a loop of links."""
-    reason = error.strerror if isinstance(error, OSError) else "a loop of symbolic links"
+def _not_looked_up(error: OSError | ValueError | RuntimeError) -> str:
+    """A path that cannot even be looked up: too long, a null byte, a loop of links."""
+    reason = "a loop of symbolic links" if isinstance(error, RuntimeError) else getattr(error, "strerror", str(error))
     return f"cannot be looked up: {reason}"
 
 

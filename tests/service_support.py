@@ -54,6 +54,7 @@ class DaemonProcess:
             "worker_command": STAND_IN,
             "rescan": 0.5,
             "settle": 0.3,
+            "retry_delay": 0.05,
             **config,
         }
         with self.log_path.open("wb") as log:

@@ -7,10 +7,14 @@ bytes: 1000         read and written per step
 exit: 2             end with this code, after writing error.txt if it is 1 or 2
 signal: 9           die of this signal
 deaf: true          do not listen to SIGTERM
+deaths: 2           so many attempts die of `signal`; later ones do not
+hang: true          sleep at the gate and look no more
+spin: true          use the processor while waiting at the gate
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -23,6 +27,7 @@ from service.spool import read_status, write_status
 
 def main() -> int:
     """Run the job in argv[1]; the exit code."""
+    faulthandler.enable()
     folder, outputs = Path(sys.argv[1]), Path(sys.argv[sys.argv.index("--outputs") + 1])
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
@@ -39,7 +44,8 @@ def main() -> int:
             if stopped and not spec.get("deaf"):
                 record(outputs, f"stop {status.spec} {folder.name}")
                 return 3
-            time.sleep(0.01)
+            if not spec.get("spin"):
+                time.sleep(1000 if spec.get("hang") and status.deaths < spec.get("deaths", 9) else 0.01)
         with steps.open("ab") as file:
             file.write(b".")
         moved = spec.get("bytes", 1000)
@@ -52,7 +58,7 @@ def main() -> int:
         }
         write_status(folder, status, durable=False)
 
-    if "signal" in spec:
+    if "signal" in spec and status.deaths < spec.get("deaths", 9):
         os.kill(os.getpid(), spec["signal"])
     code = int(spec.get("exit", 0))
     if code in (1, 2):

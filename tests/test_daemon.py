@@ -144,7 +144,7 @@ def test_a_bad_spec_fails_with_a_clear_error_and_the_next_one_runs(folder: Path)
 @pytest.mark.parametrize(
     ("spec", "error"),
     [
-        ({"signal": 9}, "worker was killed by signal 9 (out of memory?)"),
+        ({"signal": 9}, "worker was killed by signal 9: likely out of memory; see dmesg"),
         ({"signal": 11}, "worker was killed by signal 11 (SIGSEGV)"),
         ({"exit": 7}, "worker ended with exit code 7 and no report"),
     ],
@@ -154,13 +154,13 @@ def test_a_worker_that_dies_without_a_word_leaves_a_clear_error(folder: Path, sp
         daemon.drop("a.yaml", **spec)
         daemon.drop("next.yaml")
         status = daemon.wait_for("failed", "a.yaml")["a.yaml"]
-        assert status.error == error
-        assert (daemon.spool.failed / status.job / "error.txt").read_text().startswith(f"{error}\n\n")
+        assert status.error.startswith(error)
+        assert (daemon.spool.failed / status.job / "error.txt").read_text().startswith(f"{status.error}\n\n")
         daemon.wait_for("done", "next.yaml")
 
 
 def test_kill_9_of_a_worker_fails_its_job_and_the_next_one_runs(folder: Path) -> None:
-    with running_daemon(folder) as daemon:
+    with running_daemon(folder, attempts=1) as daemon:
         daemon.drop("a.yaml", gate="never")
         daemon.wait_started("a.yaml")
         pid = wait_until(lambda: daemon.jobs("running")["a.yaml"].pid, "the worker's pid")
@@ -437,6 +437,9 @@ def test_a_worker_that_is_no_program_is_a_clear_error(folder: Path) -> None:
         ("jobs", 1.5, "jobs is 1.5, but must be"),
         ("rescan", 0, "rescan is 0, but must be a number of seconds above 0"),
         ("settle", -1, "settle is -1, but must be"),
+        ("attempts", 0, "attempts is 0, but must be a whole number, at least 1"),
+        ("retry_delay", -1, "retry_delay is -1, but must be a number of seconds, at least 0"),
+        ("stall_seconds", 0, "stall_seconds is 0, but must be a number of seconds above 0"),
         ("stop_timeout", float("inf"), "stop_timeout is inf, but must be"),
         ("models", "/m", "models is '/m', but must be a list of paths"),
         ("worker_command", [], "worker_command is [], but must be a list of strings"),
@@ -615,7 +618,7 @@ def merge_spec(output: str | None = None, **changes: object) -> dict[str, object
     }
 
 
-def merged(spec: dict[str, object], out: Path, models: Path) -> Path:
+def merged(spec: dict[str, object] | Path, out: Path, models: Path) -> Path:
     """The merge without any daemon."""
     from mergecore import load_spec, merge
 
@@ -796,10 +799,10 @@ def test_a_link_in_place_of_the_spec_is_not_followed(folder: Path) -> None:
 def test_an_output_that_an_earlier_attempt_published_is_taken_for_done(folder: Path, models: Path) -> None:
     # As if worker and daemon had died between the rename of the output and the note about it.
     spec, out = merge_spec("out"), folder / "outputs" / "out"
-    expected = digest(merged(spec, out, models))
     spool = Spool(folder / "spool")
     spool.prepare()
     (spool.incoming / "a.yaml").write_text(json.dumps(spec))
+    expected = digest(merged(spool.incoming / "a.yaml", out, models))
     job = spool.claim("a.yaml")
     assert job is not None
     job.update(attempts=1, output=str(out))
