@@ -25,7 +25,6 @@ from mergekit.config import (
     OutputSliceDefinition,
 )
 from mergekit.merge_methods.registry import registered_methods
-from mergekit.options import MergeOptions
 from mergekit.scripts import multimerge, run_yaml
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, TokenizerConfig
 
@@ -39,8 +38,8 @@ TABLES = {
     "model": ModelReference,
     "model.model": ModelPath,
     "tokenizer": TokenizerConfig,
-    "tokenizer.tokens.TOKEN": TokenEmbeddingConfig,
-    "tokenizer.tokens.TOKEN.source": ModelTokenEmbedding,
+    "tokenizer.tokens.NAME": TokenEmbeddingConfig,
+    "tokenizer.tokens.NAME.source": ModelTokenEmbedding,
 }
 
 
@@ -52,7 +51,6 @@ def describe() -> dict[str, Any]:
         "options": sorted(
             {option for main in (run_yaml.main, multimerge.main) for p in main.params for option in p.opts}
         ),
-        "fields": list(MergeOptions.model_fields),
     }
 
 

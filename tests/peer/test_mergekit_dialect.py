@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import mergecore
 from tests.models import llama, load_tensors, write_model
 from tests.peer.support import CONFIG, Mergekit, both, config, distance, moved, write_spec
+from tests.test_dialect import documented
 from tests.vocabularies import save, words
 
 CASES = {
@@ -267,3 +268,11 @@ dtype: float32
             torch.testing.assert_close(theirs[name][ids[0][token]], ours[name][ids[1][token]], rtol=1e-5, atol=1e-7)
     others = {name for name in theirs if theirs[name].shape[0] != 8}
     assert distance({name: theirs[name] for name in others}, {name: ours[name] for name in others}) <= 1e-6
+
+
+def test_the_documentation_leaves_no_key_of_mergekit_out(mergekit: Mergekit) -> None:
+    described = mergekit.ask("describe")
+    keys = {f"{place}.{key}".lstrip(".") for place, names in described["keys"].items() for key in names}
+    assert keys <= documented("")
+    options = {option for option in described["options"] if option.startswith("-")}
+    assert options == documented("-")
