@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ class Input:
 
     name: str
     path: Path
-    config: dict[str, Any]
-    tensors: dict[str, Source]
-    files: tuple[Checkpoint, ...] = ()
+    config: dict[str, Any] = field(repr=False)
+    tensors: dict[str, Source] = field(repr=False)
+    files: tuple[Checkpoint, ...] = field(default=(), repr=False)
     """The checkpoint, if it is not the result of an earlier merge of the same spec; then the adapter, if there is
     one."""
     identity: str | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mergecore.architecture import Architecture, Orientation, is_linear
@@ -42,7 +42,7 @@ class TensorJob:
     """
 
     name: str
-    method: Method
+    method: Method = field(repr=False)
     shape: tuple[int, ...]
     dtype: str
     base: Source | None

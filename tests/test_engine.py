@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mergecore
-from mergecore import Progress, engine, load_spec, merge
+from mergecore import Progress, load_spec, merge, merging
 from mergecore.device import CpuDevice, HostWindow
 from mergecore.errors import (
     InputFault,
@@ -145,7 +145,7 @@ def cut_anywhere(random: Random) -> Iterator[None]:
         return replace(planned, jobs=tuple(jobs))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "plan", any_windows)
+        patch.setattr(merging, "plan", any_windows)
         yield
 
 
@@ -203,7 +203,7 @@ class LateDevice(CpuDevice):
 def test_a_device_may_deliver_a_result_while_it_computes_the_next(
     trio: list[Path], expected: dict[str, Any], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "open_device", lambda name: LateDevice())
+    monkeypatch.setattr(merging, "open_device", lambda name: LateDevice())
     with cut_anywhere(Random(3)):
         assert merged(spec_of(trio, **METHODS[method]), tmp_path / "out") == expected[method]
 
@@ -668,7 +668,7 @@ def test_an_input_that_changes_before_or_while_it_is_read_is_told(
     spec = load_spec(spec_of(trio, run={"read": read}))
     planned = mergecore.plan(spec)
     change()
-    monkeypatch.setattr(engine, "plan", lambda *_, **__: planned)
+    monkeypatch.setattr(merging, "plan", lambda *_, **__: planned)
     with pytest.raises(InputFault) as caught:
         merge(spec, outputs / "out")
     assert file.name in str(caught.value)
