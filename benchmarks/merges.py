@@ -1,10 +1,10 @@
 """Whole merges as processes: time and peak memory, ours beside mergekit on the same files in one run.
 
-    python -m benchmarks.merges [--geometry 1.8b] [--work DIR] [--mergekit PATH/TO/mergekit-yaml]
+    python -m benchmarks.merges [--geometry 1.8b] [--work DIR] [--mergekit PATH/TO/mergekit-yaml] [--methods A,B]
 
 Needs about 5 times the checkpoint's bytes of disk (1.8b: 19 GB). Inputs are read once beforehand, so
 the page cache is warm where it is large enough. Rounds alternate between the tools; the table shows
-each one's minimum and its ratio to mergekit's task_arithmetic.
+each one's minimum, beside mergekit's for the methods that it has.
 """
 
 from __future__ import annotations
@@ -26,11 +26,27 @@ from rich.table import Table
 from benchmarks.checkpoints import GEOMETRIES, make
 
 MEMORY = "256MiB"
-SPECS = {
+SPECS: dict[str, dict[str, object]] = {
     "linear": {"weight": 0.5},
     "task_arithmetic": {"weight": 0.5},
+    "slerp": {"t": 0.5},
+    "karcher": {},
+    "model_stock": {},
+    "dare_linear": {"weight": 0.5, "density": 0.5},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+    "ties": {"weight": 0.5, "density": 0.5},
+    "breadcrumbs": {"weight": 0.5, "density": 0.5},
+    "della": {"weight": 0.5, "density": 0.5},
+    "arcee_fusion": {},
     "widen": {},
+    "pcb": {},
+    "consensus_ta": {},
+    "metagpt": {},
 }
+"""Methods and their parameters; of methods for one model beside the base the first model is taken."""
+ONE = ("slerp", "arcee_fusion")
+NO_BASE = ("linear", "karcher")
+OURS_ALONE = ("widen", "pcb", "consensus_ta", "metagpt")
 
 
 @dataclass
@@ -65,34 +81,34 @@ def warm(folders: list[Path]) -> None:
                     pass
 
 
-def write_specs(work: Path, folders: list[Path]) -> dict[str, Path]:
-    """One spec per method over the same three checkpoints (for linear: the two models)."""
+def write_specs(work: Path, folders: list[Path], methods: list[str]) -> dict[str, Path]:
+    """One spec per method over the same three checkpoints."""
     paths = {}
     base, *models = map(str, folders)
-    for method, parameters in SPECS.items():
+    for method in methods:
+        listed = [base, models[0]] if method in ONE else models
         spec: dict[str, object] = {
             "merge_method": method,
-            "models": [{"model": model, "parameters": parameters} for model in models],
+            "models": [{"model": model} for model in listed],
+            "parameters": SPECS[method],
             "dtype": "bfloat16",
         }
-        if method != "linear":
+        if method not in NO_BASE:
             spec["base_model"] = base
         paths[method] = work / f"{method}.yaml"
         paths[method].write_text(json.dumps(spec))
     return paths
 
 
-def measure(work: Path, geometry: str, rounds: int, mergekit: str | None) -> list[Measurement]:
+def measure(work: Path, geometry: str, rounds: int, mergekit: str | None, methods: list[str]) -> list[Measurement]:
     """All merges, alternating between the tools round by round."""
     folders = make(work / geometry, GEOMETRIES[geometry])
-    specs = write_specs(work, folders)
-    commands = {
-        f"mergecore {method}": [sys.executable, "-m", "mergecore.cli", "merge", str(spec), "OUT", "--memory", MEMORY]
-        for method, spec in specs.items()
-    }
-    if mergekit is not None:
-        both = [method for method in SPECS if method != "widen"]
-        commands |= {f"mergekit {method}": [mergekit, str(specs[method]), "OUT"] for method in both}
+    commands = {}
+    for method, spec in write_specs(work, folders, methods).items():
+        ours = [sys.executable, "-m", "mergecore.cli", "merge", str(spec), "OUT", "--memory", MEMORY]
+        commands[f"mergecore {method}"] = ours
+        if mergekit is not None and method not in OURS_ALONE:
+            commands[f"mergekit {method}"] = [mergekit, str(spec), "OUT"]
     results: dict[str, Measurement] = {}
     for _ in range(rounds):
         for name, command in commands.items():
@@ -113,22 +129,28 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder for the checkpoints; kept (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="the peer's command, if installed")
+    parser.add_argument("--methods", default="linear,task_arithmetic,slerp,ties,widen", help=f"of {', '.join(SPECS)}")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     temporary = None if options.work else tempfile.TemporaryDirectory(prefix="mergecore-bench-")
     work = options.work or Path(temporary.name)  # type: ignore[union-attr]
     work.mkdir(parents=True, exist_ok=True)
-    results = measure(work, options.geometry, options.rounds, options.mergekit)
+    methods = options.methods.split(",")
+    results = measure(work, options.geometry, options.rounds, options.mergekit, methods)
     if temporary is not None:
         temporary.cleanup()
     if options.json:
         print(json.dumps([asdict(result) for result in results], indent=2))
         return 0
-    peer = next((result.seconds for result in results if result.name == "mergekit task_arithmetic"), None)
-    table = Table("whole process", "seconds", "peak memory", "time / mergekit task_arithmetic")
-    for result in results:
-        ratio = f"{result.seconds / peer:.2f}" if peer else "mergekit is not installed"
-        table.add_row(result.name, f"{result.seconds:.1f}", f"{result.peak_rss / 2**20:.0f} MiB", ratio)
+    table = Table("whole process", "seconds", "peak memory", "mergekit: seconds", "peak memory", "times faster")
+    found = {result.name: result for result in results}
+    for method in methods:
+        ours, theirs = found[f"mergecore {method}"], found.get(f"mergekit {method}")
+        row = [f"{ours.seconds:.1f}", f"{ours.peak_rss / 2**20:.0f} MiB"]
+        if theirs is not None:
+            ratio = f"{theirs.seconds / ours.seconds:.1f}"
+            row += [f"{theirs.seconds:.1f}", f"{theirs.peak_rss / 2**20:.0f} MiB", ratio]
+        table.add_row(method, *row)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(f"three {options.geometry} bf16 checkpoints, mergecore with --memory {MEMORY}", table)
     return 0
