@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import mergecore
+from mergecore.jobs import TensorJob
 from mergecore.methods import METHODS
 from mergecore.methods.base import Method, Parameter, Statistics
-from mergecore.planning import TensorJob
 from tests.models import LLAMA, llama, moved, write_model
 from tests.test_dialect import NAMES, ROOT, rows
 
