@@ -1,4 +1,4 @@
-"""docs/dialect.md names every key of a spec, and every test that it names is there."""
+"""docs/dialect.md names every key of a spec, and every test that it names is there; and what no other test shows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import mergecore
 from mergecore.spec import json_schema
+from tests.models import llama, spec_dict, tensor_bytes, write_trio
 
 ROOT = Path(__file__).parents[1]
 DIALECT, PEERS = ROOT / "docs" / "dialect.md", ROOT / "docs" / "peers.md"
@@ -76,3 +79,23 @@ def test_every_test_that_a_page_names_is_there(page: Path) -> None:
 
 def test_every_row_names_a_test() -> None:
     assert [cells for cells in rows(DIALECT) if not re.search(r"`tests/[\w/]+\.py::\w+`", cells[-1])] == []
+
+
+@pytest.mark.parametrize(
+    ("sparsify", "parameters"),
+    [
+        ({"method": "magnitude", "density": 0.5}, {"density": 0.5, "gamma": 0.0}),
+        ({"method": "breadcrumbs", "density": 0.5}, {"density": 0.5}),
+        ({"method": "breadcrumbs", "density": 0.5, "gamma": 0.2}, {"density": 0.5, "gamma": 0.2}),
+        ({"method": "breadcrumbs", "density": 0.5, "rescale": True}, {"density": 0.5, "rescale": True}),
+    ],
+)
+def test_trimming_in_front_of_task_arithmetic_is_breadcrumbs(
+    sparsify: dict[str, Any], parameters: dict[str, Any], tmp_path: Path
+) -> None:
+    base, *models = write_trio(tmp_path, llama(layers=1, dtype=torch.float32))
+    inside = spec_dict("breadcrumbs", base, *models, parameters=parameters)
+    in_front = spec_dict("task_arithmetic", base, *models, sparsify=sparsify)
+    for name, spec in (("inside", inside), ("front", in_front)):
+        mergecore.merge(mergecore.load_spec(spec), tmp_path / name, device="cpu")
+    assert tensor_bytes(tmp_path / "inside") == tensor_bytes(tmp_path / "front")

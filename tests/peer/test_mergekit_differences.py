@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mergecore
 from tests.models import load_tensors, write_model
-from tests.peer.support import CONFIG, Mergekit, MergekitError, Tensors, both, config
+from tests.peer.support import CONFIG, Mergekit, MergekitError, Tensors, both, config, write_spec
 
 THREE = ("near", "nearer", "nearest")
 NORM = "model.norm.weight"
@@ -203,6 +203,21 @@ def test_rows_of_one_entry_are_kept_with_the_density_by_della(
     for name in narrow:
         if name.endswith("down_proj.weight"):
             assert set(load_tensors(tmp_path / "ours")[name].flatten().tolist()) == {0.0, 2.0}
+
+
+def test_della_ranks_along_the_last_axis(tmp_path: Path) -> None:
+    """Of a tensor of three dimensions, deltas from 1 to 8 along the last one: they are kept more often the larger they
+    are, and a row of any other axis, where all are equal, at random."""
+    ranks = torch.arange(1.0, 9.0).expand(64, 64, 8)
+    given = {
+        name: write_model(tmp_path / name, {"experts.gate_up_proj": tensor})
+        for name, tensor in (("base", torch.zeros(64, 64, 8)), ("near", ranks))
+    }
+    asked = config("della", "near", base="base", weights=(1,), density=0.5, epsilon=0.25, rescale=False)
+    mergecore.merge(write_spec(asked, given, tmp_path / "config.yml"), tmp_path / "ours", device="cpu")
+    kept = (load_tensors(tmp_path / "ours")["experts.gate_up_proj"] != 0).double()
+    odds = 0.25 + 0.5 * torch.arange(8) / 7
+    assert bool(((kept.mean((0, 1)) - odds).abs() < 4 * (odds * (1 - odds) / 64**2).sqrt()).all())
 
 
 # Single entries -----------------------------------------------------------------------------------
