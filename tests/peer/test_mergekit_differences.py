@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from torch import Tensor
 
@@ -280,3 +282,26 @@ def test_arcee_fusion_keeps_what_the_exact_quartiles_and_divergences_say(
         assert torch.equal(ours[name][sure], torch.where(kept, near[name], tensor)[sure])
     differ = max(float((theirs[name] != ours[name]).float().mean()) for name in base)
     assert differ < 0.001 if scale > 2.0**-10 else differ > 0.1
+
+
+# Architectures ------------------------------------------------------------------------------------
+
+
+def test_whisper_is_merged_by_the_names_that_it_has(mergekit: Mergekit, tmp_path: Path) -> None:
+    """mergekit looks for names of its decoder that lack a dot."""
+    sizes: dict[str, Any] = {f"{stack}_{name}": 2 for stack in ("encoder", "decoder") for name in ("layers", "ffn_dim")}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 60, "d_model": 16}
+    sizes |= {name: number for number, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id"))}
+    settings = transformers.WhisperConfig(**sizes, num_mel_bins=8, max_source_positions=9, max_target_positions=9)
+    given = {}
+    for number, name in enumerate(("near", "far")):
+        torch.manual_seed(number)
+        transformers.WhisperForConditionalGeneration(settings).save_pretrained(tmp_path / name)
+        given[name] = tmp_path / name
+    with pytest.raises(MergekitError, match=r"Tensor model\.decoder"):
+        both(mergekit, config("linear", "near", "far", weights=(1, 1)), given, tmp_path)
+    mergecore.merge(tmp_path / "config.yml", tmp_path / "ours", device="cpu")
+    near, far, ours = (load_tensors(tmp_path / name) for name in ("near", "far", "ours"))
+    assert set(ours) == set(near)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, ((near[name].double() + far[name].double()) / 2).float())
