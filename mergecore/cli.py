@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("submit", _submit, "put SPEC into the spool")
     sub.add_argument("spec", type=Path, metavar="SPEC")
     _add_spool_options(sub)
+    sub.add_argument("--force", action="store_true", help="run it though the same was done before")
     sub = command("status", _status, "show the jobs of the spool, or one JOB")
     sub.add_argument("job", nargs="?", metavar="JOB")
     _add_spool_options(sub)
@@ -362,7 +363,7 @@ def _spool(options: argparse.Namespace) -> Path:
 def _submit(options: argparse.Namespace) -> int:
     from service.daemon import submit_command
 
-    print(submit_command(options.spec, _spool(options)))
+    print(submit_command(options.spec, _spool(options), options.force))
     return 0
 
 

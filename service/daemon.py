@@ -393,8 +393,9 @@ class Daemon:
         if code == 0 or status.result:
             if code != 0:
                 log.warning("job %s: worker ended with %d after the merge was complete", job.name, code)
-            self.metrics.succeeded(time.time())
-            state = "done"
+            state = status.success
+            if state == "done":
+                self.metrics.succeeded(time.time())
             changes["progress"] = {**status.progress, "ratio": 1.0}
         elif not worker.died():
             state, changes["error"] = "failed", status.error or worker.why_ended()

@@ -49,7 +49,7 @@ METHODS = (
 )
 """The values of the label `method`, besides "other" and "unknown" (the spec could not be read)."""
 
-STATES = ("done", "failed", "cancelled", "interrupted")
+STATES = ("done", "duplicate", "failed", "cancelled", "interrupted")
 DURATIONS = (1, 5, 15, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800)
 
 
