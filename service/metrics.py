@@ -1,4 +1,4 @@
-"""The daemon's Prometheus metrics and the port that serves them.
+"""The daemon's Prometheus metrics; endpoint.py serves them.
 
 Every label is bounded: `method` is one of METHODS, `job` exists only while the job runs. Counters count what this
 daemon's workers did since it started; they never go down.
@@ -10,13 +10,12 @@ import importlib.metadata
 import re
 from pathlib import Path
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from mergecore import __version__
-from service.spool import JobStatus, ServiceError
+from service.spool import JobStatus
 
 METHODS = (
     "arcee_fusion",
@@ -54,7 +53,7 @@ DURATIONS = (1, 5, 15, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800)
 
 
 class Metrics:
-    """All metrics in a registry of their own; `serve` opens the port."""
+    """All metrics in a registry of their own."""
 
     def __init__(self) -> None:
         prometheus_client.disable_created_metrics()
@@ -127,17 +126,6 @@ class Metrics:
         self._jobs.labels(state, method_label(method)).inc()
         if state != "interrupted":
             self._duration.observe(seconds)
-
-    def serve(self, host: str, port: int) -> WSGIServer:
-        """Open the port (0: any free one; `server_port` tells it). Raises ServiceError if it cannot be had."""
-        try:
-            server, _ = prometheus_client.start_http_server(port, addr=host, registry=self.registry)
-        except OSError as error:
-            raise ServiceError(
-                f"cannot serve metrics on {host} port {port}: {error.strerror or error}; "
-                "choose another address with --host and --port (port 0: any free one)"
-            ) from error
-        return server
 
 
 def method_label(method: str) -> str:
