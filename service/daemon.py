@@ -137,6 +137,7 @@ class Daemon:
         cleanup.callback(self._release_all)
         self._watch(cleanup)
         self.metrics.succeeded(self.spool.last_success())
+        self.metrics.watch(spool=self.spool.root, outputs=self.config.outputs)
         log.info("spool %s, outputs %s, %d job(s) at a time", self.spool.root, self.config.outputs, self.config.jobs)
         log.info("metrics on %s/metrics", self._endpoint.url)
         with contextlib.suppress(OSError):  # nobody needs to read it
@@ -513,6 +514,7 @@ class Daemon:
 
     def _tell(self) -> None:
         """Tell systemd what is going on, when it has changed."""
+        self.metrics.state(len(self.workers), self._paused)
         saying = f"STATUS={len(self.workers)} running, {self.incoming.waiting} waiting"
         saying += ", draining" if self._draining else ", paused" if self._paused else ""
         if saying != self._said:

@@ -51,7 +51,7 @@ class Endpoint:
         self.reload()
         try:
             family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
-            kind = type("Server", (_Server,), {"address_family": family})
+            kind: type[_Server] = type("Server", (_Server,), {"address_family": family})
             self._server: WSGIServer = make_server(
                 config.host, config.port, self._app(make_wsgi_app(registry)), kind, _Handler
             )

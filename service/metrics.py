@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from mergecore import __version__
+from service.host import free_and_size, memory_limit
 from service.spool import JobStatus
 
 METHODS = (
@@ -61,6 +63,8 @@ class Metrics:
         own: dict[str, Any] = {"registry": self.registry, "namespace": "mergecore"}
         self._jobs = Counter("jobs", "Jobs that ended, by final state and merge method.", ["state", "method"], **own)
         self._queue = Gauge("queue_jobs", "Specs that wait in the drop folder.", **own)
+        self._running = Gauge("running_jobs", "Jobs that have a worker.", **own)
+        self._paused = Gauge("paused", "1 while the spool is paused.", **own)
         self._duration = Histogram(
             "job_duration_seconds",
             "Time that workers spent on a job, over all its attempts, observed when it is done or failed.",
@@ -75,6 +79,10 @@ class Metrics:
         self._last_success = Gauge(
             "last_success_timestamp_seconds", "Unix time at which a job was last done; 0 if none was.", **own
         )
+        limit = Gauge("memory_limit_bytes", "Memory of the host, or of the cgroup that the daemon is in.", **own)
+        limit.set_function(memory_limit)
+        self._free = Gauge("filesystem_free_bytes", "Free space where a folder lies.", ["folder"], **own)
+        self._size = Gauge("filesystem_size_bytes", "All space where a folder lies.", ["folder"], **own)
         build = Gauge("build_info", "Always 1; the versions are in the labels.", ["version", "torch", "cuda"], **own)
         build.labels(**build_versions()).set(1)
         ProcessCollector(registry=self.registry)
@@ -87,6 +95,18 @@ class Metrics:
     def queue(self, jobs: int) -> None:
         """Set the number of specs that wait."""
         self._queue.set(jobs)
+
+    def state(self, running: int, paused: bool) -> None:
+        """Set how many jobs have a worker, and whether the spool is paused."""
+        self._running.set(running)
+        self._paused.set(paused)
+
+    def watch(self, **folders: Path) -> None:
+        """Show the space of these folders from now on. It is looked up at each scrape, in the thread of the scrape: a
+        network mount that hangs does not stop the daemon."""
+        for name, folder in folders.items():
+            self._free.labels(name).set_function(partial(_space, folder, 0))
+            self._size.labels(name).set_function(partial(_space, folder, 1))
 
     def resident(self, nbytes: int) -> None:
         """Set the resident memory of all workers together."""
@@ -138,6 +158,14 @@ def method_label(method: str) -> str:
 def build_versions() -> dict[str, str]:
     """The labels of build_info, read from what is installed: nothing is imported."""
     return {"version": __version__, "torch": _version("torch"), "cuda": _cuda_version()}
+
+
+def _space(folder: Path, which: int) -> float:
+    """Free (0) or all (1) bytes; NaN where the folder is away."""
+    try:
+        return free_and_size(folder)[which]
+    except OSError:
+        return float("nan")
 
 
 def _version(package: str) -> str:
