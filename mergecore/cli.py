@@ -247,10 +247,18 @@ def _plan(options: argparse.Namespace) -> int:
         "shards": [shard.filename for shard in planned.layout.shards],
         "compute_seconds": round(estimate.seconds(planned), 3),
         "warnings": list(planned.warnings),
-    }
+        "earlier": [
+            {"name": path.name, "method": merge.method.name, "bytes_read": merge.bytes_to_read,
+             "bytes_written": merge.bytes_to_write, "warnings": list(merge.warnings)}
+            for path, merge in planned.earlier
+        ],
+    }  # fmt: skip
     if options.json:
         print(json.dumps({**facts, "jobs": _jobs(planned)}, indent=2))
         return 0
+    for merge in facts["earlier"]:
+        print(f"before    {merge['name']} by {merge['method']}: read {_gb(merge['bytes_read'])}, write "
+              f"{_gb(merge['bytes_written'])}")  # fmt: skip
     print(
         f"method    {facts['method']}, {len(facts['models'])} models"
         + (f", base {facts['base']}" if facts["base"] else "")
