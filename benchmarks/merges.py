@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import selectors
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,16 +62,36 @@ class Measurement:
 
 
 def run(command: list[str]) -> tuple[float, int]:
-    """Runs a command to its end; seconds and peak resident bytes of that process."""
+    """Runs a command to its end; seconds and peak resident bytes of that process.
+
+    The peak is asked for while it runs: what the kernel tells afterwards counts this process before the exec, too.
+    """
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {errors.decode()[-2000:]}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    peak = 0
+    with selectors.DefaultSelector() as selector:
+        assert process.stderr is not None
+        selector.register(process.stderr, selectors.EVENT_READ)
+        errors = b""
+        while True:
+            peak = max(peak, _peak(process.pid))
+            if not selector.select(timeout=0.05):
+                continue
+            more = os.read(process.stderr.fileno(), 1 << 16)
+            if not more:
+                break
+            errors = (errors + more)[-2000:]
+    if process.wait() != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {errors.decode(errors='replace')}")
+    return time.perf_counter() - started, peak
+
+
+def _peak(pid: int) -> int:
+    """Peak resident bytes of a running process; 0 if it has just ended."""
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) * 1024 if found is not None else 0
+    return 0
 
 
 def warm(folders: list[Path]) -> None:

@@ -90,17 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     command("schema", _schema, "print the JSON Schema of specs, for editors")
 
     sub = command("serve", _serve, "watch a spool folder and run the specs dropped into it")
-    sub.add_argument("--config", type=Path, metavar="FILE", help="TOML file with the options below")
-    sub.add_argument("--spool", type=Path, metavar="DIR")
-    sub.add_argument("--outputs", type=Path, metavar="DIR", help="where merged models go")
-    sub.add_argument("--models", type=Path, metavar="DIR", action="append", help="where models lie; may be repeated")
-    sub.add_argument("--host", help="address of the metrics endpoint (127.0.0.1)")
-    sub.add_argument("--port", type=int, help="port of the metrics endpoint (9417; 0 picks one)")
-    sub.add_argument("--jobs", type=int, help="jobs that run at once (1)")
+    _add_serve_options(sub)
+    sub = command("doctor", _doctor, "check whether this host is ready for the daemon, and say what to mend")
+    _add_serve_options(sub)
+    sub.add_argument("--json", action="store_true", help="print the findings as JSON")
 
     sub = command("submit", _submit, "put SPEC into the spool")
     sub.add_argument("spec", type=Path, metavar="SPEC")
     _add_spool_options(sub)
+    sub.add_argument("--force", action="store_true", help="run it though the same was done before")
     sub = command("status", _status, "show the jobs of the spool, or one JOB")
     sub.add_argument("job", nargs="?", metavar="JOB")
     _add_spool_options(sub)
@@ -125,6 +123,16 @@ def _add_run_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="cpu, cuda, cuda:N or auto")
     sub.add_argument("--memory", type=_size, metavar="SIZE", help="memory for windows and statistics, such as 256MiB")
     sub.add_argument("--threads", type=int, metavar="N", help="threads that compute (0: all cores)")
+
+
+def _add_serve_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", type=Path, metavar="FILE", help="TOML file with the options below")
+    sub.add_argument("--spool", type=Path, metavar="DIR")
+    sub.add_argument("--outputs", type=Path, metavar="DIR", help="where merged models go")
+    sub.add_argument("--models", type=Path, metavar="DIR", action="append", help="where models lie; may be repeated")
+    sub.add_argument("--host", help="address of the metrics endpoint (127.0.0.1)")
+    sub.add_argument("--port", type=int, help="port of the metrics endpoint (9417; 0 picks one)")
+    sub.add_argument("--jobs", type=int, help="jobs that run at once (1)")
 
 
 def _add_spool_options(sub: argparse.ArgumentParser) -> None:
@@ -239,10 +247,18 @@ def _plan(options: argparse.Namespace) -> int:
         "shards": [shard.filename for shard in planned.layout.shards],
         "compute_seconds": round(estimate.seconds(planned), 3),
         "warnings": list(planned.warnings),
-    }
+        "earlier": [
+            {"name": path.name, "method": merge.method.name, "bytes_read": merge.bytes_to_read,
+             "bytes_written": merge.bytes_to_write, "warnings": list(merge.warnings)}
+            for path, merge in planned.earlier
+        ],
+    }  # fmt: skip
     if options.json:
         print(json.dumps({**facts, "jobs": _jobs(planned)}, indent=2))
         return 0
+    for merge in facts["earlier"]:
+        print(f"before    {merge['name']} by {merge['method']}: read {_gb(merge['bytes_read'])}, write "
+              f"{_gb(merge['bytes_written'])}")  # fmt: skip
     print(
         f"method    {facts['method']}, {len(facts['models'])} models"
         + (f", base {facts['base']}" if facts["base"] else "")
@@ -343,10 +359,18 @@ def _schema(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from service.daemon import serve_command
 
+    return serve_command(options.config, _overrides(options))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from service.doctor import doctor_command
+
+    return doctor_command(options.config, _overrides(options), options.json)
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     names = ("spool", "outputs", "models", "host", "port", "jobs")
-    return serve_command(
-        options.config, {name: value for name in names if (value := getattr(options, name)) is not None}
-    )
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def _spool(options: argparse.Namespace) -> Path:
@@ -362,7 +386,7 @@ def _spool(options: argparse.Namespace) -> Path:
 def _submit(options: argparse.Namespace) -> int:
     from service.daemon import submit_command
 
-    print(submit_command(options.spec, _spool(options)))
+    print(submit_command(options.spec, _spool(options), options.force))
     return 0
 
 

@@ -96,8 +96,10 @@ def _run_all(planned: MergePlan, out: Path, stages: Stages, run: Run, progress: 
         seconds=0.0,
     )
     done = MergeResult(out, planned.method.name, 0, 0, 0, 0.0, 0, False, ())
+    left = [merge for path, merge in merges if path == out or not stages.is_done(path.name, merge.identity())]
+    stages.check_room(sum(merge.bytes_to_write for merge in left))
     for path, merge in merges:
-        if path != out and stages.is_done(path.name, merge.identity()):
+        if all(merge is not each for each in left):
             found = replace(done, tensors=len(merge.jobs), bytes_read=merge.bytes_to_read, seconds=0.0, resumed=True)
             done = replace(found, bytes_written=merge.bytes_to_write, warnings=merge.warnings).after(done)
         else:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from service.duplicates import forced
 from service.incoming import Incoming, is_spec
 from service.spool import ENDED, ERROR, JobStatus, ServiceError, Spool, printable, utc_now, write_atomic
 
@@ -23,8 +24,10 @@ ENDED_SHOWN = 20
 """So many done and failed jobs are in the table; JSON has all."""
 
 
-def submit_command(spec: Path, spool: Path) -> str:
+def submit_command(spec: Path, spool: Path, force: bool = False) -> str:
     """Drop a copy of `spec` into the spool; the name of the dropped file. Waits for nothing.
+
+    `force` sets run.force in the copy: it is run though the same was done before.
 
     Raises ServiceError if it is no spec's name, cannot be read, or a spec of this name still waits.
     """
@@ -35,6 +38,8 @@ def submit_command(spec: Path, spool: Path) -> str:
     temporary = incoming / f".{spec.name}.{os.getpid()}.tmp"
     try:
         content = spec.read_bytes()
+        if force:
+            content = forced(content.decode()).encode()
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
@@ -44,6 +49,8 @@ def submit_command(spec: Path, spool: Path) -> str:
         raise ServiceError(f"{target} still waits to be claimed; nothing was submitted") from error
     except OSError as error:
         raise ServiceError(f"cannot submit {spec} to {incoming}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ServiceError(f"{spec}: not UTF-8") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -225,13 +232,18 @@ def _figures(one: JobStatus) -> tuple[str, str]:
     return part, f"{one.seconds:.1f} s" if one.seconds else ""
 
 
+def _outcome(one: JobStatus) -> str:
+    first = one.result.get("duplicate_of")
+    return f"{one.output} (done by {printable(str(first))})" if first else one.output
+
+
 def _print_table(jobs: list[JobStatus]) -> None:
     ended = [one for one in jobs if one.state in ENDED]
     shown = [one for one in jobs if one.state not in ENDED] + ended[:ENDED_SHOWN]
     rows = []
     for one in shown:
         part, seconds = _figures(one)
-        rows.append((one.job, one.state, part, one.method, seconds, one.error or one.output))
+        rows.append((one.job, one.state, part, one.method, seconds, one.error or _outcome(one)))
     header = ("job", "state", "progress", "method", "time", "output or error")
     if sys.stdout.isatty():
         from rich import box

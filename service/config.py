@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from service.retention import KEEP_ALL, Keep, parse_keep
 from service.spool import ServiceError
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "service.worker")
@@ -20,6 +21,10 @@ _WHAT = {
     "models": "a list of paths",
     "host": "a host name or address",
     "port": "a port number from 0 to 65535 (0: any free one)",
+    "certfile": "a path",
+    "keyfile": "a path",
+    "client_cafile": "a path",
+    "password_file": "a path",
     "jobs": "a whole number, at least 1",
     "rescan": "a number of seconds above 0",
     "settle": "a number of seconds, at least 0",
@@ -27,8 +32,13 @@ _WHAT = {
     "attempts": "a whole number, at least 1",
     "retry_delay": "a number of seconds, at least 0",
     "stall_seconds": "a number of seconds above 0",
+    "keep_done": '"all", a number of jobs, or days such as "30d"',
+    "keep_failed": '"all", a number of jobs, or days such as "30d"',
     "worker_command": "a list of strings: a program and its arguments",
 }
+
+FIXED = ("spool", "outputs", "host", "port", "certfile", "keyfile", "client_cafile", "password_file")
+"""What cannot change while the daemon runs."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,13 @@ class ServeConfig:
     host: str = "127.0.0.1"
     """Where the metrics are served."""
     port: int = 9417
+    certfile: Path | None = None
+    """A certificate chain: the port speaks TLS. With the key in it, or in `keyfile`."""
+    keyfile: Path | None = None
+    client_cafile: Path | None = None
+    """Clients need a certificate that one of these authorities signed."""
+    password_file: Path | None = None
+    """One line USER:PASSWORD that clients must give (HTTP basic authentication)."""
     jobs: int = 1
     """Workers at once."""
     rescan: float = 5.0
@@ -58,6 +75,9 @@ class ServeConfig:
     """Seconds before the second attempt; twice as many before each further one."""
     stall_seconds: float = 600.0
     """Seconds without a finished window, CPU time and reading after which a worker counts as hung and is aborted."""
+    keep_done: Keep = KEEP_ALL
+    """Which jobs stay in done/; outputs are never removed."""
+    keep_failed: Keep = KEEP_ALL
     worker_command: tuple[str, ...] = WORKER_COMMAND
     """Gets JOB_DIR --outputs DIR [--models DIR]... appended."""
 
@@ -97,7 +117,7 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_WHAT)}"
         raise ServiceError(f"{where}: unknown key {key}; {hint}")
     problem = ServiceError(f"{where}: {key} is {value!r}, but must be {_WHAT[key]}")
-    if key in ("spool", "outputs"):
+    if key in ("spool", "outputs", "certfile", "keyfile", "client_cafile", "password_file"):
         if not isinstance(value, str | Path) or not str(value):
             raise problem
         return (folder / value).absolute()
@@ -109,6 +129,11 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
         if not value:
             raise problem
         return tuple(str(item) for item in value)
+    if key in ("keep_done", "keep_failed"):
+        try:
+            return parse_keep(value)
+        except ValueError:
+            raise problem from None
     if key == "host":
         if not isinstance(value, str) or not value:
             raise problem

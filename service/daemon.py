@@ -15,14 +15,12 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
 from watchdog.events import (
     FileClosedEvent,
@@ -35,9 +33,10 @@ from watchdog.events import (
 from watchdog.observers.inotify import InotifyObserver
 
 from mergecore.errors import MergecoreError
-from service import systemd
+from service import retention, systemd
 from service.commands import status_command, submit_command
-from service.config import ServeConfig, load_config
+from service.config import FIXED, ServeConfig, load_config
+from service.endpoint import Endpoint
 from service.incoming import Incoming, is_spec
 from service.metrics import Metrics
 from service.process import Worker
@@ -54,6 +53,8 @@ REFRESH = 1.0
 SCAN_PAUSE = 0.1
 """Seconds between two scans however many events come."""
 LONGEST_WAIT = 3600.0
+RETENTION_PAUSE = 60.0
+"""Seconds between two looks at what need not be kept."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -62,23 +63,32 @@ def serve_command(config_file: Path | None, overrides: dict[str, Any]) -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=False
     )
+
+    def load() -> ServeConfig:
+        return load_config(config_file, overrides)
+
     try:
-        return serve(load_config(config_file, overrides))
+        return serve(load(), load)
     except MergecoreError as error:
         print(f"mergecore serve: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def serve(config: ServeConfig) -> int:
-    """Run the daemon in the main thread until SIGTERM or SIGINT; 0. Raises ServiceError if it cannot start."""
-    return Daemon(config).run()
+def serve(config: ServeConfig, reload: Callable[[], ServeConfig] | None = None) -> int:
+    """Run the daemon in the main thread until SIGTERM or SIGINT; 0. Raises ServiceError if it cannot start.
+
+    At SIGHUP it takes the configuration that `reload` gives.
+    """
+    return Daemon(config, reload).run()
 
 
 class Daemon:
     """One daemon on one spool. Several may share a spool, also on several hosts: the job locks keep them apart."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, reload: Callable[[], ServeConfig] | None = None) -> None:
         self.config = config
+        self._load = reload or (lambda: config)
+        self._reload = False
         self.spool = Spool(config.spool)
         self.incoming = Incoming(self.spool.incoming, config.settle)
         self.metrics = Metrics()
@@ -100,6 +110,7 @@ class Daemon:
         self._drain_seen = self._drain_request()
         self._rescan_at = self._scan_at = self._refresh_at = time.monotonic()
         self._scanned_at = float("-inf")
+        self._retention_at = self._rescan_at
         self._said = ""
         self._watchdog = systemd.watchdog_interval()
 
@@ -119,22 +130,18 @@ class Daemon:
     def _startup(self, cleanup: contextlib.ExitStack) -> None:
         self.spool.prepare()
         _prepare_outputs(self.config.outputs)
-        if shutil.which(self.config.worker_command[0]) is None:
-            raise ServiceError(f"worker_command: {self.config.worker_command[0]} is not a program that can be run")
-        for folder in self.config.models:
-            if not folder.is_dir():
-                log.warning("model folder %s does not exist (yet)", folder)
-        server = self.metrics.serve(self.config.host, self.config.port)
-        cleanup.callback(_close_server, server)
+        _check_programs(self.config)
+        self._endpoint = Endpoint(self.config, self.metrics.registry)
+        cleanup.callback(self._endpoint.close)
         cleanup.enter_context(self._signal_handlers())
         cleanup.callback(self._release_all)
         self._watch(cleanup)
         self.metrics.succeeded(self.spool.last_success())
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        self.metrics.watch(spool=self.spool.root, outputs=self.config.outputs)
         log.info("spool %s, outputs %s, %d job(s) at a time", self.spool.root, self.config.outputs, self.config.jobs)
-        log.info("metrics on http://%s:%d/metrics", host, server.server_port)
+        log.info("metrics on %s/metrics", self._endpoint.url)
         with contextlib.suppress(OSError):  # nobody needs to read it
-            print(f"listening on http://{host}:{server.server_port}", flush=True)
+            print(f"listening on {self._endpoint.url}", flush=True)
 
     def _watch(self, cleanup: contextlib.ExitStack) -> None:
         """Have events of the drop folder wake the loop; where there are none, the periodic rescan finds everything."""
@@ -156,6 +163,7 @@ class Daemon:
     @contextlib.contextmanager
     def _signal_handlers(self) -> Iterator[None]:
         handlers: dict[signal.Signals, Any] = dict.fromkeys(STOP_SIGNALS, self._on_stop_signal)
+        handlers[signal.SIGHUP] = self._on_reload_signal
         handlers[signal.SIGCHLD] = lambda number, frame: self.wake()
         old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
@@ -163,6 +171,10 @@ class Daemon:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+    def _on_reload_signal(self, number: int, frame: FrameType | None) -> None:
+        self._reload = True
+        self.wake()
 
     def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop_signals += 1
@@ -189,6 +201,9 @@ class Daemon:
     def _turn(self) -> None:
         """Wait for the next thing to do, and do what is due."""
         self._wait(self._next_moment())
+        if self._reload:
+            self._reload = False
+            self._reconfigure()
         now = time.monotonic()
         while self._events:
             name, complete = self._events.popleft()
@@ -206,6 +221,9 @@ class Daemon:
             self._retry_unfinished()
             self._adopt()
             self._scan_at = now
+            if now >= self._retention_at:
+                self._retention_at = now + RETENTION_PAUSE
+                self._remove_old()
         if now >= self._scan_after():
             self._look()
         self._start_rested()
@@ -214,6 +232,25 @@ class Daemon:
             self._refresh_at = now + REFRESH
             self._refresh()
         self._tell()
+
+    def _reconfigure(self) -> None:
+        """Take the new configuration for what starts from now on, or keep the old one if something is wrong with it."""
+        systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+        try:
+            new = self._load()
+            fixed = [name for name in FIXED if getattr(new, name) != getattr(self.config, name)]
+            if fixed:
+                raise ServiceError(f"{', '.join(fixed)} cannot change while the daemon runs; restart it for that")
+            _check_programs(new)
+            self._endpoint.reload()
+        except MergecoreError as error:
+            log.error("configuration not reloaded, the old one holds: %s", error)
+        else:
+            self.config = new
+            self.incoming.settle = new.settle
+            self._rescan_at = self._retention_at = time.monotonic()
+            log.info("configuration reloaded: %d job(s) at a time", new.jobs)
+        systemd.notify("READY=1")
 
     def _next_moment(self) -> float:
         """When the loop must turn though nothing happens, on the monotonic clock."""
@@ -393,8 +430,9 @@ class Daemon:
         if code == 0 or status.result:
             if code != 0:
                 log.warning("job %s: worker ended with %d after the merge was complete", job.name, code)
-            self.metrics.succeeded(time.time())
-            state = "done"
+            state = status.success
+            if state == "done":
+                self.metrics.succeeded(time.time())
             changes["progress"] = {**status.progress, "ratio": 1.0}
         elif not worker.died():
             state, changes["error"] = "failed", status.error or worker.why_ended()
@@ -451,6 +489,15 @@ class Daemon:
         for job, state, changes in unfinished:
             self._finish(job, state, **changes)
 
+    def _remove_old(self) -> None:
+        try:
+            removed = retention.apply(self.spool, self.config.keep_done, self.config.keep_failed)
+        except OSError as error:
+            log.error("cannot remove old jobs: %s", error)
+            return
+        for folder in removed:
+            log.info("removed %s/%s, as configured", folder.parent.name, folder.name)
+
     def _refresh(self) -> None:
         """Look how the running workers fare; end those that hang, and those that were to end and did not."""
         for worker in self.workers.values():
@@ -467,6 +514,7 @@ class Daemon:
 
     def _tell(self) -> None:
         """Tell systemd what is going on, when it has changed."""
+        self.metrics.state(len(self.workers), self._paused)
         saying = f"STATUS={len(self.workers)} running, {self.incoming.waiting} waiting"
         saying += ", draining" if self._draining else ", paused" if self._paused else ""
         if saying != self._said:
@@ -535,6 +583,14 @@ class _Controls(FileSystemEventHandler):
         self.daemon.heed()
 
 
+def _check_programs(config: ServeConfig) -> None:
+    if shutil.which(config.worker_command[0]) is None:
+        raise ServiceError(f"worker_command: {config.worker_command[0]} is not a program that can be run")
+    for folder in config.models:
+        if not folder.is_dir():
+            log.warning("model folder %s does not exist (yet)", folder)
+
+
 def _prepare_outputs(outputs: Path) -> None:
     try:
         outputs.mkdir(parents=True, exist_ok=True)
@@ -548,16 +604,6 @@ def _stop_observer(observer: InotifyObserver) -> None:
     logging.getLogger("watchdog.observers.inotify").setLevel(logging.CRITICAL)  # it logs its own stop as an error
     observer.stop()
     observer.join()
-
-
-def _close_server(server: WSGIServer) -> None:
-    stopper = threading.Thread(target=server.shutdown)
-    stopper.start()
-    host, port = server.server_address[:2]
-    with contextlib.suppress(OSError):  # it looks whether to stop every half second, or after a connection
-        socket.create_connection((str(host), port), timeout=1).close()
-    stopper.join()
-    server.server_close()
 
 
 def _log_tail(path: Path, nbytes: int = 4096) -> str:

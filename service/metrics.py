@@ -1,4 +1,4 @@
-"""The daemon's Prometheus metrics and the port that serves them.
+"""The daemon's Prometheus metrics; endpoint.py serves them.
 
 Every label is bounded: `method` is one of METHODS, `job` exists only while the job runs. Counters count what this
 daemon's workers did since it started; they never go down.
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from mergecore import __version__
-from service.spool import JobStatus, ServiceError
+from service.host import free_and_size, memory_limit
+from service.spool import JobStatus
 
 METHODS = (
     "arcee_fusion",
@@ -53,12 +54,12 @@ METHODS = (
 )
 """The values of the label `method`, besides "other" and "unknown" (the spec could not be read)."""
 
-STATES = ("done", "failed", "cancelled", "interrupted")
+STATES = ("done", "duplicate", "failed", "cancelled", "interrupted")
 DURATIONS = (1, 5, 15, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800)
 
 
 class Metrics:
-    """All metrics in a registry of their own; `serve` opens the port."""
+    """All metrics in a registry of their own."""
 
     def __init__(self) -> None:
         prometheus_client.disable_created_metrics()
@@ -66,6 +67,8 @@ class Metrics:
         own: dict[str, Any] = {"registry": self.registry, "namespace": "mergecore"}
         self._jobs = Counter("jobs", "Jobs that ended, by final state and merge method.", ["state", "method"], **own)
         self._queue = Gauge("queue_jobs", "Specs that wait in the drop folder.", **own)
+        self._running = Gauge("running_jobs", "Jobs that have a worker.", **own)
+        self._paused = Gauge("paused", "1 while the spool is paused.", **own)
         self._duration = Histogram(
             "job_duration_seconds",
             "Time that workers spent on a job, over all its attempts, observed when it is done or failed.",
@@ -80,6 +83,10 @@ class Metrics:
         self._last_success = Gauge(
             "last_success_timestamp_seconds", "Unix time at which a job was last done; 0 if none was.", **own
         )
+        limit = Gauge("memory_limit_bytes", "Memory of the host, or of the cgroup that the daemon is in.", **own)
+        limit.set_function(memory_limit)
+        self._free = Gauge("filesystem_free_bytes", "Free space where a folder lies.", ["folder"], **own)
+        self._size = Gauge("filesystem_size_bytes", "All space where a folder lies.", ["folder"], **own)
         build = Gauge("build_info", "Always 1; the versions are in the labels.", ["version", "torch", "cuda"], **own)
         build.labels(**build_versions()).set(1)
         ProcessCollector(registry=self.registry)
@@ -92,6 +99,18 @@ class Metrics:
     def queue(self, jobs: int) -> None:
         """Set the number of specs that wait."""
         self._queue.set(jobs)
+
+    def state(self, running: int, paused: bool) -> None:
+        """Set how many jobs have a worker, and whether the spool is paused."""
+        self._running.set(running)
+        self._paused.set(paused)
+
+    def watch(self, **folders: Path) -> None:
+        """Show the space of these folders from now on. It is looked up at each scrape, in the thread of the scrape: a
+        network mount that hangs does not stop the daemon."""
+        for name, folder in folders.items():
+            self._free.labels(name).set_function(partial(_space, folder, 0))
+            self._size.labels(name).set_function(partial(_space, folder, 1))
 
     def resident(self, nbytes: int) -> None:
         """Set the resident memory of all workers together."""
@@ -132,17 +151,6 @@ class Metrics:
         if state != "interrupted":
             self._duration.observe(seconds)
 
-    def serve(self, host: str, port: int) -> WSGIServer:
-        """Open the port (0: any free one; `server_port` tells it). Raises ServiceError if it cannot be had."""
-        try:
-            server, _ = prometheus_client.start_http_server(port, addr=host, registry=self.registry)
-        except OSError as error:
-            raise ServiceError(
-                f"cannot serve metrics on {host} port {port}: {error.strerror or error}; "
-                "choose another address with --host and --port (port 0: any free one)"
-            ) from error
-        return server
-
 
 def method_label(method: str) -> str:
     """The bounded value of the label `method`."""
@@ -154,6 +162,14 @@ def method_label(method: str) -> str:
 def build_versions() -> dict[str, str]:
     """The labels of build_info, read from what is installed: nothing is imported."""
     return {"version": __version__, "torch": _version("torch"), "cuda": _cuda_version()}
+
+
+def _space(folder: Path, which: int) -> float:
+    """Free (0) or all (1) bytes; NaN where the folder is away."""
+    try:
+        return free_and_size(folder)[which]
+    except OSError:
+        return float("nan")
 
 
 def _version(package: str) -> str:

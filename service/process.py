@@ -119,12 +119,17 @@ def _read_bytes(pid: int) -> int:
         return 0
 
 
-def _environment() -> dict[str, str]:
-    """Ours, without what concerns only us; with the place of this package, wherever the daemon was started."""
-    ours = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
-    environment = {key: value for key, value in os.environ.items() if key not in ours}
+def package_environment() -> dict[str, str]:
+    """This process's environment, in which Python finds this package wherever the process was started."""
     package = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def _environment() -> dict[str, str]:
+    """A worker's: ours, without what concerns only us."""
+    ours = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
+    environment = {key: value for key, value in package_environment().items() if key not in ours}
     environment["PYTHONUNBUFFERED"] = "1"
     environment[DAEMON_PID] = str(os.getpid())
     return environment

@@ -35,7 +35,7 @@ from mergecore.errors import MergecoreError
 
 FOLDERS = ("incoming", "running", "done", "failed")
 SPEC, STATUS, LOCK, ERROR, LOG, CANCEL = "spec.yaml", "status.json", "lock", "error.txt", "log", "cancel"
-ENDED = {"done": "done", "failed": "failed", "cancelled": "failed"}
+ENDED = {"done": "done", "duplicate": "done", "failed": "failed", "cancelled": "failed"}
 """The final states, and in which folder jobs of this state lie."""
 DAEMON_PID = "MERGECORE_DAEMON_PID"
 """Environment variable that tells a worker whose death to follow."""
@@ -94,7 +94,8 @@ class JobStatus:
     """What status.json holds.
 
     `state`: queued (still in incoming/), running, cancelling, interrupted (in running/, will be resumed), or one of
-    ENDED. `attempts` counts the starts of workers, `deaths` those that ended without a report, since the last retry.
+    ENDED. `fingerprint` is duplicates.py's. `attempts` counts the starts of workers, `deaths` those that ended without
+    a report, since the last retry.
     Times are ISO UTC; `seconds` is the time workers spent on the job, over all attempts; `progress` has ratio,
     tensors_done, tensors_total and bytes; `result` is MergeResult.as_dict(); `resident_bytes` is the worker's.
     Only one process writes it at a time: the worker while it lives, the job's owner before and after.
@@ -105,6 +106,7 @@ class JobStatus:
     spec: str = ""
     method: str = ""
     output: str = ""
+    fingerprint: str = ""
     created: str = ""
     started: str = ""
     finished: str = ""
@@ -118,6 +120,11 @@ class JobStatus:
     error: str = ""
     progress: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def success(self) -> str:
+        """The final state if the worker succeeds: "done", or "duplicate" if it found that another job had done it."""
+        return "duplicate" if "duplicate_of" in self.result else "done"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -180,7 +187,7 @@ class Job:
         if status.state in ENDED:
             return status.state
         if status.result:
-            return "done"
+            return status.success
         return "failed" if (self.folder / ERROR).exists() else None
 
     def cancellation(self) -> str | None:
@@ -327,15 +334,7 @@ class Spool:
 
     def jobs(self) -> list[JobStatus]:
         """Every job once: running first, then done and failed with the newest first. Queued ones: incoming.py."""
-        found: dict[str, JobStatus] = {}
-        running = [folder for folder in self._folders(self.running) if (folder / SPEC).exists()]
-        for folder in running:
-            status = read_status(folder)
-            # An owned job may wait for its next attempt.
-            owned = status.state != "interrupted" and _is_locked(folder / LOCK)
-            cancelled = (folder / CANCEL).exists()
-            status.state = "cancelling" if cancelled else "running" if owned else "interrupted"
-            found[status.job] = status
+        found = {status.job: status for status in self.running_jobs()}
         ended = []
         for state, parent in (("done", self.done), ("failed", self.failed)):
             for folder in self._folders(parent):
@@ -346,6 +345,19 @@ class Spool:
                 found.pop(status.job, None)  # it moved while this list was made
         current = sorted(found.values(), key=lambda status: (status.state == "interrupted", status.created, status.job))
         return current + sorted(ended, key=lambda status: (status.finished, status.job), reverse=True)
+
+    def running_jobs(self) -> list[JobStatus]:
+        """The jobs in running/: running, cancelling and interrupted ones."""
+        found = []
+        for folder in self._folders(self.running):
+            if (folder / SPEC).exists():
+                status = read_status(folder)
+                # An owned job may wait for its next attempt.
+                owned = status.state != "interrupted" and _is_locked(folder / LOCK)
+                cancelled = (folder / CANCEL).exists()
+                status.state = "cancelling" if cancelled else "running" if owned else "interrupted"
+                found.append(status)
+        return found
 
     def last_success(self) -> float:
         """Unix time at which the newest job in done/ finished; 0 if there is none."""

@@ -29,7 +29,19 @@ from typing import TYPE_CHECKING, Any
 
 from mergecore.errors import CheckpointError, Interrupted, MergecoreError, OutputExistsError, SpecError
 from mergecore.references import local_folder
-from service.spool import DAEMON_PID, ERROR, SPEC, printable, read_status, utc_now, write_atomic, write_status
+from service.duplicates import done_before, fingerprint, running_before
+from service.spool import (
+    DAEMON_PID,
+    ERROR,
+    SPEC,
+    JobStatus,
+    Spool,
+    printable,
+    read_status,
+    utc_now,
+    write_atomic,
+    write_status,
+)
 
 if TYPE_CHECKING:
     from mergecore import Progress
@@ -110,6 +122,18 @@ class Reporter:
         with self._lock:
             self._status.progress = now
 
+    def wait(self, other: str, stop: Stop) -> None:
+        """Say that another job is waited for, and wait a moment."""
+        with self._lock:
+            self._status.progress = {"waiting_for": other, "updated": utc_now()}
+        self._ended.wait(REPORT_INTERVAL)
+        stop.check()
+
+    @property
+    def status(self) -> JobStatus:
+        """What is written."""
+        return self._status
+
     def stop(self) -> None:
         """Write a last time and end the thread."""
         self._ended.set()
@@ -168,6 +192,8 @@ def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, sto
     reporter.record(method=printable(spec.merge_method)[:100])
     out = output_path(spec, folder.name, outputs)
     begun = reporter.output == str(out)
+    if not spec.run.force and not begun and is_duplicate(spec, folder, models, reporter, stop):
+        return 0
     if not is_taken(out):
         reporter.record(output=str(out))
     stop.check()
@@ -194,6 +220,24 @@ def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, sto
     with contextlib.suppress(OSError):  # the model is there: exit code 0 says so too
         reporter.record(output=str(out), result=result)
     return 0
+
+
+def is_duplicate(spec: MergeSpec, folder: Path, models: list[Path], reporter: Reporter, stop: Stop) -> bool:
+    """Whether another job has done the same; if so, the status names it. One that is at it is waited for."""
+    try:
+        same = fingerprint(spec, lambda model, revision: find_model(model, revision, models))
+    except (MergecoreError, OSError):
+        return False  # the merge says what is wrong, and where
+    reporter.record(fingerprint=same)
+    spool = Spool(folder.absolute().parent.parent)
+    while (other := running_before(spool, reporter.status)) is not None:
+        reporter.wait(other.job, stop)
+    first = done_before(spool, same)
+    if first is None:
+        return False
+    log.info("the same was done by %s: %s (run.force runs it again)", first.job, first.output)
+    reporter.record(output=first.output, result={"duplicate_of": first.job, "output": first.output})
+    return True
 
 
 def is_taken(out: Path) -> bool:

@@ -24,9 +24,11 @@ DEADLINE = 60.0
 
 LAUNCHER = """
 import json, sys
+from pathlib import Path
 import service.daemon
 {prelude}
-sys.exit(service.daemon.serve_command(None, json.loads(sys.argv[1])))
+file = Path(sys.argv[2]) if sys.argv[2:] else None
+sys.exit(service.daemon.serve_command(file, json.loads(sys.argv[1])))
 """
 
 
@@ -40,9 +42,20 @@ def wait_until(condition: Callable[[], Any], what: str, deadline: float = DEADLI
 
 
 class DaemonProcess:
-    """A real daemon in a process of its own, on SPOOL and OUTPUTS below `folder`."""
+    """A real daemon in a process of its own, on SPOOL and OUTPUTS below `folder`.
 
-    def __init__(self, folder: Path, *, prelude: str = "", environment: dict[str, str] | None = None, **config: Any):
+    Settings that are not None win over `config_file`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        prelude: str = "",
+        environment: dict[str, str] | None = None,
+        config_file: Path | None = None,
+        **config: Any,
+    ):
         folder.mkdir(exist_ok=True)
         self.spool = Spool(folder / "spool")
         self.outputs = folder / "outputs"
@@ -59,7 +72,13 @@ class DaemonProcess:
         }
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCHER.format(prelude=prelude), json.dumps(settings)],
+                [
+                    sys.executable,
+                    "-c",
+                    LAUNCHER.format(prelude=prelude),
+                    json.dumps(settings),
+                    *([str(config_file)] if config_file else []),
+                ],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
@@ -71,7 +90,7 @@ class DaemonProcess:
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE)
         line = self.process.stdout.readline().decode() if ready else ""
-        assert line.startswith("listening on http://"), f"{line!r}, log: {self.log()}"
+        assert line.startswith("listening on http"), f"{line!r}, log: {self.log()}"
         self.url = line.split()[-1]
         return self
 

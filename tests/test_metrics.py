@@ -34,6 +34,11 @@ PROMISED = {
     "mergecore_job_progress_ratio": ("gauge", {"job"}),
     "mergecore_worker_resident_bytes": ("gauge", set()),
     "mergecore_last_success_timestamp_seconds": ("gauge", set()),
+    "mergecore_running_jobs": ("gauge", set()),
+    "mergecore_paused": ("gauge", set()),
+    "mergecore_memory_limit_bytes": ("gauge", set()),
+    "mergecore_filesystem_free_bytes": ("gauge", {"folder"}),
+    "mergecore_filesystem_size_bytes": ("gauge", {"folder"}),
     "mergecore_build_info": ("gauge", {"version", "torch", "cuda"}),
 }
 
@@ -49,6 +54,7 @@ def progress(**values: float) -> JobStatus:
 def test_exactly_the_promised_metrics_exist_with_their_types_and_labels() -> None:
     metrics = Metrics()
     metrics.started("a-job")
+    metrics.watch(spool=Path("/"))
     text = prometheus_client.generate_latest(metrics.registry).decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     own = {name: family for name, family in families.items() if not name.startswith("process_")}

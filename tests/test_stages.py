@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 import mergecore
+from mergecore.cli import main
 from mergecore.engine import Progress
 from mergecore.errors import CheckpointError, InputFault, Interrupted, OutputError
 from mergecore.output.stages import Stages
@@ -124,3 +126,25 @@ def test_a_failed_job_leaves_nothing(folder: Path) -> None:
 def test_two_jobs_do_not_share_their_stages(folder: Path) -> None:
     with Stages(folder / "out", resume=False), pytest.raises(OutputError, match="another merge is using"):
         mergecore.merge(folder / "several.yaml", folder / "out", device="cpu")
+
+
+def test_a_disk_that_is_too_small_for_all_is_found_before_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hold the largest of the merges, but not all of them together."""
+    planned = mergecore.plan(mergecore.load_spec(folder / "several.yaml"))
+    sizes = [merge.bytes_to_write for merge in (*(earlier for _, earlier in planned.earlier), planned)]
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=max(sizes) + 1))
+    with pytest.raises(OutputError, match=f"need {sum(sizes):,} bytes together, {max(sizes) + 1:,} are free"):
+        mergecore.merge(folder / "several.yaml", folder / "out", device="cpu")
+    assert not list(folder.glob(".*"))
+
+
+def test_the_plan_tells_earlier_merges(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(folder / "several.yaml")]) == 0
+    told = capsys.readouterr().out
+    assert "before    mean by linear: read" in told
+    assert "before    moved by task_arithmetic: read" in told
+    assert main(["plan", str(folder / "several.yaml"), "--json"]) == 0
+    assert [merge["name"] for merge in json.loads(capsys.readouterr().out)["earlier"]] == ["mean", "moved"]

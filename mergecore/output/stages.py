@@ -52,6 +52,15 @@ class Stages:
                 shutil.rmtree(path)
         return False
 
+    def check_room(self, nbytes: int) -> None:
+        """OutputError unless the results of all merges fit the disk together: the first must not be made in vain."""
+        free = shutil.disk_usage(self.folder).free
+        if free < nbytes:
+            raise OutputError(
+                f"not enough disk space beside {self.folder}: the merges of this spec need {nbytes:,} bytes together, "
+                f"{free:,} are free; free some or choose an output elsewhere"
+            )
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -163,6 +163,11 @@ class Run(Table):
     priority: Priority = Field(
         default=0, title="Priority", description="The daemon takes waiting specs with a higher number first."
     )
+    force: Switch = Field(
+        default=False,
+        title="Force",
+        description="The daemon runs the merge also if it has done the same spec on the same inputs before.",
+    )
     read: Read = Field(
         default="map",
         title="Read",

@@ -1,0 +1,120 @@
+"""The same spec on the same inputs is run once: what identifies a job, and which other job did or does the same.
+
+Runs in the worker before torch is loaded; no weights are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from mergecore.references import parse_reference
+from service.spool import JobStatus, ServiceError, Spool, read_status
+
+if TYPE_CHECKING:
+    from mergecore.spec import MergeSpec
+
+MANIFEST = "mergecore_manifest.json"
+"""Only a complete output has it."""
+
+
+def fingerprint(spec: MergeSpec, resolve: Callable[[str, str | None], Path]) -> str:
+    """What decides the result and its place: the spec, run.output and run.shard_size, and the models' files.
+
+    A file counts by name, size and mtime. Raises SpecError, CheckpointError and OSError for models that are not there.
+    """
+    merges = [*spec.earlier, spec]
+    results = {merge.name for merge in spec.earlier}
+    models: dict[str, list[tuple[str, int, int]]] = {}
+    for merge in merges:
+        for text, _ in merge.references():
+            name, _, adapter = text.partition("+")
+            places: list[tuple[str, str | None]]
+            if name in results:
+                places = [(adapter, None)] if adapter else []
+            else:
+                reference = parse_reference(text, spec.directory)
+                places = [(reference.path, reference.revision), *([reference.lora] if reference.lora else [])]
+            for place in places:
+                path = resolve(*place)
+                models[str(path)] = _files(path)
+    what = [[merge.identity() for merge in merges], spec.run.output, spec.run.shard_size, sorted(models.items())]
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(what).encode()))
+
+
+def done_before(spool: Spool, wanted: str) -> JobStatus | None:
+    """A job in done/ with this fingerprint whose output is still there."""
+    for folder in spool.done.iterdir():
+        try:
+            if wanted.encode() not in (folder / "status.json").read_bytes():
+                continue  # thousands of jobs: most need no parsing
+        except OSError:
+            continue
+        status = read_status(folder)
+        if status.fingerprint == wanted and status.success == "done" and (Path(status.output) / MANIFEST).is_file():
+            return status
+    return None
+
+
+def running_before(spool: Spool, own: JobStatus) -> JobStatus | None:
+    """An older job with the fingerprint of `own` that somebody runs now."""
+    older = [
+        one
+        for one in spool.running_jobs()
+        if one.fingerprint == own.fingerprint
+        and one.state == "running"
+        and (one.created, one.job) < (own.created, own.job)
+    ]
+    return min(older, key=lambda one: (one.created, one.job), default=None)
+
+
+def forced(text: str) -> str:
+    """A spec's text with run.force set, and nothing else changed. Raises ServiceError if it is no mapping."""
+    import yaml
+
+    try:
+        documents = [node for node in yaml.compose_all(text, yaml.SafeLoader) if node is not None]
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ServiceError(f"cannot set run.force: not valid YAML: {' '.join(str(error).split())}") from error
+    for node in reversed(documents):  # from the end, so that places before it stay
+        start, end, new = _change(node)
+        text = text[:start] + new + text[end:]
+    return text
+
+
+def _change(document: Any) -> tuple[int, int, str]:
+    """Which characters become which others, so that the document says run.force."""
+    run = _value(document, "run", "the spec")
+    if run is None:
+        return _inserted(document, '"run": {"force": true}')
+    if run.tag.endswith(":null"):
+        return run.start_mark.index, run.end_mark.index, ' {"force": true}'
+    force = _value(run, "force", "run")
+    if force is None:
+        return _inserted(run, '"force": true')
+    return force.start_mark.index, force.end_mark.index, "true"
+
+
+def _inserted(mapping: Any, item: str) -> tuple[int, int, str]:
+    at = mapping.start_mark
+    if mapping.flow_style:
+        return at.index + 1, at.index + 1, item + (", " if mapping.value else "")
+    return at.index, at.index, f"{item}\n{' ' * at.column}"
+
+
+def _value(mapping: Any, key: str, what: str) -> Any:
+    if not isinstance(mapping.value, list) or not mapping.id == "mapping":
+        raise ServiceError(f"cannot set run.force: {what} is no mapping (line {mapping.start_mark.line + 1})")
+    return next((value for name, value in mapping.value if name.value == key), None)
+
+
+def _files(path: Path) -> list[tuple[str, int, int]]:
+    entries = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [(entry.name, entry.stat()) for entry in entries if os.access(entry, os.F_OK)]
+    return [(name, one.st_size, one.st_mtime_ns) for name, one in found if stat.S_ISREG(one.st_mode)]
