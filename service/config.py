@@ -1,8 +1,9 @@
-"""The daemon's configuration: one TOML file, overridden by the command line."""
+"""The daemon's configuration: one TOML file, overridden by the environment and the command line."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -83,7 +84,10 @@ class ServeConfig:
 
 
 def load_config(file: Path | None, overrides: Mapping[str, Any] | None = None) -> ServeConfig:
-    """The configuration in `file` with `overrides` on top; an override that is None counts as not given.
+    """The configuration in `file`, with environment variables and then `overrides` on top.
+
+    A variable's name is MERGECORE_ and a key in capitals; its value is TOML, or plain text. An override that is None
+    counts as not given.
 
     Relative paths in the file are relative to its folder. Raises ServiceError naming the key, what was found and what
     was expected.
@@ -91,6 +95,10 @@ def load_config(file: Path | None, overrides: Mapping[str, Any] | None = None) -
     settings: dict[str, Any] = {}
     if file is not None:
         settings = {key: _checked(key, value, str(file), file.parent) for key, value in _read(file).items()}
+    for key in _WHAT:
+        name = f"MERGECORE_{key.upper()}"
+        if name in os.environ:
+            settings[key] = _checked(key, _parsed(os.environ[name]), f"environment variable {name}", Path())
     for key, value in (overrides or {}).items():
         if value is not None:
             settings[key] = _checked(key, value, "command line", Path())
@@ -99,6 +107,13 @@ def load_config(file: Path | None, overrides: Mapping[str, Any] | None = None) -
             where = f' or write {one.name} = "..." into {file}' if file else " or a configuration with --config"
             raise ServiceError(f"no {one.name} folder: give --{one.name} DIR{where}")
     return ServeConfig(**settings)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
 
 
 def _read(file: Path) -> dict[str, Any]:

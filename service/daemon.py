@@ -282,7 +282,7 @@ class Daemon:
 
     def _look_at_controls(self) -> None:
         """Whether the spool is paused or to be drained, and which of our jobs are to be cancelled."""
-        paused = self.spool.paused.exists()
+        paused = os.path.exists(self.spool.paused)  # unlike Path.exists, no error where a mount has gone
         if paused != self._paused:
             self._paused = paused
             log.info("paused: nothing is started" if paused else "resumed")
@@ -390,7 +390,7 @@ class Daemon:
             )
             worker = Worker(job, self._worker_command(job))
         except OSError as error:
-            if job.folder.exists() or not self.spool.running.is_dir():
+            if os.path.exists(job.folder) or not os.path.isdir(self.spool.running):
                 log.error("job %s: cannot start a worker: %s; trying again later", job.name, error)
             else:
                 log.error("job %s: cannot be run: somebody removed its folder", job.name)
@@ -477,7 +477,7 @@ class Daemon:
                 write_atomic(job.folder / ERROR, text)
             job.finish(state, **changes)
         except OSError as error:
-            if self.spool.running.is_dir() and not job.folder.exists():
+            if os.path.isdir(self.spool.running) and not os.path.exists(job.folder):
                 log.error("job %s: %s, but somebody removed its folder", job.name, state)
                 job.release()
                 return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from mergecore import __version__
 from mergecore.references import parse_reference
 from service.spool import JobStatus, ServiceError, Spool, read_status
 
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
 MANIFEST = "mergecore_manifest.json"
 """Only a complete output has it."""
 
+UNLIKE_ANY = "none"
+"""The fingerprint of a job that is run whatever others did."""
+
 
 def fingerprint(spec: MergeSpec, resolve: Callable[[str, str | None], Path]) -> str:
-    """What decides the result and its place: the spec, run.output and run.shard_size, and the models' files.
+    """What decides the result and its place: the spec, run.output and run.shard_size, the models' files, our version.
 
     A file counts by name, size and mtime. Raises SpecError, CheckpointError and OSError for models that are not there.
     """
@@ -44,7 +48,8 @@ def fingerprint(spec: MergeSpec, resolve: Callable[[str, str | None], Path]) -> 
             for place in places:
                 path = resolve(*place)
                 models[str(path)] = _files(path)
-    what = [[merge.identity() for merge in merges], spec.run.output, spec.run.shard_size, sorted(models.items())]
+    identities = [merge.identity() for merge in merges]
+    what = [__version__, identities, spec.run.output, spec.run.shard_size, sorted(models.items())]
     return str(xxhash.xxh3_128_hexdigest(json.dumps(what).encode()))
 
 
@@ -63,11 +68,11 @@ def done_before(spool: Spool, wanted: str) -> JobStatus | None:
 
 
 def running_before(spool: Spool, own: JobStatus) -> JobStatus | None:
-    """An older job with the fingerprint of `own` that somebody runs now."""
+    """An older job that somebody runs now, with the fingerprint of `own` or with none yet: it has only just begun."""
     older = [
         one
         for one in spool.running_jobs()
-        if one.fingerprint == own.fingerprint
+        if one.fingerprint in ("", own.fingerprint)
         and one.state == "running"
         and (one.created, one.job) < (own.created, own.job)
     ]

@@ -37,6 +37,7 @@ HEADERS = [
 ]
 CLIENT_TIMEOUT = 10.0
 """Seconds that a client may keep silent."""
+MAX_CLIENTS = 64
 
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -117,7 +118,25 @@ _PLAIN = ("Content-Type", "text/plain; charset=utf-8")
 
 
 class _Server(ThreadingMixIn, WSGIServer):
+    """A thread per connection, but not more than MAX_CLIENTS: descriptors are the daemon's, too."""
+
     daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self._room = threading.BoundedSemaphore(MAX_CLIENTS)
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a connection from %s ended early", client_address, exc_info=True)

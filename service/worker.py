@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergecore.errors import CheckpointError, Interrupted, MergecoreError, OutputExistsError, SpecError
 from mergecore.references import local_folder
-from service.duplicates import done_before, fingerprint, running_before
+from service.duplicates import UNLIKE_ANY, done_before, fingerprint, running_before
 from service.spool import (
     DAEMON_PID,
     ERROR,
@@ -192,7 +192,7 @@ def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, sto
     reporter.record(method=printable(spec.merge_method)[:100])
     out = output_path(spec, folder.name, outputs)
     begun = reporter.output == str(out)
-    if not spec.run.force and not begun and is_duplicate(spec, folder, models, reporter, stop):
+    if not begun and is_duplicate(spec, folder, models, reporter, stop):
         return 0
     if not is_taken(out):
         reporter.record(output=str(out))
@@ -224,11 +224,13 @@ def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, sto
 
 def is_duplicate(spec: MergeSpec, folder: Path, models: list[Path], reporter: Reporter, stop: Stop) -> bool:
     """Whether another job has done the same; if so, the status names it. One that is at it is waited for."""
-    try:
-        same = fingerprint(spec, lambda model, revision: find_model(model, revision, models))
-    except (MergecoreError, OSError):
-        return False  # the merge says what is wrong, and where
-    reporter.record(fingerprint=same)
+    same = UNLIKE_ANY
+    if not spec.run.force:
+        with contextlib.suppress(MergecoreError, OSError):  # the merge says what is wrong, and where
+            same = fingerprint(spec, lambda model, revision: find_model(model, revision, models))
+    reporter.record(fingerprint=same)  # also for those that wait for ours
+    if same == UNLIKE_ANY:
+        return False
     spool = Spool(folder.absolute().parent.parent)
     while (other := running_before(spool, reporter.status)) is not None:
         reporter.wait(other.job, stop)

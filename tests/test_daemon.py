@@ -463,6 +463,25 @@ def test_the_configuration_file_is_overridden_by_the_command_line(folder: Path) 
     assert config.worker_command == WORKER_COMMAND
 
 
+def test_environment_variables_lie_between_the_file_and_the_command_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = folder / "mergecore.toml"
+    file.write_text('spool = "spool"\noutputs = "/o"\nport = 1\njobs = 2\nrescan = 3\n')
+    monkeypatch.setenv("MERGECORE_PORT", "7")
+    monkeypatch.setenv("MERGECORE_JOBS", "5")
+    monkeypatch.setenv("MERGECORE_OUTPUTS", "/elsewhere")
+    monkeypatch.setenv("MERGECORE_MODELS", '["/m", "/n"]')
+    monkeypatch.setenv("MERGECORE_KEEP_DONE", "30d")
+    config = load_config(file, {"jobs": 4})
+    assert (config.port, config.jobs, config.rescan) == (7, 4, 3)
+    assert (config.outputs, config.models) == (Path("/elsewhere"), (Path("/m"), Path("/n")))
+    assert str(config.keep_done) == "30d"
+    monkeypatch.setenv("MERGECORE_JOBS", "many")
+    with pytest.raises(ServiceError, match="environment variable MERGECORE_JOBS: jobs is 'many', but must be"):
+        load_config(file)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -227,6 +227,21 @@ def test_a_drained_daemon_finishes_what_runs_and_ends_well(tmp_path: Path) -> No
         assert later.process.wait(30) == 0
 
 
+def test_a_spool_whose_mount_has_gone_does_not_end_the_daemon(tmp_path: Path) -> None:
+    prelude = (
+        "import errno, os\n"
+        "stat = os.stat\n"
+        "def stale(path, *arguments, **options):\n"
+        "    if str(path).endswith('/paused'):\n"
+        "        raise OSError(errno.ESTALE, 'Stale file handle')\n"
+        "    return stat(path, *arguments, **options)\n"
+        "os.stat = stale\n"
+    )
+    with running_daemon(tmp_path, prelude=prelude, rescan=0.1) as daemon:
+        daemon.drop("a.yaml")
+        daemon.wait_for("done", "a.yaml")
+
+
 # --- the command line ---
 
 

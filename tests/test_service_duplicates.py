@@ -16,7 +16,7 @@ import yaml
 from mergecore.spec import load_spec
 from service.commands import submit_command
 from service.config import WORKER_COMMAND
-from service.duplicates import done_before, fingerprint, forced, running_before
+from service.duplicates import UNLIKE_ANY, done_before, fingerprint, forced, running_before
 from service.spool import Job, JobStatus, ServiceError, Spool
 from service.worker import find_model
 from tests.models import LLAMA, llama, moved, write_model
@@ -139,6 +139,9 @@ def test_the_older_of_two_running_jobs_waits_for_none_and_a_dead_one_is_not_wait
     (old_job, old), (_, new) = jobs
     assert running_before(spool, old) is None
     assert (running_before(spool, new) or JobStatus()).job == old.job
+    for other, waits in (("", True), (UNLIKE_ANY, False), ("g", False), ("f", True)):
+        old_job.update(fingerprint=other)
+        assert (running_before(spool, new) is not None) is waits
     old_job.release()
     assert running_before(spool, new) is None
     jobs[1][0].release()

@@ -170,6 +170,33 @@ def test_what_is_wrong_with_certificate_and_password_is_told_at_the_start(tmp_pa
             Endpoint(config(tmp_path, password_file=password(tmp_path, content, mode)), Metrics().registry)
 
 
+def test_more_clients_than_there_is_room_for_are_turned_away_and_then_let_in_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.endpoint.MAX_CLIENTS", 2)
+    endpoint = Endpoint(config(tmp_path), Metrics().registry)
+    host, port = endpoint.url.partition("//")[2].split(":")
+    try:
+        with socket.create_connection((host, int(port))) as one, socket.create_connection((host, int(port))) as two:
+            with socket.create_connection((host, int(port)), timeout=10) as three:
+                assert three.recv(1) == b"", "closed at once"
+            with pytest.raises(OSError):
+                get(f"{endpoint.url}/metrics")
+            for client in (one, two):
+                client.shutdown(socket.SHUT_WR)
+                assert client.recv(1) == b""
+        wait_until(lambda: _answers(f"{endpoint.url}/metrics"), "room again")
+    finally:
+        endpoint.close()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return get(url).status == 200
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
 def test_an_open_port_on_the_network_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str, warned: bool
