@@ -6,6 +6,12 @@ import os
 import shutil
 
 import pytest
+from hypothesis import settings
+
+
+# Timing never decides a test: machines are shared.
+settings.register_profile("mergecore", deadline=None)
+settings.load_profile("mergecore")
 
 
 def require_tool(command: str, package: str) -> str:
