@@ -68,7 +68,7 @@ install-service:
 
 # What install-service put there. The configuration, the user, and everything below /var/lib/mergecore stay.
 uninstall-service:
-	test -n "$(DESTDIR)" || ! command -v systemctl >/dev/null || systemctl disable --now mergecore.service
+	test -n "$(DESTDIR)" || test ! -e "$(UNIT)" || systemctl disable --now mergecore.service
 	rm -f "$(UNIT)" "$(SYSUSERS)" "$(TMPFILES)" "$(SHARE)/rules.yml" "$(SHARE)/dashboard.json"
 	test ! -d "$(SHARE)" || rmdir --ignore-fail-on-non-empty "$(SHARE)"
 
