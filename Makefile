@@ -12,7 +12,7 @@ CPP := $(shell git ls-files "*.cpp" "*.h" "*.cu" "*.cuh")
 # Waiting threads sleep: spinning ones starve the other processes of a test on few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test lint bench format install-service clean
+.PHONY: setup demo test lint bench format install-service uninstall-service clean
 
 setup: $(VENV)/.built
 
@@ -49,14 +49,28 @@ format: setup
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# The unit, its user, and a configuration unless there is one, below DESTDIR; the program itself is
-# installed with pip into /opt/mergecore.
+# Below DESTDIR: the unit, its user and folders, a configuration unless there is one, and what Prometheus and Grafana
+# take. The program itself is installed with pip into /opt/mergecore.
+UNIT := $(DESTDIR)/usr/lib/systemd/system/mergecore.service
+SYSUSERS := $(DESTDIR)/usr/lib/sysusers.d/mergecore.conf
+TMPFILES := $(DESTDIR)/usr/lib/tmpfiles.d/mergecore.conf
+SHARE := $(DESTDIR)/usr/share/mergecore
+
 install-service:
-	install -D -m 644 service/deploy/mergecore.service "$(DESTDIR)/usr/lib/systemd/system/mergecore.service"
-	install -D -m 644 service/deploy/sysusers.conf "$(DESTDIR)/usr/lib/sysusers.d/mergecore.conf"
+	install -D -m 644 service/deploy/mergecore.service "$(UNIT)"
+	install -D -m 644 service/deploy/sysusers.conf "$(SYSUSERS)"
+	install -D -m 644 service/deploy/tmpfiles.conf "$(TMPFILES)"
+	install -D -m 644 -t "$(SHARE)" service/deploy/rules.yml service/deploy/dashboard.json
 	test -e "$(DESTDIR)/etc/mergecore/mergecore.toml" || \
 		install -D -m 644 service/deploy/mergecore.toml "$(DESTDIR)/etc/mergecore/mergecore.toml"
 	systemd-sysusers --root="$(DESTDIR)/" mergecore.conf
+	test "$$(id -u)" != 0 || systemd-tmpfiles --root="$(DESTDIR)/" --create mergecore.conf
+
+# What install-service put there. The configuration, the user, and everything below /var/lib/mergecore stay.
+uninstall-service:
+	test -n "$(DESTDIR)" || test ! -e "$(UNIT)" || systemctl disable --now mergecore.service
+	rm -f "$(UNIT)" "$(SYSUSERS)" "$(TMPFILES)" "$(SHARE)/rules.yml" "$(SHARE)/dashboard.json"
+	test ! -d "$(SHARE)" || rmdir --ignore-fail-on-non-empty "$(SHARE)"
 
 clean:
 	rm -rf $(VENV) build *.egg-info mergecore/*.so

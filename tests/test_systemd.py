@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from service.config import load_config
+from service.spool import FOLDERS
 from service.systemd import notify, watchdog_interval
 from tests.conftest import require_tool
 from tests.service_support import DEADLINE, running_daemon, wait_until
@@ -67,6 +69,73 @@ def test_the_unit_and_the_example_configuration_fit_each_other() -> None:
     assert float(unit["TimeoutStopSec"]) > config.stop_timeout + 10
     assert float(unit["WatchdogSec"]) > 10 * config.rescan
     assert unit["KillMode"] == "mixed", "the workers' stop is the daemon's to ask for"
+
+
+# --- what is installed ---
+
+
+def make(target: str, root: Path) -> None:
+    subprocess.run(
+        [require_tool("make", package="make"), target, f"DESTDIR={root}"], cwd=DEPLOY.parent.parent, check=True
+    )
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A root in which `make install-service` was run."""
+    require_tool("systemd-sysusers", package="systemd")
+    require_tool("systemd-tmpfiles", package="systemd")
+    root = tmp_path / "root"
+    make("install-service", root)
+    return root
+
+
+def files(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def test_installing_twice_keeps_the_configuration_and_uninstalling_keeps_every_file_of_the_operator(
+    installed: Path,
+) -> None:
+    ours = {
+        "usr/lib/systemd/system/mergecore.service",
+        "usr/lib/sysusers.d/mergecore.conf",
+        "usr/lib/tmpfiles.d/mergecore.conf",
+        "usr/share/mergecore/rules.yml",
+        "usr/share/mergecore/dashboard.json",
+    }
+    config, output = installed / "etc/mergecore/mergecore.toml", installed / "var/lib/mergecore/outputs/model/weights"
+    assert ours | {str(config.relative_to(installed))} <= files(installed)
+    config.write_text(config.read_text() + "# mine\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.touch()
+    make("install-service", installed)
+    assert config.read_text().endswith("# mine\n")
+    before = files(installed)
+    make("uninstall-service", installed)
+    assert files(installed) == before - ours
+    assert not (installed / "usr/share/mergecore").exists()
+    make("uninstall-service", installed)
+
+
+def test_systemd_makes_the_folders_that_the_example_configuration_names(installed: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give folders to another user")
+    config = load_config(DEPLOY / "mergecore.toml")
+    passwd = dict(line.split(":")[0:3:2] for line in (installed / "etc/passwd").read_text().splitlines())
+    folders = [config.spool / name for name in FOLDERS]
+    for folder in (*folders, config.spool, config.spool.parent, config.outputs):
+        found = (installed / folder.relative_to("/")).stat()
+        assert stat.S_ISDIR(found.st_mode)
+        assert stat.S_IMODE(found.st_mode) == 0o755
+        assert str(found.st_uid) == passwd["mergecore"], folder
+    again = subprocess.run(
+        ["systemd-tmpfiles", f"--root={installed}", "--create", "mergecore.conf"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (again.returncode, again.stdout + again.stderr) == (0, "")
 
 
 # --- messages ---

@@ -7,6 +7,7 @@ lies beside the weights (manifest.py).
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
 import shutil
@@ -24,6 +25,8 @@ import xxhash
 from mergecore.errors import Interrupted, OutputError, OutputExistsError
 from mergecore.output.layout import INDEX_NAME, OutputLayout, TensorSlot
 from mergecore.output.staging import Staging, remove_all, reporting, sync_path
+
+log = logging.getLogger(__name__)
 
 RING = 2  # one buffer is filled while the other is written
 WRITE_STEP = 16 << 20  # bytes written before their write-back starts
@@ -233,6 +236,10 @@ class OutputWriter:
         head = {"identity": identity, "layout": self.layout.digest()}
         records = staging.journal.read() if resume else []
         self.resumed = records[:1] == [head] and self._have_planned_sizes(paths)
+        if records and not self.resumed:
+            log.warning(
+                "started from zero: the spec, an input or mergecore has changed since %s was begun", staging.out
+            )
         with reporting("prepare", staging.folder):
             if self.resumed:
                 self.checksums = {record["name"]: record["xxh3_128"] for record in records[1:]}
