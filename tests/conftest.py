@@ -8,7 +8,6 @@ import shutil
 import pytest
 from hypothesis import settings
 
-
 # Timing never decides a test: machines are shared.
 settings.register_profile("mergecore", deadline=None)
 settings.load_profile("mergecore")
