@@ -4,12 +4,12 @@
 
 kills: kill -9 of the daemon or a worker at random moments while at least --jobs small merges run; counts what was
        lost, was run twice to completion, or differs from an undisturbed merge.
-bad:   --bad specs of 60 kinds; each must end in failed/ with a clear error, the daemon must stay up and
-       small.
+bad:   --bad specs of 60 kinds; each must end in failed/ with a clear error, the daemon must stay up and small.
 flood: --specs small specs at once, with a worker that does nothing; they must be claimed in the order of arrival while
        the metrics answer.
 
-All three (the default) take about half an hour on two cores. The exit code is 1 if a promise was broken.
+All three (the default) take the better part of an hour on two cores, most of it the bad specs and the kills. The exit
+code is 1 if a promise was broken.
 """
 
 from __future__ import annotations
