@@ -39,13 +39,15 @@ class Call:
 class Skeleton:
     """The modules of the causal language model that `config` (the content of config.json) describes.
 
-    They compute in `dtype`, one text at a time, without padding. CheckpointError if transformers has no such model
-    (code that comes with a model is never run), or if it is not a stack of layers.
+    They compute in `dtype` on `device`, one text at a time, without padding. CheckpointError if transformers has no
+    such model (code that comes with a model is never run), or if it is not a stack of layers.
     """
 
-    def __init__(self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
-        self.model = _without_weights(config, dtype)
+    def __init__(
+        self, config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> None:
+        self.dtype, self.device = dtype, device or torch.device("cpu")
+        self.model: Any = _without_weights(config, dtype, self.device)
         self.config = self.model.config
         text = self.config.get_text_config(decoder=True)
         self.hidden_size, self.vocabulary = int(text.hidden_size), int(text.vocab_size)
@@ -198,15 +200,16 @@ class Skeleton:
     def logits(self, raw: Tensor, outside: Tensors) -> Tensor:
         """The model's logits (1, n, vocabulary), float32 or `dtype`, from what its head gave: scaled, capped, or
         as they are."""
-        hidden = torch.zeros(1, raw.shape[1], self.hidden_size, dtype=self.dtype)
+        hidden = torch.zeros(1, raw.shape[1], self.hidden_size, dtype=self.dtype, device=self.device)
         output = self._finish(hidden, outside, lambda *_, **__: raw)
         logits: Tensor = output.logits
         return logits
 
     def _finish(self, hidden: Tensor, outside: Tensors, head: Callable[..., Tensor]) -> Any:
         last = len(self.layers) - 1
-        tokens = torch.zeros(hidden.shape[1], dtype=torch.int64)
-        nothing = torch.zeros(1, hidden.shape[1], self._embedding.weight.shape[1], dtype=self.dtype)
+        tokens = torch.zeros(hidden.shape[1], dtype=torch.int64, device=self.device)
+        width = self._embedding.weight.shape[1]
+        nothing = torch.zeros(1, hidden.shape[1], width, dtype=self.dtype, device=self.device)
         skipped: list[tuple[Call, Tensor]] = []
         record = self._record(skipped)
         return self._run(
@@ -262,7 +265,7 @@ class Skeleton:
 
         first = self.layers[0]
         zeros = {
-            name: torch.zeros((), dtype=self.dtype).expand(parameter.shape)
+            name: torch.zeros((), dtype=self.dtype, device=self.device).expand(parameter.shape)
             for name, parameter in first.named_parameters()
         }
 
@@ -306,7 +309,7 @@ def _as_it_is(module: nn.Module) -> Iterator[None]:
         module.__dict__["forward"] = forward
 
 
-def _without_weights(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def _without_weights(config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
     """The model with parameters that have no memory; its buffers, which are computed, have some."""
     try:
         from accelerate import init_empty_weights
@@ -324,8 +327,11 @@ def _without_weights(config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module
             model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(plain), dtype=dtype, **experts)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"transformers makes no causal language model of type {kind!r}: {error}") from error
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
     model.requires_grad_(False)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
@@ -335,7 +341,7 @@ def _layers(model: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     raise CheckpointError(f"{type(model).__name__} has no list of {count} layers")
 
 
-def _transforms(model: nn.Module) -> tuple[list[Any], list[Any], dict[str, Tensor]]:
+def _transforms(model: Any) -> tuple[list[Any], list[Any], dict[str, Tensor]]:
     """How transformers renames and puts together what checkpoints of this model store."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
