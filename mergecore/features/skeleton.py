@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ class Skeleton:
                 found[target] = tensors[name]
             else:
                 if target not in collected:
-                    collected[target] = copy.deepcopy(by_pattern[pattern])
+                    collected[target] = _differentiable(by_pattern[pattern])
                 collected[target].add_tensor(target, name, pattern, tensors[name])
         for target, converter in collected.items():
             made = converter.convert(target, model=self.model, config=self.config)
@@ -350,6 +351,17 @@ def _transforms(model: Any) -> tuple[list[Any], list[Any], dict[str, Tensor]]:
     converters = [transform for transform in found if isinstance(transform, WeightConverter)]
     renamings = [transform for transform in found if not isinstance(transform, WeightConverter)]
     return renamings, converters, dict(model.state_dict())
+
+
+def _differentiable(converter: Any) -> Any:
+    """A copy of a converter that gradients go through: its operations, which only arrange entries, are made to
+    compute without them."""
+    converter = copy.deepcopy(converter)
+    for operation in converter.operations:
+        plain = getattr(type(operation).convert, "__wrapped__", None)
+        if plain is not None:
+            operation.convert = partial(plain, operation)
+    return converter
 
 
 def stored_names(tensors: Mapping[str, tuple[int, ...]]) -> list[str]:
