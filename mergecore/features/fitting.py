@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 
 from mergecore.engine import Fit, Progress
 from mergecore.errors import Interrupted
-from mergecore.features.passes import Network
+from mergecore.features.passes import Network, States
 from mergecore.features.samples import Sample, read_samples, tokenizer_in
 from mergecore.features.weights import Reader, Stored, members, sources_of
 from mergecore.methods.base import Coefficients
@@ -51,6 +51,11 @@ class Fitting:
     device: torch.device
     scratch: Path
     step: Step
+
+    def states(self, lengths: Sequence[int], width: int) -> States:
+        """Room for states of the samples: in memory, or in a scratch file if they are larger than run.memory."""
+        nbytes = States.nbytes(sum(lengths), width, self.dtype)
+        return States(lengths, width, self.dtype, self.scratch if nbytes > self.plan.spec.run.memory else None)
 
     def parameter(self, name: str) -> Any:
         """A parameter that is one for the whole model; it may be a tuple of one value per model."""
@@ -128,7 +133,7 @@ def _keep(scratch: Path, fit: Fit) -> None:
     """The report last: with it the fit is complete."""
     about = {name: [found.base, found.axis] for name, found in fit.coefficients.items()}
     report = {"report": fit.report, "step": fit.step, "steps": fit.steps, "coefficients": about}
-    tensors = {name: found.values.contiguous() for name, found in fit.coefficients.items()}
+    tensors = {name: found.values.clone() for name, found in fit.coefficients.items()}
     replace_file(scratch / _COEFFICIENTS, save(tensors))
     replace_file(scratch / _REPORT, json.dumps(report).encode())
 
