@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -85,17 +85,34 @@ def fitted(
         if progress is not None:
             progress(_progress(plan, done, total, what))
 
-    dtype = DTYPES[plan.spec.calibration.dtype]
-    with Reader(sources_of(plan), plan.spec.run.read) as reader:
-        base, models = members(plan, reader, dtype, device)
-        network = Network(plan.config or plan.reference.config, models[0].shapes, dtype, device)
-        fitting = Fitting(plan, network, base, models, draw(plan), dtype, device, scratch, step)
+    with opened(plan, scratch, device, step) as fitting:
         fit: Fit = import_module(FITS[plan.method.name]).fit(fitting)
     missing = [job.name for job in plan.jobs if job.merges and job.name not in fit.coefficients]
     assert not missing, missing
     fit = replace(fit, step=last[0], steps=last[1])
     _keep(scratch, fit)
     return fit
+
+
+@contextmanager
+def opened(plan: MergePlan, scratch: Path, device: torch.device, step: Step) -> Iterator[Fitting]:
+    """A plan's models and samples, ready to be run."""
+    dtype = DTYPES[plan.spec.calibration.dtype]
+    with Reader(sources_of(plan), plan.spec.run.read) as reader:
+        base, models = members(plan, reader, dtype, device)
+        network = Network(plan.config or plan.reference.config, models[0].shapes, dtype, device)
+        yield Fitting(plan, network, base, models, draw(plan), dtype, device, scratch, step)
+
+
+def kept_bytes(plan: MergePlan) -> dict[str, int]:
+    """What a fit keeps beside one layer's weights, at most, by what it is: in memory as far as run.memory allows."""
+    found: dict[str, int] = import_module(FITS[plan.method.name]).kept_bytes(plan)
+    return found
+
+
+def sample_tokens(plan: MergePlan) -> int:
+    """Tokens of all samples, at most."""
+    return len(plan.data) * plan.spec.calibration.samples * plan.spec.calibration.length
 
 
 def draw(plan: MergePlan) -> list[list[Sample]]:

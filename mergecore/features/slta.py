@@ -19,11 +19,12 @@ from torch import Tensor
 
 from mergecore.engine import Fit
 from mergecore.errors import NonFiniteError
-from mergecore.features.fitting import Fitting, replace_file
+from mergecore.features.fitting import DTYPES, Fitting, replace_file, sample_tokens
 from mergecore.features.passes import States, Tensors, run
 from mergecore.features.samples import Sample
 from mergecore.features.submodules import ATTENTION, Heads, Submodules
 from mergecore.methods.base import Coefficients, per_model
+from mergecore.planning import MergePlan
 
 WORST_CONDITION = 1e12
 """Of A beyond which its inverse says nothing in float64: then the least squares of least length are taken."""
@@ -104,6 +105,14 @@ def fit(fitting: Fitting) -> Fit:
         "modules": {name: one.as_dict() for name, one in found.items()},
     }
     return Fit(coefficients, report)
+
+
+def kept_bytes(plan: MergePlan) -> dict[str, int]:
+    """The hidden states: those in front of and behind a layer, the base's, and every model's differences to them."""
+    text = plan.config.get("text_config") or plan.config
+    width = int(text.get("hidden_size") or text.get("n_embd") or 0)
+    each = States.nbytes(sample_tokens(plan), width, DTYPES[plan.spec.calibration.dtype])
+    return {"hidden states": (3 + len(plan.models)) * each}
 
 
 def _of_model(fitting: Fitting) -> Solution:
