@@ -231,11 +231,13 @@ def _data(spec: MergeSpec, sections: Sequence[Section], inputs: Inputs) -> tuple
         raise spec.error(f"{spec.merge_method} is fitted on the models as they are: remove sparsify", "sparsify")
     found = []
     for member in sections[0].members:
-        source = sections[0].part.sources[member.source] if member.source is not None else None
-        if source is None or source.data is None:
-            keys = ("models",) if source is None else source.keys[:-1]
+        if member.source is None:
+            continue  # a base that is not listed
+        source = sections[0].part.sources[member.source]
+        if source.data is None:
             raise spec.error(
-                f"{spec.merge_method} is fitted on samples: {member.model.name} needs data, a JSONL or text file", *keys
+                f"{spec.merge_method} is fitted on samples: {member.model.name} needs data, a JSONL or text file",
+                *source.keys[:-1],
             )
         keys = (*source.keys[:-1], "data")
         try:

@@ -33,7 +33,9 @@ def scaled_sum(
     rows, columns = models[0].shape if models and models[0].dim() == 2 else (0, 0)  # the op refuses these
     wanted = (len(models), _width(axis, rows, columns))
     if columns and coefficients.shape != wanted:
-        raise ValueError(f"coefficients are {tuple(coefficients.shape)}, but must be {wanted} along {axis.name.lower()}")
+        raise ValueError(
+            f"coefficients are {tuple(coefficients.shape)}, but must be {wanted} along {axis.name.lower()}"
+        )
     result: Tensor = torch.ops.mergecore.scaled_sum(coefficients, list(models), base, dtype, int(axis))
     return result
 

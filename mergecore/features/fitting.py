@@ -28,7 +28,7 @@ from mergecore.output.staging import reporting, sync_path
 from mergecore.planning import MergePlan
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-FITS = {"slta": "mergecore.features.slta"}
+FITS = {method: f"mergecore.features.{method}" for method in ("slta", "dam", "adamerging")}
 """Method -> the module whose `fit` makes a Fit of a Fitting."""
 
 Step = Callable[[int, int, str], None]

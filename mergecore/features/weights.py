@@ -18,7 +18,7 @@ from torch import Tensor
 from mergecore._stream import ReadFault, WindowStream
 from mergecore.errors import InputFault
 from mergecore.planning import MergePlan
-from mergecore.sources import Source, files_of
+from mergecore.sources import DTYPES, Source, files_of
 
 
 class Weights(Protocol):
@@ -91,11 +91,19 @@ class Stored:
     device: torch.device
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
+        return self._rows(name, first, count, self.dtype)
+
+    def as_stored(self, name: str, first: int, count: int) -> Tensor:
+        """Rows in the dtype that they are read in."""
+        source = self.sources[name]
+        return self._rows(name, first, count, torch.bfloat16 if source is None else DTYPES[source.dtype])
+
+    def _rows(self, name: str, first: int, count: int, dtype: torch.dtype) -> Tensor:
         shape, source = self.shapes[name], self.sources[name]
         if source is None:
-            return torch.zeros(count, *shape[1:], dtype=self.dtype, device=self.device)
+            return torch.zeros(count, *shape[1:], dtype=dtype, device=self.device)
         width = prod(shape[1:])
-        window = self.reader.window(source, first * width, count * width, self.dtype, self.device)
+        window = self.reader.window(source, first * width, count * width, dtype, self.device)
         return window.view(count, *shape[1:])
 
 
