@@ -113,6 +113,7 @@ def run(
     weights: Weights,
     samples: Sequence[Sample],
     states: States,
+    before_layer: Callable[[int], None] = lambda number: None,
     after_layer: Callable[[int], None] = lambda number: None,
 ) -> Tensors:
     """Runs all samples through the layers; `states` end as what the last layer gives. Returns what lies outside."""
@@ -121,6 +122,7 @@ def run(
         for number, sample in enumerate(samples):
             states[number] = network.begin(sample.tokens.to(weights.device), weights, outside)
         for layer in range(network.layers):
+            before_layer(layer)
             parameters = network.layer(weights, layer)
             for number in range(len(samples)):
                 here = states[number].to(weights.device)

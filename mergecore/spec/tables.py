@@ -81,6 +81,12 @@ class ModelEntry(Table):
         description="Methods that are fitted on samples: a JSONL or text file of what this model is good at.",
         examples=["/data/math.jsonl"],
     )
+    statistics: Text | None = Field(
+        default=None,
+        title="Statistics",
+        description="regmean, fisher: the folder that `mergecore stats` made of this model.",
+        examples=["/statistics/math"],
+    )
 
 
 class Calibration(Table):
