@@ -360,7 +360,7 @@ def _stats(options: argparse.Namespace) -> int:
             seed=options.seed,
             dtype=options.dtype,
             device=options.device,
-            progress=lambda done, total: show(f"layers: {done}/{total}", done, total),
+            progress=show,
             should_stop=stopped.is_set,
         )
     if options.json:

@@ -73,13 +73,13 @@ def gather(
     seed: int = 0,
     dtype: str = "float32",
     device: str = "auto",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> GatherResult:
     """Statistics of `model` (path or name, also with an adapter) on `samples` texts of the file `data`, into the new
     folder `out`. They are float32, or float64 if the model is run in it.
 
-    `progress` is told the layers done and those to do. Raises CheckpointError, SpecError, InputFault, OutputError, and
+    `progress` is told what was done, and the bytes written and those to write. Raises CheckpointError, SpecError, InputFault, OutputError, and
     Interrupted when `should_stop` says so; then and on any other error nothing is left at or beside `out`.
     """
     started = time.monotonic()
@@ -107,7 +107,7 @@ def gather(
             def after_layer(_: int) -> None:
                 nonlocal done
                 done += 1
-                progress(done, total)
+                progress(f"{done}/{total} layers", writer.written, layout.nbytes)
                 if should_stop():
                     writer.abandon(keep=False)
                     raise Interrupted("stopped on request; nothing is kept")
