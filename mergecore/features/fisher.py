@@ -7,6 +7,7 @@ Streamed: one layer's squares are held, those of embedding and head lie in scrat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mergecore.features.backward import value_and_gradient
-from mergecore.features.passes import Network, Tensors
+from mergecore.features.passes import Network, Tensors, mapped
 from mergecore.features.samples import Sample
 from mergecore.features.skeleton import OUTSIDE
 from mergecore.features.weights import Weights, some_rows, whole
@@ -42,7 +43,7 @@ def gather_fisher(
     gradient of log p(text) (all tokens but the first, given those before). (Matena and Raffel 2022, with the text
     itself in the place of the model's draws: the empirical Fisher information.)
 
-    Sums are float64; those of embedding and head are of `dtype`, in files below `scratch`. Held are the hidden states
+    Sums are float64; those of embedding and head are of `dtype`, in files without a name in the folder `scratch`. Held are the hidden states
     of all samples at every layer.
     """
     batch = [sample.tokens.to(weights.device) for sample in samples]
@@ -79,8 +80,7 @@ class _Squares:
         self.embedded: tuple[Tensor, Tensor] | None = None
         tables = dict.fromkeys((network.embedding, network.head))
         self.tables = {
-            name: _in_file(scratch / f"squares-{number}", weights.shapes[name], dtype)
-            for number, name in enumerate(tables)
+            name: mapped(prod(weights.shapes[name]), dtype, scratch).view(weights.shapes[name]) for name in tables
         }
 
     # What backward.py asks for
@@ -175,10 +175,3 @@ class _Squares:
             gradient = gradient + torch.cat(parts).double()
         table = self.tables[self.network.embedding]
         table.index_add_(0, numbers.cpu(), gradient.square().to(table))
-
-
-def _in_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros that lie in a file, of which the system keeps in memory what it has room for."""
-    path.touch(mode=0o600)
-    size = torch.Size(shape).numel()
-    return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
