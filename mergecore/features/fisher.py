@@ -43,8 +43,8 @@ def gather_fisher(
     gradient of log p(text) (all tokens but the first, given those before). (Matena and Raffel 2022, with the text
     itself in the place of the model's draws: the empirical Fisher information.)
 
-    Sums are float64; those of embedding and head are of `dtype`, in files without a name in the folder `scratch`. Held are the hidden states
-    of all samples at every layer.
+    Sums are float64; those of embedding and head are of `dtype`, in files without a name in the folder `scratch`. Held
+    are the hidden states of all samples at every layer.
     """
     batch = [sample.tokens.to(weights.device) for sample in samples]
     squares = _Squares(network, weights, batch, scratch, dtype, done, after_layer)

@@ -79,8 +79,9 @@ def gather(
     """Statistics of `model` (path or name, also with an adapter) on `samples` texts of the file `data`, into the new
     folder `out`. They are float32, or float64 if the model is run in it.
 
-    `progress` is told what was done, and the bytes written and those to write. Raises CheckpointError, SpecError, InputFault, OutputError, and
-    Interrupted when `should_stop` says so; then and on any other error nothing is left at or beside `out`.
+    `progress` is told what was done, and the bytes written and those to write. Raises CheckpointError, SpecError,
+    InputFault, OutputError, and Interrupted when `should_stop` says so; then and on any other error nothing is left at
+    or beside `out`.
     """
     started = time.monotonic()
     computed, kinds = DTYPES[dtype], KINDS[kind]

@@ -66,8 +66,9 @@ def _shares(grams: Sequence[Tensor], alpha: float) -> tuple[list[Tensor], str]:
     total.diagonal()[unseen] = count
     scale = total.diagonal().rsqrt()
     total.mul_(scale).mul_(scale.unsqueeze(1))  # a unit diagonal: inputs may be of very different sizes
-    # Below this, what is left of an input beside the others is rounding of the stored sums.
-    noise = max(torch.finfo(gram.dtype).eps for gram in grams) * math.sqrt(inputs)
+    # Below this, what is left of an input beside the others is rounding: of the stored sums, or of what is done here.
+    stored = max(torch.finfo(gram.dtype).eps for gram in grams)
+    noise = max(stored * math.sqrt(inputs), 16 * torch.finfo(torch.float64).eps * inputs)
     factor, failed = torch.linalg.cholesky_ex(total)
     solved = int(failed) == 0 and float(factor.diagonal().min()) ** 2 > noise
 
