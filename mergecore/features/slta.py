@@ -99,7 +99,7 @@ def fit(fitting: Fitting) -> Fit:
     report = {
         "level": level,
         "balance": fitting.parameter("balance"),
-        "models": [model.name for model in plan.models],
+        "models": [member.model.name for member in plan.sections[0].members],
         "samples": [len(task) for task in lengths],
         "tokens": [sum(task) for task in lengths],
         "modules": {name: one.as_dict() for name, one in found.items()},
@@ -112,7 +112,7 @@ def kept_bytes(plan: MergePlan) -> dict[str, int]:
     text = plan.config.get("text_config") or plan.config
     width = int(text.get("hidden_size") or text.get("n_embd") or 0)
     each = States.nbytes(sample_tokens(plan), width, DTYPES[plan.spec.calibration.dtype])
-    return {"hidden states": (3 + len(plan.models)) * each}
+    return {"hidden states": (3 + len(plan.data)) * each}
 
 
 def _of_model(fitting: Fitting) -> Solution:

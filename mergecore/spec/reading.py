@@ -206,7 +206,7 @@ def _table_at(keys: Keys) -> type[Table] | None:
         child = here.children.get(str(key))
         if child is None:
             return None
-        if key in ("sparsify", "tokenizer", "run"):
+        if key in ("sparsify", "calibration", "tokenizer", "run"):
             here = child
         elif rest:  # of a list or a mapping: its number or name
             rest.pop(0)
