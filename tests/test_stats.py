@@ -25,7 +25,7 @@ from mergecore.output.verify import verify_output
 from tests.models import load_tensors
 from tests.running import CAUSAL, checkpoints, texts, twin
 from tests.service_support import wait_until
-from tests.test_cli import COMMAND, ROOT, mergecore
+from tests.test_cli import COMMAND, ROOT, mergecore, run_here
 
 Tensors = dict[str, Tensor]
 SEEN = {"samples": 3, "length": 20, "device": "cpu"}
@@ -183,25 +183,28 @@ def test_a_model_without_a_tokenizer_or_data_without_text_is_refused(tmp_path: P
         gather(str(model), data, tmp_path / "stats")
 
 
-# Real commands
+# Commands: of a Llama by real processes, of a GPT-2 in this one
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def merged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """Two models, the statistics of each, and what regmean and fisher make of them, all by real processes."""
+    """Two models, the statistics of each, and what regmean and fisher make of them."""
     folder = tmp_path_factory.mktemp("merged")
-    plain, records = texts(folder)
+    data = texts(folder)
+
+    def run(*arguments: object) -> None:
+        if request.param == "llama":
+            mergecore(*arguments)
+        else:
+            assert run_here(*arguments) == 0
+
     for number, model in enumerate(checkpoints(folder, request.param, 2)):
         options = ["--samples", 4, "--length", 24, "--device", "cpu"]
-        ended = mergecore(
-            "stats", model, "--data", (plain, records)[number], "--out", folder / f"s{number}", "--json", *options
-        )
-        said = json.loads(ended.stdout)
-        assert (said["samples"], said["kinds"]) == (4, ["gram", "fisher"])
+        run("stats", model, "--data", data[number], "--out", folder / f"s{number}", *options)
     for method in ("regmean", "fisher"):
         listed = ", ".join(f"{{model: m{number}, statistics: s{number}}}" for number in range(2))
         (folder / f"{method}.yaml").write_text(f"merge_method: {method}\nmodels: [{listed}]\ndtype: float32\n")
-        mergecore("merge", folder / f"{method}.yaml", folder / method)
+        run("merge", folder / f"{method}.yaml", folder / method)
     return request.param, folder
 
 
@@ -235,45 +238,61 @@ def test_merged_models_load(merged: tuple[str, Path]) -> None:
         assert twin(folder / method, kind)(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
-def test_verify_checks_statistics(merged: tuple[str, Path], tmp_path: Path) -> None:
+def test_verify_checks_statistics(merged: tuple[str, Path]) -> None:
     _, folder = merged
-    mergecore("verify", folder / "s0")
     assert verify_output(folder / "s0") == []
     about = json.loads((folder / "s0" / "mergecore_manifest.json").read_text())["statistics"]
     assert about["model"]["path"] == str(folder / "m0")
     assert (about["samples"], about["length"], about["seed"], about["dtype"]) == (4, 24, 0, "float32")
 
 
-def test_statistics_of_the_other_model_are_refused(merged: tuple[str, Path], tmp_path: Path) -> None:
-    kind, folder = merged
-    if kind != "llama":
-        pytest.skip("one model is enough")
+def test_statistics_of_the_other_model_are_refused(
+    merged: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = merged
     (other,) = checkpoints(tmp_path, "qwen2", 1)
-    (folder / "wrong.yaml").write_text(
+    spec = folder / "wrong.yaml"
+    spec.write_text(
         f"merge_method: fisher\nmodels:\n- {{model: m0, statistics: s0}}\n- {{model: {other}, statistics: s1}}\n"
     )
-    ended = mergecore("merge", folder / "wrong.yaml", tmp_path / "out", code=2)
-    assert "wrong.yaml:4: models[1].statistics:" in ended.stderr
-    assert "gather it from that model" in ended.stderr
+    assert run_here("merge", spec, tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert "wrong.yaml:4: models[1].statistics:" in told
+    assert "gather it from that model" in told
 
 
-def test_wrong_arguments_are_told(merged: tuple[str, Path], tmp_path: Path) -> None:
+def test_wrong_arguments_are_told(merged: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, folder = merged
-    data = folder / "plain.txt"
-    taken = mergecore("stats", folder / "m0", "--data", data, "--out", folder / "s0", code=2)
-    assert "exists" in taken.stderr
-    nothing = mergecore("stats", tmp_path / "none", "--data", data, "--out", tmp_path / "s", code=2)
-    assert "does not exist" in nothing.stderr
-    few = mergecore("stats", folder / "m0", "--data", data, "--out", tmp_path / "s", "--samples", "0", code=2)
-    assert "'0' is not a whole number above 0" in few.stderr
+    data, out = folder / "plain.txt", tmp_path / "s"
+    for arguments, message in [
+        ((folder / "m0", "--data", data, "--out", folder / "s0"), "exists"),
+        ((tmp_path / "none", "--data", data, "--out", out), "does not exist"),
+        ((folder / "m0", "--data", data, "--out", out, "--samples", "0"), "'0' is not a whole number above 0"),
+        ((folder / "m0", "--out", out), "the following arguments are required: --data"),
+    ]:
+        assert run_here("stats", *arguments) == 2
+        assert message in capsys.readouterr().err
     assert os.listdir(tmp_path) == []
 
 
-def test_a_signal_ends_it_without_a_trace(merged: tuple[str, Path], tmp_path: Path) -> None:
-    _, folder = merged
-    data = folder / "many.jsonl"
+def test_it_says_what_was_gathered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, data = texts(tmp_path)
+    (model,) = checkpoints(tmp_path, "mixtral", 1)
+    options = ["--data", data, "--samples", 2, "--length", 9, "--device", "cpu"]
+    assert run_here("stats", model, "--out", tmp_path / "a", *options) == 0
+    said = capsys.readouterr().out
+    assert "/a: gram and fisher of 49 tensors from 2 texts of 18 tokens" in said
+    assert "26 matrices have no Gram matrix and will be averaged by regmean" in said
+    assert run_here("stats", model, "--out", tmp_path / "b", *options, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["samples"], told["tokens"], told["tensors"], len(told["left_out"])) == (2, 18, 49, 26)
+
+
+def test_a_signal_ends_it_without_a_trace(tmp_path: Path) -> None:
+    (model,) = checkpoints(tmp_path / "model", "llama", 1)
+    data = tmp_path / "model" / "many.jsonl"
     data.write_text("".join(f'"line {number} of very many"\n' for number in range(2000)))
-    command = [*COMMAND, "stats", folder / "m0", "--data", data, "--out", tmp_path / "s"]
+    command = [*COMMAND, "stats", model, "--data", data, "--out", tmp_path / "s"]
     command += ["--samples", 2000, "--device", "cpu"]
     running = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
@@ -285,7 +304,7 @@ def test_a_signal_ends_it_without_a_trace(merged: tuple[str, Path], tmp_path: Pa
         running.wait()
     assert running.returncode == 3, told
     assert "Traceback" not in told
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_what_is_held_does_not_grow_with_layers(tmp_path: Path) -> None:
