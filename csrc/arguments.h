@@ -121,7 +121,7 @@ struct Arguments {
   Arguments(const Arguments&) = delete;
   Arguments& operator=(const Arguments&) = delete;
 
- private:
+ protected:
   static Matrix matrix(const Tensor& tensor, const Tensor& shape, const char* what) {
     check(tensor.dim() == 2 && tensor.size(0) == shape.size(0) && tensor.size(1) == shape.size(1) &&
               tensor.is_contiguous(),
@@ -158,8 +158,17 @@ struct BlendArguments : Arguments {
                   coefficients.size(1),
                   base_coefficient,
                   out.data_ptr(),
-                  result_dtype_of(out)};
+                  dtype_of(out, "out")};
   }
+};
+
+struct GradientArguments : Arguments {
+  Matrix gradient;
+
+  GradientArguments(const Tensor& outer, const std::optional<Tensor>& base, const Tensors& models,
+                    int64_t first_row)
+      : Arguments(base, models, first_row, 0, {}, {}, {}),
+        gradient(matrix(outer, models[0], "the gradient")) {}
 };
 
 inline int64_t* int64(const Tensor& tensor, const Tensor& like, int64_t count, const char* what) {
@@ -213,6 +222,20 @@ inline double* moments_of(const Tensor& tensor, const Tensors& models, const cha
             tensor.size(1) == models[0].size(1),
         std::string(what) + " must be (1 + 3 * models, columns)");
   return float64(tensor, models[0], 0, what);
+}
+
+inline double* gradients_of(const Tensor& tensor, const Tensors& models, const char* what) {
+  check(tensor.dim() == 2 && tensor.size(0) == static_cast<int64_t>(models.size()) &&
+            tensor.size(1) == models[0].size(1),
+        std::string(what) + " must be (models, columns)");
+  return float64(tensor, models[0], 0, what);
+}
+
+inline double* row_gradients_of(const Tensor& sums, const Tensors& models, const Window& w) {
+  check(sums.dim() == 2 && sums.size(0) == static_cast<int64_t>(models.size()) &&
+            sums.size(1) >= w.first_row + w.rows,
+        "sums must be (models, rows of the tensor)");
+  return float64(sums, models[0], 0, "sums");
 }
 
 inline double* gram_of(const Tensor& tensor, const Tensors& models, int64_t columns,

@@ -53,6 +53,25 @@ void row_moments_cuda(std::optional<Tensor> base, Tensors models, Tensor sums, i
           "row_moments");
 }
 
+void column_gradient_cuda(Tensor gradient, std::optional<Tensor> base, Tensors models, Tensor sums,
+                          Tensor pending, int64_t first_row) {
+  const OnDevice on(sums);
+  GradientArguments a(gradient, base, models, first_row);
+  double* total = gradients_of(sums, models, "sums");
+  double* tile = gradients_of(pending, models, "pending");
+  Tensor space = scratch(sums, cuda::column_gradient_scratch(a.inputs));
+  succeed(cuda::column_gradient(a.inputs, a.gradient, total, tile, space.data_ptr(), on.stream),
+          "column_gradient");
+}
+
+void row_gradient_cuda(Tensor gradient, std::optional<Tensor> base, Tensors models, Tensor sums,
+                       int64_t first_row) {
+  const OnDevice on(sums);
+  GradientArguments a(gradient, base, models, first_row);
+  double* out = row_gradients_of(sums, models, a.inputs.window);
+  succeed(cuda::row_gradient(a.inputs, a.gradient, out, sums.size(1), on.stream), "row_gradient");
+}
+
 void gram_cuda(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t first_row,
                int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
   const OnDevice on(sums);
@@ -201,6 +220,8 @@ void elect_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Reals we
 STABLE_TORCH_LIBRARY_IMPL(mergecore, CUDA, m) {
   m.impl("column_moments", TORCH_BOX(&mergecore::column_moments_cuda));
   m.impl("row_moments", TORCH_BOX(&mergecore::row_moments_cuda));
+  m.impl("column_gradient", TORCH_BOX(&mergecore::column_gradient_cuda));
+  m.impl("row_gradient", TORCH_BOX(&mergecore::row_gradient_cuda));
   m.impl("gram", TORCH_BOX(&mergecore::gram_cuda));
   m.impl("row_gram", TORCH_BOX(&mergecore::row_gram_cuda));
   m.impl("column_gram", TORCH_BOX(&mergecore::column_gram_cuda));

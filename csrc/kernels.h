@@ -266,6 +266,14 @@ namespace cpu {
 void column_moments(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end);
 // Window rows [begin, end) into sums[moments][total_rows] at the tensor's row.
 void row_moments(const Inputs& in, double* sums, int64_t total_rows, int64_t begin, int64_t end);
+// The gradient of a loss by the coefficients of  W = a + sum_n d_n diag(c_n),  from its gradient by
+// W (a window like the models'): g.d_n of columns [begin, end) in sums[models][columns] (finished
+// tiles) and pending[models][columns]. `in.drops` is not used.
+void column_gradient(const Inputs& in, const Matrix& gradient, double* sums, double* pending,
+                     int64_t begin, int64_t end);
+// The same along the rows: window rows [begin, end) into sums[models][total_rows].
+void row_gradient(const Inputs& in, const Matrix& gradient, double* sums, int64_t total_rows,
+                  int64_t begin, int64_t end);
 // Runs [begin, end) of `length` consecutive entries of the window (the last may be shorter): the
 // products of a run in out[pair * pair_stride + run * run_stride].
 void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_stride,
@@ -319,6 +327,7 @@ using Stream = void*;  // cudaStream_t
 
 // Bytes of device memory that some kernels need beside their arguments.
 int64_t column_moments_scratch(const Inputs& in);
+int64_t column_gradient_scratch(const Inputs& in);
 int64_t gram_scratch(const Inputs& in);
 int64_t column_gram_scratch(const Inputs& in);
 int64_t rank_scratch(int models, int64_t count);
@@ -327,6 +336,10 @@ int64_t rank_scratch(int models, int64_t count);
 // Each returns a cudaError_t (0 is success).
 int column_moments(const Inputs& in, double* sums, double* pending, void* scratch, Stream stream);
 int row_moments(const Inputs& in, double* sums, int64_t total_rows, Stream stream);
+int column_gradient(const Inputs& in, const Matrix& gradient, double* sums, double* pending,
+                    void* scratch, Stream stream);
+int row_gradient(const Inputs& in, const Matrix& gradient, double* sums, int64_t total_rows,
+                 Stream stream);
 // sums[pairs] += the products of the whole window, blocks of kGramBlock entries in order.
 int gram(const Inputs& in, double* sums, void* scratch, Stream stream);
 int row_gram(const Inputs& in, double* sums, int64_t total_rows, Stream stream);

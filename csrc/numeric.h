@@ -18,7 +18,7 @@
 
 namespace mergecore {
 
-// Windows hold any of them; results are f32, f16 or bf16.
+// Windows hold any of them; results of a merge are f32, f16 or bf16.
 enum class Dtype : int32_t { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
 
 MERGECORE_INLINE int dtype_size(Dtype dtype) {
@@ -36,6 +36,7 @@ MERGECORE_INLINE To bit_cast(From from) {
 // Storage types: the bits of one element as they lie in a file.
 struct F32 {
   using Bits = uint32_t;
+  using Number = float;
   static constexpr Dtype dtype = Dtype::f32;
   static constexpr double largest = 0x1.fffffep127;
   static constexpr int significant = 24;     // significant bits
@@ -51,6 +52,7 @@ struct F32 {
 
 struct BF16 {
   using Bits = uint16_t;
+  using Number = float;
   static constexpr Dtype dtype = Dtype::bf16;
   static constexpr double largest = 0x1.fep127;
   static constexpr int significant = 8;
@@ -69,6 +71,7 @@ struct BF16 {
 
 struct F16 {
   using Bits = uint16_t;
+  using Number = float;
   static constexpr Dtype dtype = Dtype::f16;
   static constexpr double largest = 65504.0;
   static constexpr int significant = 11;
@@ -94,11 +97,17 @@ struct F16 {
   }
 };
 
-// What is computed from files, not stored in them: windows only.
+// What is computed from files, not stored in them.
 struct F64 {
   using Bits = uint64_t;
+  using Number = double;
   static constexpr Dtype dtype = Dtype::f64;
+  static constexpr double largest = 0x1.fffffffffffffp1023;
   static MERGECORE_INLINE double load(Bits bits) { return bit_cast<double>(bits); }
+  static MERGECORE_INLINE Bits store(double value) {
+    return value == value ? bit_cast<Bits>(value) : 0x7ff8000000000000ull;
+  }
+  static MERGECORE_INLINE Bits store_finite(double value) { return bit_cast<Bits>(value); }
 };
 
 // 2^exponent for normal exponents.
@@ -125,6 +134,12 @@ MERGECORE_INLINE double round_finite(double value) {
   double rounded = (snapped + binade * round) - binade * round;
   uint64_t sign = bit_cast<uint64_t>(value) & 0x8000000000000000ull;
   return bit_cast<double>((bit_cast<uint64_t>(rounded) & 0x7fffffffffffffffull) | sign);
+}
+
+// A result in float64 is not rounded at all.
+template <>
+MERGECORE_INLINE double round_finite<F64>(double value) {
+  return value;
 }
 
 // The same for any value. Inf and NaN pass unchanged, and so does what is far beyond every

@@ -50,6 +50,30 @@ void row_moments_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, in
                               });
 }
 
+void column_gradient_cpu(Tensor gradient, std::optional<Tensor> base, Tensors models, Tensor sums,
+                         Tensor pending, int64_t first_row) {
+  GradientArguments a(gradient, base, models, first_row);
+  const Window& w = a.inputs.window;
+  double* total = gradients_of(sums, models, "sums");
+  double* tile = gradients_of(pending, models, "pending");
+  parallel_lines(w.columns, kGrainEntries / std::max<int64_t>(1, w.rows),
+                 [&](int64_t begin, int64_t end) {
+                   cpu::column_gradient(a.inputs, a.gradient, total, tile, begin, end);
+                 });
+}
+
+void row_gradient_cpu(Tensor gradient, std::optional<Tensor> base, Tensors models, Tensor sums,
+                      int64_t first_row) {
+  GradientArguments a(gradient, base, models, first_row);
+  const Window& w = a.inputs.window;
+  double* out = row_gradients_of(sums, models, w);
+  torch::stable::parallel_for(0, w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
+                              [&](int64_t begin, int64_t end) {
+                                cpu::row_gradient(a.inputs, a.gradient, out, sums.size(1), begin,
+                                                  end);
+                              });
+}
+
 void gram_cpu(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t first_row,
               int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
@@ -244,6 +268,12 @@ STABLE_TORCH_LIBRARY(mergecore, m) {
       "row_moments(Tensor? base, Tensor[] models, Tensor(a!) sums, int first_row, "
       "int first_entry, int[] drop_keys, int[] drop_thresholds, float[] drop_scales) -> ()");
   m.def(
+      "column_gradient(Tensor gradient, Tensor? base, Tensor[] models, Tensor(a!) sums, "
+      "Tensor(b!) pending, int first_row) -> ()");
+  m.def(
+      "row_gradient(Tensor gradient, Tensor? base, Tensor[] models, Tensor(a!) sums, "
+      "int first_row) -> ()");
+  m.def(
       "gram(Tensor(a!) sums, Tensor? base, Tensor[] models, int first_row, int first_entry, "
       "int[] drop_keys, int[] drop_thresholds, float[] drop_scales) -> ()");
   m.def(
@@ -304,6 +334,8 @@ STABLE_TORCH_LIBRARY(mergecore, m) {
 STABLE_TORCH_LIBRARY_IMPL(mergecore, CPU, m) {
   m.impl("column_moments", TORCH_BOX(&mergecore::column_moments_cpu));
   m.impl("row_moments", TORCH_BOX(&mergecore::row_moments_cpu));
+  m.impl("column_gradient", TORCH_BOX(&mergecore::column_gradient_cpu));
+  m.impl("row_gradient", TORCH_BOX(&mergecore::row_gradient_cpu));
   m.impl("gram", TORCH_BOX(&mergecore::gram_cpu));
   m.impl("row_gram", TORCH_BOX(&mergecore::row_gram_cpu));
   m.impl("column_gram", TORCH_BOX(&mergecore::column_gram_cpu));

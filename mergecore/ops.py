@@ -1,8 +1,8 @@
 """The kernels as torch ops (`torch.ops.mergecore.*`): loading, fakes and typed Python signatures.
 
 Every op writes into tensors that the caller made. Windows are contiguous (rows, columns) views of
-float32, float16, bfloat16 or float64, mixed freely, results of the first three; statistics, scores and
-coefficients are float64. CPU and CUDA tensors give equal bits; docs/design.md, section 5, tells the arithmetic.
+float32, float16, bfloat16 or float64, mixed freely, results of the first three (of a blend, of any);
+statistics, scores and coefficients are float64. CPU and CUDA tensors give equal bits; docs/design.md, section 5, tells the arithmetic.
 """
 
 from __future__ import annotations
@@ -122,6 +122,32 @@ def row_moments(
     torch.ops.mergecore.row_moments(base, list(models), sums, first_row, first_entry, *_drop_arguments(drops))
 
 
+def column_gradient(
+    gradient: Tensor,
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    sums: Tensor,
+    pending: Tensor,
+    *,
+    first_row: int = 0,
+) -> None:
+    """Adds a window to a loss's gradient by one coefficient per model and stored column.
+
+    For W = base + sum_n c_n * (model_n - base), or sum_n c_n * model_n without a base (DAM, section 3.2):
+    dL/dc_n is the sum over rows of dL/dW * (model_n - base). `gradient` is the window of dL/dW, of any dtype that
+    windows have; `sums` and `pending` as in `column_moments`, float64 (models, columns).
+    """
+    torch.ops.mergecore.column_gradient(gradient, base, list(models), sums, pending, first_row)
+
+
+def row_gradient(
+    gradient: Tensor, base: Tensor | None, models: Sequence[Tensor], sums: Tensor, *, first_row: int = 0
+) -> None:
+    """Writes the same gradient by one coefficient per model and stored row: `sums` is float64 (models, rows of the
+    matrix); the window's rows are filled in."""
+    torch.ops.mergecore.row_gradient(gradient, base, list(models), sums, first_row)
+
+
 def gram_count(models: int) -> int:
     """Rows of a Gram tensor: the products of all pairs of the base and the deltas, (0, 0), (0, 1), ... (1, 1), ..."""
     return (models + 1) * (models + 2) // 2
@@ -188,8 +214,8 @@ def blend(
     """out = cast(base_coefficient * base + sum_n c_n * keep_n * (model_n - base)), one rounding.
 
     Without a base: out = cast(sum_n c_n * model_n). `coefficients` is float64 (models, 1), (models,
-    columns) or (models, rows of the matrix) as `axis` says. Adds to `counts` (int64, 2): results that
-    are NaN or Inf, and finite results that overflow out's dtype.
+    columns) or (models, rows of the matrix) as `axis` says. A float64 `out` is not rounded. Adds to `counts`
+    (int64, 2): results that are NaN or Inf, and finite results that overflow out's dtype.
     """
     torch.ops.mergecore.blend(
         out,
@@ -417,9 +443,10 @@ def elect(
 def _register_fakes() -> None:
     # Every op only writes into its arguments: there is nothing to infer.
     grams = ("gram", "row_gram", "column_gram")
-    moments = ("column_moments", "row_moments", "blend", "rank", "calibrated_softmax")
+    moments = ("column_moments", "row_moments", "column_gradient", "row_gradient")
+    results = ("blend", "rank", "calibrated_softmax")
     selection = ("count_magnitudes", "collect_magnitudes", "kept_sums", "magnitudes", "keep_deltas", "elect")
-    for name in (*grams, *moments, *selection, "count_shared", "row_divergences"):
+    for name in (*grams, *moments, *results, *selection, "count_shared", "row_divergences"):
         torch.library.register_fake(f"mergecore::{name}", lambda *args: None)
 
 

@@ -26,6 +26,7 @@ WORDS = {
     Statistics.SHARED: "counts of shared deltas",
     Statistics.DELTAS: "the deltas of a matrix",
     Statistics.SUM: "the sum of the deltas of a matrix",
+    Statistics.FITTED: "a fit on samples of text",
 }
 FILES = {
     None: "",
@@ -55,6 +56,11 @@ def planned(method: Method, models: list[Path], count: int, *, based: bool) -> T
         entry["statistics"] = str(folder if folder.exists() else random_statistics(folder, model, method.gathered))
     if based:
         spec["base_model"] = str(models[0])
+    if method.statistics is Statistics.FITTED:
+        samples = models[0] / "samples.txt"
+        samples.write_text("A text.\n")
+        for entry in spec["models"]:
+            entry["data"] = str(samples)
     return next(job for job in mergecore.plan(mergecore.load_spec(spec)).jobs if job.name == NAME)
 
 

@@ -86,7 +86,7 @@ bool store_finite_chunk(const double* base, double base_coefficient, double* sum
   bool finite = true;
   with_result(dtype, [&](auto type) __attribute__((always_inline)) {
     using T = decltype(type);
-    float rounded[kChunk];
+    typename T::Number rounded[kChunk];
     uint64_t largest = 0;
     if (base != nullptr) {
       for (int i = 0; i < n; ++i) sum[i] = add_base(base_coefficient * base[i], sum[i]);
@@ -95,7 +95,7 @@ bool store_finite_chunk(const double* base, double base_coefficient, double* sum
       double result = round_finite<T>(sum[i]);
       uint64_t magnitude = bit_cast<uint64_t>(result) & 0x7fffffffffffffffull;
       largest = magnitude > largest ? magnitude : largest;
-      rounded[i] = static_cast<float>(result);
+      rounded[i] = static_cast<typename T::Number>(result);
     }
     auto* bits = static_cast<typename T::Bits*>(out);
     for (int i = 0; i < n; ++i) bits[i] = T::store_finite(rounded[i]);
@@ -112,7 +112,7 @@ void store_any_chunk(const double* values, int n, Dtype dtype, void* out, int64_
     auto* bits = static_cast<typename T::Bits*>(out);
     for (int i = 0; i < n; ++i) {
       double result = round_to<T>(values[i]);
-      bits[i] = T::store(static_cast<float>(result));
+      bits[i] = T::store(static_cast<typename T::Number>(result));
       if (!(fabs(values[i]) < HUGE_VAL)) {
         ++nonfinite;
       } else if (fabs(result) > T::largest) {

@@ -52,6 +52,8 @@ inline __attribute__((always_inline)) void with_result(Dtype dtype, F&& f) {
       return f(F16{});
     case Dtype::bf16:
       return f(BF16{});
+    case Dtype::f64:
+      return f(F64{});
     default:
       return f(F32{});
   }

@@ -1,19 +1,12 @@
 // Per-column moments of base and deltas in one read: WIDEN's disentanglement (section 3.3, eq.
 // 1-2).
-//
-// Sums over rows and sums along a row are the same loop: pieces of up to kBlock entries are added
-// lane by lane, in order. For columns across rows a piece is one row's share of a column block;
-// for columns along rows the pieces are consecutive parts of one row, and the lanes are added last.
-#include <algorithm>
 #include <utility>
 
-#include "chunk.h"
+#include "sums.h"
 
 namespace mergecore::cpu {
 
-constexpr int kBlock = 256;       // entries of a piece at most
-constexpr int kPieces = 8;        // pieces added per visit of the accumulators
-constexpr int64_t kStrip = 2048;  // columns whose accumulators stay in the L2 cache; a page of bf16
+constexpr int64_t kBlock = 256;  // entries of a piece at most
 
 struct Moments {
   double* dd;
@@ -120,57 +113,13 @@ void add_window_pieces(const Inputs& in, int64_t entry, int64_t stride, int piec
 }
 
 void column_moments(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end) {
-  const Window& w = in.window;
-  const int64_t count = moment_count(in.count);
-  for (int64_t strip = begin; strip < end; strip += kStrip) {
-    const int64_t strip_end = std::min(end, strip + kStrip);
-    for (int64_t row = 0; row < w.rows;) {
-      const int64_t in_tile = (w.first_row + row) % kTileRows;
-      const int64_t left = std::min(w.rows - row, kTileRows - in_tile);
-      const int pieces = static_cast<int>(std::min<int64_t>(kPieces, left));
-      for (int64_t column = strip; column < strip_end; column += kBlock) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlock, strip_end - column));
-        const int64_t entry = row * w.columns + column;
-        add_window_pieces(in, entry, w.columns, pieces, n, pending + column, w.columns);
-      }
-      row += pieces;
-      if ((w.first_row + row) % kTileRows != 0) continue;
-      for (int64_t k = 0; k < count; ++k) {  // a tile is complete
-        for (int64_t i = k * w.columns + strip; i < k * w.columns + strip_end; ++i) {
-          sums[i] += pending[i];
-          pending[i] = 0.0;
-        }
-      }
-    }
-  }
+  sum_columns(in.window, moment_count(in.count), kBlock, sums, pending, begin, end,
+              [&in](auto... pieces) { add_window_pieces(in, pieces...); });
 }
 
 void row_moments(const Inputs& in, double* sums, int64_t total_rows, int64_t begin, int64_t end) {
-  const Window& w = in.window;
-  const int64_t count = moment_count(in.count);
-  alignas(64) double lanes[(1 + 3 * kMaxModels) * kLanes];
-  for (int64_t row = begin; row < end; ++row) {
-    std::fill_n(lanes, count * kLanes, 0.0);
-    const int64_t first = row * w.columns;
-    int64_t column = 0;
-    while (w.columns - column >= kLanes) {
-      const int64_t whole = (w.columns - column) / kLanes;
-      const int pieces = static_cast<int>(std::min<int64_t>(kPieces, whole));
-      add_window_pieces(in, first + column, kLanes, pieces, kLanes, lanes, kLanes);
-      column += pieces * kLanes;
-    }
-    if (column < w.columns) {
-      const int n = static_cast<int>(w.columns - column);
-      add_window_pieces(in, first + column, kLanes, 1, n, lanes, kLanes);
-    }
-    for (int64_t k = 0; k < count; ++k) {
-      double* lane = lanes + k * kLanes;
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-      }
-      sums[k * total_rows + w.first_row + row] = lane[0];
-    }
-  }
+  sum_rows(in.window, moment_count(in.count), sums, total_rows, begin, end,
+           [&in](auto... pieces) { add_window_pieces(in, pieces...); });
 }
 
 }  // namespace mergecore::cpu

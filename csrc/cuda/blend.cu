@@ -82,16 +82,19 @@ __device__ __forceinline__ void store(const double (&values)[kEntries], int n, v
   for (int j = 0; j < kEntries; ++j) {
     if (j >= n) continue;
     const double result = round_to<Out>(values[j]);
-    const Bits bits = Out::store(static_cast<float>(result));
+    const Bits bits = Out::store(static_cast<typename Out::Number>(result));
     if (!(fabs(values[j]) < HUGE_VAL)) {
       ++nonfinite;
     } else if (fabs(result) > Out::largest) {
       ++overflow;
     }
-    if (kVector && n == kEntries) {
-      words[j * kSize / 4] |= kSize == 4 ? bits : static_cast<uint32_t>(bits) << (16 * (j % 2));
-    } else {
+    if (!kVector || n != kEntries) {
       to[j] = bits;
+    } else if constexpr (kSize == 8) {
+      words[2 * j] = static_cast<uint32_t>(bits);
+      words[2 * j + 1] = static_cast<uint32_t>(bits >> 32);
+    } else {
+      words[j * kSize / 4] |= kSize == 4 ? bits : static_cast<uint32_t>(bits) << (16 * (j % 2));
     }
   }
   if (kVector && n == kEntries) {
@@ -199,6 +202,8 @@ int blend(const Blend& blend, int64_t* counts, Stream stream) {
         return launch_blend<T, F32>(b, vectors, blocks, counts, stream);
       case Dtype::f16:
         return launch_blend<T, F16>(b, vectors, blocks, counts, stream);
+      case Dtype::f64:
+        return launch_blend<T, F64>(b, vectors, blocks, counts, stream);
       default:
         return launch_blend<T, BF16>(b, vectors, blocks, counts, stream);
     }

@@ -81,11 +81,8 @@ __global__ void __launch_bounds__(kColumnThreads)
   const int64_t column = (static_cast<int64_t>(group) * kColumnThreads + threadIdx.x) * kEntries;
   if (column >= w.columns) return;
   const int n = static_cast<int>(w.columns - column < kEntries ? w.columns - column : kEntries);
-  const int64_t phase = w.first_row % kTileRows;
-  int64_t row = tile * kTileRows - phase;
-  int64_t end = row + kTileRows;
-  row = row > 0 ? row : 0;
-  end = end < w.rows ? end : w.rows;
+  const TileRows rows(w, tile);
+  int64_t row = rows.begin;
 
   Lanes sums;
   const int64_t first = 1 + 3 * static_cast<int64_t>(m);
@@ -96,10 +93,10 @@ __global__ void __launch_bounds__(kColumnThreads)
     load_sums(pending + (first + 2) * w.columns + column, n, sums.xx);
   }
   constexpr int kSteps = kInFlight<T>;
-  for (; row + kSteps <= end; row += kSteps) {
+  for (; row + kSteps <= rows.end; row += kSteps) {
     add_steps<T, kVector, kSteps>(in, m, row * w.columns + column, w.columns, n, sums);
   }
-  for (; row < end; ++row) {
+  for (; row < rows.end; ++row) {
     add_steps<T, kVector, 1>(in, m, row * w.columns + column, w.columns, n, sums);
   }
   double* to = partial + tile * moments * w.columns + column;

@@ -43,6 +43,16 @@ struct Tiles {
   }
 };
 
+// The window's rows in one tile.
+struct TileRows {
+  int64_t begin, end;
+  __device__ __forceinline__ TileRows(const Window& w, int64_t tile) {
+    const int64_t first = tile * kTileRows - w.first_row % kTileRows;
+    begin = first > 0 ? first : 0;
+    end = first + kTileRows < w.rows ? first + kTileRows : w.rows;
+  }
+};
+
 // Adds the complete tiles to `sums` in order and leaves the rest of the window in `pending`: a
 // launch of its own, because sum_tiles still reads `pending` while its last tile is done.
 __global__ void __launch_bounds__(kRowThreads)

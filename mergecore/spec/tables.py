@@ -59,10 +59,8 @@ class Table(BaseModel):
         }
 
 
-class ModelEntry(Table):
-    """One model of the merge."""
-
-    looks_like = "a mapping such as {model: /models/A, parameters: {weight: 0.5}}"
+class ModelUse(Table):
+    """A model, or some layers of it, with parameters of its own."""
 
     model: ModelPath = Field(
         title="Model",
@@ -75,17 +73,24 @@ class ModelEntry(Table):
         description="Method parameters for this model; they win over those at the top of the spec.",
         examples=[{"weight": 0.5}],
     )
-    data: Text | None = Field(
-        default=None,
-        title="Data",
-        description="Methods that are fitted on samples: a JSONL or text file of what this model is good at.",
-        examples=["/data/math.jsonl"],
-    )
     statistics: Text | None = Field(
         default=None,
         title="Statistics",
         description="regmean, fisher: the folder that `mergecore stats` made of this model.",
         examples=["/statistics/math"],
+    )
+
+
+class ModelEntry(ModelUse):
+    """One model of the merge."""
+
+    looks_like = "a mapping such as {model: /models/A, parameters: {weight: 0.5}}"
+
+    data: Text | None = Field(
+        default=None,
+        title="Data",
+        description="Methods that are fitted on samples: a JSONL or text file of what this model is good at.",
+        examples=["/data/math.jsonl"],
     )
 
 
