@@ -55,7 +55,7 @@ def _decomposition_bytes(job: TensorJob) -> int:
 def _solving_bytes(job: TensorJob) -> int:
     """What is held to solve for the shares of models: Gram matrices, their sum, its factor, what is solved for."""
     inputs = job.input_grams[0].shape[0]
-    return sum(gram.nbytes for gram in job.input_grams) + 8 * (len(job.models) + 6) * inputs**2
+    return sum(gram.nbytes for gram in job.input_grams) + 8 * (2 * len(job.models) + 8) * inputs**2
 
 
 def _beside_bytes(job: TensorJob) -> int:

@@ -201,7 +201,7 @@ def test_any_memory_and_interruption_give_the_same_bytes(tmp_path: Path) -> None
         merging.add(tensors, {name: gram(random[:, :300]).float(), UP: gram(random).float()})
     merging.merge()
     whole = tensor_bytes(tmp_path / "out")
-    small = mergecore.load_spec(merging.spec(run={"memory": "40MiB", "threads": 1}))
+    small = mergecore.load_spec(merging.spec(run={"memory": "56MiB", "threads": 1}))
     jobs = {job.name: job for job in mergecore.plan(small).jobs}
     assert jobs[name].window_rows < 12000
     assert jobs[name].window_rows % ((1 << 18) // 300) == 0
@@ -226,7 +226,7 @@ def test_plans_count_the_gram_matrices(tmp_path: Path) -> None:
     (job,) = planned.jobs
     assert job.bytes_to_read == 2 * 4 * (300 * 700 + 700 * 700)
     assert planned.held_bytes > 8 * 4 * 700 * 700
-    with pytest.raises(SpecError, match=rf"{UP} \[300, 700\] needs 3\d\.\d MiB.*raise run.memory"):
+    with pytest.raises(SpecError, match=rf"{UP} \[300, 700\] needs [45]\d\.\d MiB.*raise run.memory"):
         mergecore.plan(mergecore.load_spec(merging.spec(run={"memory": "16MiB"})))
 
 

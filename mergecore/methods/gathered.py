@@ -83,12 +83,15 @@ def _shares(grams: Sequence[Tensor], alpha: float) -> tuple[list[Tensor], str]:
     if solved:
         return [share(gram) for gram in grams[1:]], ""
     factor, rank = _pseudo_inverse(total, noise)
+    del total
     shares = [share(gram) for gram in grams]
-    rest = torch.eye(inputs, dtype=torch.float64, device=total.device)
+    rest = torch.eye(inputs, dtype=torch.float64, device=factor.device)
     for found in shares:
         rest -= found
     rest /= count
-    return [found + rest for found in shares[1:]], (
+    for found in shares[1:]:
+        found += rest
+    return shares[1:], (
         f"the inputs of all models together have only {rank} of {inputs} directions; in the others the models are "
         "averaged: gather statistics on more text, or set alpha below 1"
     )
@@ -96,7 +99,7 @@ def _shares(grams: Sequence[Tensor], alpha: float) -> tuple[list[Tensor], str]:
 
 def _shrunk(gram: Tensor, alpha: float) -> Tensor:
     """Off-diagonal entries times alpha (the paper's reduction of non-diagonal items), float64; a copy."""
-    shrunk = gram.double() * alpha
+    shrunk = gram.to(torch.float64, copy=True).mul_(alpha)
     shrunk.diagonal().copy_(gram.diagonal())
     return shrunk
 
@@ -104,9 +107,9 @@ def _shrunk(gram: Tensor, alpha: float) -> Tensor:
 def _pseudo_inverse(matrix: Tensor, noise: float) -> tuple[Tensor, int]:
     """Of a symmetric matrix, and its rank: eigenvalues of up to `noise` count as 0."""
     values, vectors = torch.linalg.eigh(matrix)
-    kept = values > noise
-    vectors = vectors[:, kept]
-    return (vectors / values[kept]) @ vectors.T, int(kept.sum())
+    rank = int((values > noise).sum())  # values ascend
+    vectors = vectors[:, values.numel() - rank :]
+    return (vectors / values[values.numel() - rank :]) @ vectors.T, rank
 
 
 def _check_alpha(view: TensorView) -> None:
