@@ -206,10 +206,13 @@ class Architecture:
         for pattern, orientation in self.orientations.items():
             if fnmatch.fnmatchcase(name, pattern):
                 return orientation
+        return "rows" if self.is_transposed(name, shape) or is_embedding(name, shape) else "columns"
+
+    def is_transposed(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a linear layer is stored (in, out), or fused experts (experts, in, out)."""
         if len(shape) == 3:
-            return "rows" if name.rpartition(".")[0] in self.transposed else "columns"
-        transposed = self.model_type in _CONV1D_MODELS and _CONV1D.search(name)
-        return "rows" if transposed or is_embedding(name, shape) else "columns"
+            return name.rpartition(".")[0] in self.transposed
+        return self.model_type in _CONV1D_MODELS and bool(_CONV1D.search(name))
 
     def matrices(self, name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """A tensor as (matrices, rows, columns): vectors are one row, convolutions out x rest, and fused

@@ -32,6 +32,9 @@ def _statistics_bytes(job: TensorJob) -> int:
     if job.statistics is Statistics.COLUMNS:
         # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
         return choosing + 8 * length * (2 * (1 + 3 * models) + 8 * models)
+    if job.input_grams:
+        deltas = 8 * (models + 1) * job.rows * job.columns if job.statistics.is_whole else 0
+        return deltas + _solving_bytes(job)
     if job.statistics.is_whole:
         return choosing + _decomposition_bytes(job)
     if job.statistics.is_gram:
@@ -47,6 +50,12 @@ def _decomposition_bytes(job: TensorJob) -> int:
     """
     whole, squares = (len(job.models) + 7, 7) if job.statistics is Statistics.DELTAS else (1 + 4, 3)
     return 8 * (whole * job.rows * job.columns + squares * min(job.rows, job.columns) ** 2)
+
+
+def _solving_bytes(job: TensorJob) -> int:
+    """What is held to solve for the shares of models: Gram matrices, their sum, its factor, what is solved for."""
+    inputs = job.input_grams[0].shape[0]
+    return sum(gram.nbytes for gram in job.input_grams) + 8 * (2 * len(job.models) + 8) * inputs**2
 
 
 def _beside_bytes(job: TensorJob) -> int:

@@ -86,6 +86,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("--json", action="store_true", help="print the list as JSON")
 
+    sub = command("stats", _stats, "gather statistics of MODEL on samples of text, for regmean and fisher")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL or text file of samples")
+    sub.add_argument("--out", type=Path, required=True, metavar="STATS", help="the new folder of statistics")
+    sub.add_argument("--kind", choices=("regmean", "fisher", "both"), default="both", help="for which method (both)")
+    sub.add_argument("--samples", type=_count, default=30, metavar="N", help="texts that are drawn (30)")
+    sub.add_argument("--length", type=_count, default=512, metavar="N", help="tokens of a text at most (512)")
+    sub.add_argument("--field", default="text", help="in JSONL objects: the key of the text (text)")
+    sub.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    sub.add_argument(
+        "--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="the model is run in (float32)"
+    )
+    sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
     sub = command("linearity", _linearity, "measure how linear MODELs and their submodules are in the weights")
     sub.add_argument("base", metavar="BASE")
     sub.add_argument("models", metavar="MODEL", nargs="+")
@@ -161,6 +176,12 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB, 1GiB or 5GB") from None
+
+
+def _count(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -347,6 +368,36 @@ def _inspect(options: argparse.Namespace) -> int:
     _print_table(table)
     total = sum(info.nbytes for info in model.tensors.values())
     print(f"{len(model.tensors)} tensors, {_gb(total)}, {len(model.files)} file(s)")
+    return 0
+
+
+def _stats(options: argparse.Namespace) -> int:
+    from mergecore.features.gather import gather
+
+    with _stop_on_signals() as stopped, _bar() as show:
+        result = gather(
+            options.model,
+            options.data,
+            options.out,
+            kind=options.kind,
+            samples=options.samples,
+            length=options.length,
+            field=options.field,
+            seed=options.seed,
+            dtype=options.dtype,
+            device=options.device,
+            progress=show,
+            should_stop=stopped.is_set,
+        )
+    if options.json:
+        print(json.dumps(result.as_dict(), indent=2))
+        return 0
+    print(
+        f"{result.output}: {' and '.join(result.kinds)} of {result.tensors} tensors from {result.samples} texts of "
+        f"{result.tokens} tokens, wrote {_gb(result.bytes_written)} in {result.seconds:.1f} s"
+    )
+    if result.left_out:
+        print(f"{len(result.left_out)} matrices have no Gram matrix and will be averaged by regmean")
     return 0
 
 

@@ -26,7 +26,7 @@ from mergecore._stream import ReadFault, WindowStream
 from mergecore.device import Device, HostWindow
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
 from mergecore.jobs import TensorJob
-from mergecore.methods.base import Coefficients, Dense, Election, TensorView
+from mergecore.methods.base import Coefficients, Dense, Election, Rowwise, TensorView
 from mergecore.output import manifest
 from mergecore.output.writer import OutputWriter
 from mergecore.planning import MergePlan
@@ -37,6 +37,7 @@ from mergecore.survey import Found
 log = logging.getLogger(__name__)
 
 READ_AHEAD = 1  # windows
+WHOLE_ENTRIES = 1 << 22  # read at once of what is held whole
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,10 @@ class Merge:
                     known = {"gram": gram} if gram else {"fitted": self.fitted.get(job.name)} if self.fitted else {}
                     view = job.view(**known) if known else statistics.of_matrix(job, matrix, reads, drops)
                     coefficients = self._solve(view, job)
-                    if isinstance(coefficients, Dense):
-                        self._add(job, matrix, coefficients.delta, counts, reads)
+                    if isinstance(coefficients, Dense | Rowwise):
+                        if coefficients.warning:
+                            self._warn(f"{job.name}: {coefficients.warning}")
+                        self._put(job, matrix, coefficients, counts, reads)
                     else:
                         assert isinstance(coefficients, Coefficients)
                         self._blend(job, matrix, coefficients, drops, counts, reads)
@@ -239,7 +242,7 @@ class Merge:
             self.writer.write(job.name, first_row * (data.nbytes // rows), buffer)
             self._count(data.nbytes, data.nbytes)
 
-    def _solve(self, view: TensorView, job: TensorJob) -> Coefficients | Election | Dense:
+    def _solve(self, view: TensorView, job: TensorJob) -> Coefficients | Election | Dense | Rowwise:
         try:
             return job.method.coefficients(view)
         except ValueError as error:
@@ -276,19 +279,23 @@ class Merge:
 
         self._write(job, matrix, compute, reads)
 
-    def _add(self, job: TensorJob, matrix: int, delta: Tensor, counts: Tensor, reads: _Reads) -> None:
-        """The blend of a merged delta, float64 (rows, columns): as one more model that is this far from the base."""
+    def _put(self, job: TensorJob, matrix: int, form: Dense | Rowwise, counts: Tensor, reads: _Reads) -> None:
+        """The blend of values that are computed already, float64: as the one model beside the base, or beside the first
+        model where there is none."""
         one = torch.ones(1, 1, dtype=torch.float64, device=self.device.torch_device)
         first = matrix * job.rows
 
         def compute(result: Tensor, part: Part) -> None:
             done = 0
             for piece in statistics.pieces(part):
-                assert piece.base is not None
-                rows = piece.base.shape[0]
+                base = piece.models[0] if piece.base is None else piece.base
+                rows = base.shape[0]
                 row = piece.first_entry // job.columns - first
-                moved = piece.base.double() + delta[row : row + rows]
-                ops.blend(result[done : done + rows], piece.base, [moved], one, counts)
+                if isinstance(form, Dense):
+                    moved = base.double() + form.delta[row : row + rows]
+                else:
+                    moved = form.combine(piece.models, piece.beside)
+                ops.blend(result[done : done + rows], base, [moved], one, counts)
                 done += rows
 
         self._write(job, matrix, compute, reads)
@@ -334,20 +341,19 @@ class Merge:
     def _write(self, job: TensorJob, matrix: int, compute: Callable[[Tensor, Part], None], reads: _Reads) -> None:
         """The blend pass over a matrix: `compute` fills the result of each window."""
         dtype = DTYPES[job.dtype]
-        for first_row, rows in job.windows():
+        for _, rows in job.windows():
             window, views = next(reads.windows)
-            base, models = self._upload(window, views)
+            part = self._upload(window, views)
             nbytes = rows * job.columns * dtype.itemsize
             buffer = self.writer.acquire(nbytes)
             target = HostWindow(buffer, dtype, rows, job.columns)
             result = self.device.output(target)
-            first_entry = (matrix * job.rows + first_row) * job.columns
-            compute(result, Part(first_entry, base, models))
-            offset = first_entry * dtype.itemsize
+            compute(result, part)
+            offset = part.first_entry * dtype.itemsize
             self.device.deliver(result, target, partial(self.writer.write, job.name, offset, buffer))
             self._count(sum(map(len, views)), nbytes)
 
-    def _upload(self, window: _Window, views: list[memoryview]) -> tuple[Tensor | None, list[Tensor]]:
+    def _upload(self, window: _Window, views: list[memoryview]) -> Part:
         job, rest = window.job, views
         first, count = window.entries
         hosts = []
@@ -359,11 +365,12 @@ class Merge:
             dtype = torch.bfloat16 if source is None else DTYPES[source.dtype]
             hosts.append(HostWindow(data, dtype, window.rows, job.columns))
         tensors = self.device.upload(hosts)
-        base, models = (tensors[0], tensors[1:]) if job.has_base else (None, tensors)
+        base = tensors.pop(0) if job.has_base else None
+        part = Part(first, base, tensors[: len(job.models)], tensors[len(job.models) :])
         if job.thinned:
-            keys = statistics.random_keys(job, len(models), self.plan.spec.seed)
-            models = thinned(job.thinned, keys, Part(first, base, models), job.shape[-1] if job.shape else 1)
-        return base, models
+            keys = statistics.random_keys(job, len(job.models), self.plan.spec.seed)
+            part = replace(part, models=thinned(job.thinned, keys, part, job.shape[-1] if job.shape else 1))
+        return part
 
     def _windows(self, stream: WindowStream) -> _Windows:
         """Every window of every job with its bytes, in the order of the loop; submitted just far enough ahead."""
@@ -402,11 +409,10 @@ class Merge:
                 yield _Window(job, matrix, first_row, rows, blends)
 
     def _pieces(self, window: _Window) -> list[tuple[int, int, int]]:
-        return [
-            (self.file_numbers[file], offset, nbytes)
-            for source in window.job.sources()
-            for file, offset, nbytes in source.pieces(*window.entries)
-        ]
+        return [piece for source in window.job.sources() for piece in self._mapped(source, *window.entries)]
+
+    def _mapped(self, source: Source, first: int, count: int) -> list[tuple[int, int, int]]:
+        return [(self.file_numbers[file], offset, nbytes) for file, offset, nbytes in source.pieces(first, count)]
 
     def _count(self, read: int, written: int) -> None:
         self.read += read
@@ -436,7 +442,7 @@ class Merge:
         if not nonfinite and not overflow:
             return
         if nonfinite:
-            found = [f"{files_of(source)[0]} ({_count_nonfinite(source)} entries)" for source in job.sources()]
+            found = [f"{files_of(source)[0]} ({_count_nonfinite(source)} entries)" for source in job.everything()]
             found = [text for text in found if "(0 entries)" not in text]
             message = f"{job.name} holds NaN or Inf in " + ", ".join(found or ["the coefficients"])
             advice = "mend the model, or set on_nonfinite: warn to let it through"
@@ -445,6 +451,9 @@ class Merge:
             advice = "set out_dtype to bfloat16 or float32, or on_nonfinite: warn to write infinities"
         if self.plan.spec.on_nonfinite == "error":
             raise NonFiniteError(f"{message}; {advice}")
+        self._warn(message)
+
+    def _warn(self, message: str) -> None:
         if message not in self.warnings:
             self.warnings.append(message)
             log.warning(message)
@@ -490,8 +499,28 @@ class _Reads:
                 self.merge.read += sum(map(len, views))
 
     def _part(self, window: _Window, views: list[memoryview]) -> Part:
-        base, models = self.merge._upload(window, views)
-        return Part(window.entries[0], base, models)
+        return self.merge._upload(window, views)
+
+    def input_grams(self) -> tuple[Tensor, ...]:
+        files = self.merge.file_numbers
+        with WindowStream([str(path) for path in files], self.merge.plan.spec.run.read, 0) as stream:
+            grams = tuple(self._whole(source, stream) for source in self.job.input_grams)
+        if not all(bool(gram.isfinite().all()) for gram in grams):
+            self.nonfinite()
+        return grams
+
+    def _whole(self, source: Source, stream: WindowStream) -> Tensor:
+        """A source apart from the windows, on the device."""
+        size = math.prod(source.shape)
+        whole = torch.empty(size, dtype=DTYPES[source.dtype], device=self.device)
+        for first in range(0, size, WHOLE_ENTRIES):
+            count = min(WHOLE_ENTRIES, size - first)
+            stream.submit(self.merge._mapped(source, first, count), keep=False)
+            views = stream.next()
+            whole[first : first + count] = source.window(first, count, views).to(self.device)
+            stream.check()
+            self.merge._count(sum(map(len, views)), 0)
+        return whole.view(source.shape)
 
 
 def _peak_rss() -> int:

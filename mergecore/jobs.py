@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergecore.architecture import Architecture, Orientation, is_linear
+from mergecore.gathered import Statistics as GatheredStatistics
 from mergecore.matching import Matching
-from mergecore.methods.base import Coefficients, Keep, Method, Statistics, TensorView, per_model
+from mergecore.methods.base import Coefficients, Gathered, Keep, Method, Statistics, TensorView, per_model
 from mergecore.methods.selection import complement
 from mergecore.parameters import parameters_of
 from mergecore.sections import Member, Slot, input_error
@@ -22,6 +23,7 @@ from mergecore.spec import MergeSpec, Sparsify
 
 STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 MODEL_BLOCKS = 1 << 16  # in which ties are counted where the whole model is compared
+PIECE = 1 << 18  # entries that are computed at once in float64
 WINDOW_BYTES = 64 << 20  # inputs and output of one window; larger ones only cost memory
 CARRY = Method(
     name="carry",
@@ -70,15 +72,25 @@ class TensorJob:
     place: float = 0.0
     """Where its layer stands in the model, from 0 to 1."""
     is_linear: bool = False
+    is_transposed: bool = False
+    beside: tuple[Source, ...] = ()
+    """Gathered.FISHER of every model: read along with the models, window by window."""
+    input_grams: tuple[Source, ...] = ()
+    """Gathered.INPUTS of every model: read whole before the tensor."""
 
     @property
     def inputs(self) -> tuple[Source | None, ...]:
-        """The tensors that are read: the base first, if the method uses one."""
-        return (self.base, *self.models) if self.has_base else self.models
+        """The tensors whose windows are read: the base first, if the method uses one."""
+        return ((self.base,) if self.has_base else ()) + self.models + self.beside
 
     def sources(self) -> Iterator[Source]:
-        """The inputs that are read."""
+        """The inputs that are read in windows."""
         yield from (source for source in self.inputs if source is not None)
+
+    def everything(self) -> Iterator[Source]:
+        """All that is read."""
+        yield from self.sources()
+        yield from self.input_grams
 
     @property
     def merges(self) -> bool:
@@ -107,7 +119,7 @@ class TensorJob:
     @property
     def bytes_to_read(self) -> int:
         """Bytes of windows read, every pass counted (all but the first usually come from memory)."""
-        return self.input_bytes * self.passes
+        return self.input_bytes * self.passes + sum(gram.nbytes for gram in self.input_grams)
 
     def view(self, **statistics: Any) -> TensorView:
         """This tensor as its method sees it, with the statistics of TensorView that are given."""
@@ -118,6 +130,8 @@ class TensorJob:
             parameters=self.parameters,
             place=self.place,
             is_linear=self.is_linear,
+            is_gathered=bool(self.beside or self.input_grams),
+            is_transposed=self.is_transposed,
             **statistics,
         )
 
@@ -127,7 +141,14 @@ class TensorJob:
             yield first, min(self.window_rows, self.rows - first)
 
 
-def job_of(slot: Slot, matching: Matching, architecture: Architecture, spec: MergeSpec, method: Method) -> TensorJob:
+def job_of(
+    slot: Slot,
+    matching: Matching,
+    architecture: Architecture,
+    spec: MergeSpec,
+    method: Method,
+    gathered: GatheredStatistics,
+) -> TensorJob:
     """The job of a slot, in one window. Raises SpecError for parameters, CheckpointError for a base that is missing."""
     name, some = slot.name, matching.any_tensor(slot)
     if name not in matching.merged:
@@ -137,12 +158,27 @@ def job_of(slot: Slot, matching: Matching, architecture: Architecture, spec: Mer
     dtype = _out_dtype(spec, some, matching.reference.config)
     resolved = parameters_of(spec, method, slot, members)
     linear = is_linear(name, some.shape)
-    view = TensorView(len(models), len(some.shape) < 2, resolved, place=slot.place, is_linear=linear)
+    transposed = architecture.is_transposed(name, some.shape)
+    found: tuple[Source, ...] = ()
+    if method.gathered is not None:
+        found = tuple(gathered.of(slot, members, some.shape, transposed=transposed))
+    beside, input_grams = ((), found) if method.gathered is Gathered.INPUTS else (found, ())
+    view = TensorView(
+        len(models),
+        len(some.shape) < 2,
+        resolved,
+        place=slot.place,
+        is_linear=linear,
+        is_gathered=bool(found),
+        is_transposed=transposed,
+    )
     sparsify, keeps = _keeps(name, view, spec, method) if base is not None else ((), ())
     by_row = any(keep.by_row for keep in sparsify)
     matrices, rows, columns = architecture.matrices(name, some.shape)
     statistics = method.needs(view)
-    if statistics in (Statistics.NONE, Statistics.GRAM, Statistics.SQUARES, Statistics.SHARED):
+    if input_grams:
+        pass  # rows are needed whole
+    elif statistics in (Statistics.NONE, Statistics.GRAM, Statistics.SQUARES, Statistics.SHARED):
         # Entries do not know of each other: a window may be cut anywhere, or between blocks.
         matrices, rows, columns = 1, matrices * rows * columns, 1
         if rows and (by_row or any(keep.whole_rows for keep in keeps)):
@@ -177,12 +213,15 @@ def job_of(slot: Slot, matching: Matching, architecture: Architecture, spec: Mer
         sparsify=() if by_row else sparsify,
         keeps=keeps,
         thinned=sparsify if by_row else (),
-        block_rows=-(-BLOCK // columns) if in_blocks else 1,
+        block_rows=-(-BLOCK // columns) if in_blocks else max(1, PIECE // columns) if input_grams else 1,
         scope=resolved.get("scope", "tensor")
         if planned_reads(keeps) or statistics is not Statistics.NONE
         else "tensor",
         place=slot.place,
         is_linear=linear,
+        is_transposed=transposed,
+        beside=beside,
+        input_grams=input_grams,
     )
 
 

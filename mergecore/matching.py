@@ -87,6 +87,13 @@ class Matching:
         """The member's tensor for a slot; a tied head is the embedding; None: zeros, or nothing (`takes_part`)."""
         return self._find(member.model, slot.name_in(member))
 
+    def stored_name(self, member: Member, slot: Slot) -> str | None:
+        """What the member itself calls its tensor for a slot; None where its rows follow another vocabulary."""
+        name = slot.name_in(member)
+        if self.embeddings.vocabulary is not None and self.embeddings.is_vocabulary(name, self.embedding):
+            return None
+        return self._stored_name(member.model, name)
+
     def any_tensor(self, slot: Slot) -> Source:
         """The first one that is there: of the section's pattern, of its members, of the reference."""
         section = slot.section
@@ -113,13 +120,14 @@ class Matching:
         return self._laid_out[model, name]
 
     def _stored(self, model: Input, name: str) -> Source | None:
+        stored = self._stored_name(model, name)
+        return None if stored is None else model.tensors[stored]
+
+    def _stored_name(self, model: Input, name: str) -> str | None:
         for candidate in self._called(model, name):
             if candidate in model.tensors:
-                return model.tensors[candidate]
-        if name == self.head:
-            embedding = embedding_of(model.tensors)
-            return model.tensors[embedding] if embedding is not None else None
-        return None
+                return candidate
+        return embedding_of(model.tensors) if name == self.head else None
 
     def _called(self, model: Input, name: str) -> Iterator[str]:
         """What the model may call the tensor that the output calls `name`."""

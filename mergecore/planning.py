@@ -22,6 +22,7 @@ from mergecore.budget import held, windowed
 from mergecore.checkpoint import TensorInfo
 from mergecore.embeddings import Embeddings
 from mergecore.errors import CheckpointError, SpecError
+from mergecore.gathered import Statistics as GatheredStatistics
 from mergecore.inputs import Input, Inputs, Resolve
 from mergecore.jobs import TensorJob, job_of
 from mergecore.matching import Matching, listed
@@ -61,6 +62,8 @@ class MergePlan:
     """The output's config.json; empty if the reference has none."""
     data: tuple[Path, ...] = ()
     """Of a method that is fitted on samples: where those of each model are drawn from."""
+    statistics: tuple[Input, ...] = ()
+    """Of a method that takes statistics from files: those files."""
     earlier: tuple[tuple[Path, MergePlan], ...] = ()
     """The merges of the same spec whose results this one reads, and where those lie meanwhile; in order."""
 
@@ -82,11 +85,14 @@ class MergePlan:
     @property
     def files(self) -> list[Path]:
         """The files that are read."""
-        return list(dict.fromkeys(file for job in self.jobs for source in job.sources() for file in files_of(source)))
+        return list(
+            dict.fromkeys(file for job in self.jobs for source in job.everything() for file in files_of(source))
+        )
 
     @property
     def inputs(self) -> list[Input]:
-        return [account.model for account in self.accounts]
+        """Everything that is opened: models, then statistics."""
+        return [*(account.model for account in self.accounts), *self.statistics]
 
     @property
     def held_bytes(self) -> int:
@@ -148,7 +154,8 @@ def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePl
     reference = matching.reference
     shapes = {slot.name: matching.any_tensor(slot).shape for slot in matching.slots}
     architecture = Architecture.of(reference.config, matching.names, spec.orientation, shapes)
-    jobs = [windowed(job_of(slot, matching, architecture, spec, method), spec) for slot in matching.slots]
+    gathered = GatheredStatistics(spec, method, sections, inputs, matching)
+    jobs = [windowed(job_of(slot, matching, architecture, spec, method, gathered), spec) for slot in matching.slots]
     for job in jobs:
         _check_coefficients(job, spec)
     _check_scope(jobs, spec)
@@ -175,10 +182,11 @@ def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePl
         base=based[0] if based else None,
         jobs=tuple(jobs),
         layout=layout,
-        warnings=(*matching.warnings, *unused),
+        warnings=(*matching.warnings, *gathered.told(), *unused),
         accounts=inventory,
         config=config if embeddings.vocabulary is None else embeddings.vocabulary.configured(config),
         data=data,
+        statistics=gathered.inputs,
         earlier=tuple(earlier),
     )
 
@@ -205,6 +213,8 @@ def _method(spec: MergeSpec) -> Method:
         raise spec.error(f"{method.name} moves away from a base: base_model is missing", "merge_method")
     if spec.sparsify is not None and None in bases:
         raise spec.error("dropping deltas needs a base: base_model is missing", "sparsify")
+    if spec.sparsify is not None and method.gathered is not None:
+        raise spec.error(f"{method.name} has statistics of the models as they are: remove sparsify", "sparsify")
     return method
 
 
@@ -214,7 +224,7 @@ def _check_coefficients(job: TensorJob, spec: MergeSpec) -> None:
         try:
             if job.method.check is not None:
                 job.method.check(job.view())
-            if job.statistics is not Statistics.NONE:
+            if job.statistics is not Statistics.NONE or job.input_grams:
                 return
             coefficients = job.method.coefficients(job.view())
         except ValueError as error:

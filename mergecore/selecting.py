@@ -48,6 +48,8 @@ class Part:
     first_entry: int
     base: Tensor | None
     models: Sequence[Tensor]
+    beside: Sequence[Tensor] = ()
+    """What is read along with each model (TensorJob.beside)."""
 
 
 class Reads(Protocol):

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from mergecore import ops
-from mergecore.jobs import TensorJob
+from mergecore.jobs import PIECE, TensorJob
 from mergecore.methods.base import Gram, Keep, Moments, Statistics, TensorView
 from mergecore.selecting import Part, Reads, choose, kept_sums
-
-PIECE = 1 << 18  # entries
 
 
 class MatrixReads(Reads, Protocol):
@@ -26,6 +24,9 @@ class MatrixReads(Reads, Protocol):
 
     def matrix(self, number: int) -> Iterator[Part]:
         """Windows of one matrix, in order: one of the reads that were planned."""
+
+    def input_grams(self) -> tuple[Tensor, ...]:
+        """Those of every model, whole, as stored."""
 
 
 def chosen(
@@ -73,8 +74,9 @@ def of_matrix(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[o
     if job.statistics.is_gram:
         return job.view(gram=_gram(job, matrix, reads, drops))
     if job.statistics.is_whole:
-        return job.view(deltas=_deltas(job, matrix, reads, drops))
-    return job.view()
+        deltas = _deltas(job, matrix, reads, drops)
+        return job.view(deltas=deltas, input_grams=reads.input_grams())
+    return job.view(input_grams=reads.input_grams())
 
 
 def _moments(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.Drop]) -> Moments:
@@ -121,12 +123,13 @@ def _deltas(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops
     count = len(job.models) if weights is None else 1
     deltas = torch.zeros(count, job.rows, job.columns, dtype=torch.float64, device=reads.device)
     for part in (piece for window in reads.matrix(matrix) for piece in pieces(window)):
-        assert part.base is not None
+        base = part.models[0] if part.base is None else part.base
         row = part.first_entry // job.columns - matrix * job.rows
-        last = row + part.base.shape[0]
+        last = row + base.shape[0]
         for n, model in enumerate(part.models):
-            delta = model.double() - part.base.double()
+            delta = model.double() - base.double()
             if drops:
+                assert part.base is not None
                 place = ops.Place(part.first_entry, drops[n : n + 1])
                 delta = torch.copysign(ops.magnitudes(part.base, [model], place)[0], delta)
             if weights is None:
@@ -144,8 +147,8 @@ def pieces(part: Part) -> Iterator[Part]:
     step = max(1, PIECE // columns)
     for first in range(0, rows, step):
         base = None if part.base is None else part.base[first : first + step]
-        models = [model[first : first + step] for model in part.models]
-        yield Part(part.first_entry + first * columns, base, models)
+        models, beside = ([each[first : first + step] for each in all] for all in (part.models, part.beside))
+        yield Part(part.first_entry + first * columns, base, models, beside)
 
 
 def _place(job: TensorJob, matrix: int, part: Part, drops: Sequence[ops.Drop]) -> dict[str, Any]:

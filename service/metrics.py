@@ -20,6 +20,7 @@ from service.host import free_and_size, memory_limit
 from service.spool import JobStatus
 
 METHODS = (
+    "adamerging",
     "arcee_fusion",
     "breadcrumbs",
     "breadcrumbs_ties",
@@ -30,6 +31,7 @@ METHODS = (
     "dare_ties",
     "della",
     "della_linear",
+    "fisher",
     "iso_c",
     "karcher",
     "linear",
@@ -44,6 +46,7 @@ METHODS = (
     "pcb",
     "ram",
     "ramplus_tl",
+    "regmean",
     "sce",
     "slerp",
     "slta",

@@ -23,6 +23,7 @@ from mergecore.methods.base import Method, Statistics
 from mergecore.planning import MergePlan
 from tests import oracle
 from tests.models import LLAMA, load_tensors, write_model
+from tests.statistics import random_statistics
 from tests.test_methods import special
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -31,7 +32,7 @@ RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}
 """Numbers are drawn for each model's place in the list."""
 ORDERED = {"nuslerp"}
 """From the first model to the second."""
-LAPACK = {"tsv", "iso_c"}
+LAPACK = {"tsv", "iso_c", "regmean"}
 """Last bits of a decomposition depend on the order of its input."""
 SHRINKS = {
     "density": 0.5, "select_topk": 0.5, "scope": "model", "k": 1,
@@ -96,6 +97,10 @@ def merge(method: Method, base: Tensors, models: Sequence[Tensors], parameters: 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         entries = [{"model": str(write_model(folder / str(n), each, LLAMA))} for n, each in enumerate(models)]
+        for n, entry in enumerate(entries if method.gathered is not None else ()):
+            assert method.gathered is not None
+            own = random_statistics(folder / f"statistics-{n}", Path(entry["model"]), method.gathered)
+            entry["statistics"] = str(own)
         spec = {"merge_method": method.name, "models": entries, "parameters": parameters, **keys}
         if method.deltas:
             spec["base_model"] = str(write_model(folder / "base", base, LLAMA))

@@ -12,8 +12,9 @@ import torch
 import mergecore
 from mergecore.jobs import TensorJob
 from mergecore.methods import METHODS
-from mergecore.methods.base import Method, Parameter, Statistics
+from mergecore.methods.base import Gathered, Method, Parameter, Statistics
 from tests.models import LLAMA, llama, moved, write_model
+from tests.statistics import random_statistics
 from tests.test_dialect import NAMES, ROOT, rows
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -26,6 +27,11 @@ WORDS = {
     Statistics.DELTAS: "the deltas of a matrix",
     Statistics.SUM: "the sum of the deltas of a matrix",
     Statistics.FITTED: "a fit on samples of text",
+}
+FILES = {
+    None: "",
+    Gathered.INPUTS: "Gram matrices of inputs (of `mergecore stats`)",
+    Gathered.FISHER: "Fisher information (of `mergecore stats`)",
 }
 README = {name: cells for cells in rows(ROOT / "README.md") for name in re.findall(NAMES, cells[0]) if len(cells) == 5}
 PAGE = {name: cells for cells in rows(ROOT / "docs" / "methods.md") for name in re.findall(NAMES, cells[0])}
@@ -43,6 +49,11 @@ def planned(method: Method, models: list[Path], count: int, *, based: bool) -> T
     wanted = {"t": 0.5, "density": 0.5, "select_topk": 0.5}
     spec: dict[str, Any] = {"merge_method": method.name, "models": [{"model": str(m)} for m in models[1 : 1 + count]]}
     spec["parameters"] = {name: value for name, value in wanted.items() if method.parameter(name) is not None}
+    for entry in spec["models"] if method.gathered is not None else ():
+        assert method.gathered is not None
+        model = Path(entry["model"])
+        folder = model.parent / f"{method.name}-{model.name}"
+        entry["statistics"] = str(folder if folder.exists() else random_statistics(folder, model, method.gathered))
     if based:
         spec["base_model"] = str(models[0])
     if method.statistics is Statistics.FITTED:
@@ -80,9 +91,12 @@ def test_readme_says_what_plans_say(method: Method, models: list[Path]) -> None:
         job = planned(method, models, count, based=based)
         with_base = ", with a base "
         formula = read.split(with_base)[based] if with_base in read else read
-        assert job.bytes_to_read == reads(formula, count) * torch.Size(job.shape).numel() * 2
+        gathered = sum(source.nbytes for source in (*job.beside, *job.input_grams))
+        assert job.bytes_to_read - gathered == reads(formula, count) * torch.Size(job.shape).numel() * 2
+        assert bool(gathered) == (method.gathered is not None)
         ordered = "order statistics" if job.choosing_reads else ""
-        assert statistics == (", ".join(filter(None, (ordered, WORDS[job.statistics]))) or "-")
+        words = (ordered, WORDS[job.statistics], FILES[method.gathered])
+        assert statistics == (", ".join(filter(None, words)) or "-")
     assert base == ("optional" if method.base_optional else "yes" if method.deltas else "no")
     least, most = method.least, method.most
     assert number == (str(most) if least == most else f"{least} or more")

@@ -18,6 +18,8 @@ from mergecore.features.skeleton import OUTSIDE
 
 Loss = Callable[[int, Tensor], Tensor]
 """(number of the sample, its logits (1, n, vocabulary)) -> a scalar."""
+After = Callable[[int, int], None]
+"""(group, number of the sample): the gradient of this sample's loss has reached the leaves of the group's tensors."""
 
 
 class Differentiable(Protocol):
@@ -36,9 +38,15 @@ class Differentiable(Protocol):
         """(vocabulary,)."""
 
 
-def value_and_gradient(network: Network, model: Differentiable, batch: Sequence[Tensor], loss: Loss) -> list[float]:
+def value_and_gradient(
+    network: Network, model: Differentiable, batch: Sequence[Tensor], loss: Loss, after: After | None = None
+) -> list[float]:
     """The losses of the samples of a batch (token ids, int64 (n,)); the gradient of their sum is added to the `grad` of
-    every leaf that `model` makes its tensors of."""
+    every leaf that `model` makes its tensors of.
+
+    `after` is told of every sample by itself, layer after layer: for models whose tensors are leaves. Of OUTSIDE it is
+    told twice, after what follows the layers (with the head) and after what comes before them (with the embedding).
+    """
     skeleton = network.skeleton
     with torch.no_grad():
         outside = skeleton.outside_parameters(model.stored(OUTSIDE))
@@ -46,15 +54,15 @@ def value_and_gradient(network: Network, model: Differentiable, batch: Sequence[
         for number in range(network.layers):
             parameters = skeleton.layer_parameters(number, model.stored(number))
             states.append([skeleton.layer(number, parameters, hidden) for hidden in states[-1]])
-    losses, gradients = _of_end(network, model, states.pop(), loss)
+    losses, gradients = _of_end(network, model, states.pop(), loss, after)
     for number in reversed(range(network.layers)):
-        gradients = _of_layer(network, model, number, states.pop(), gradients)
-    _of_beginning(network, model, batch, gradients)
+        gradients = _of_layer(network, model, number, states.pop(), gradients, after)
+    _of_beginning(network, model, batch, gradients, after)
     return losses
 
 
 def _of_end(
-    network: Network, model: Differentiable, states: list[Tensor], loss: Loss
+    network: Network, model: Differentiable, states: list[Tensor], loss: Loss, after: After | None
 ) -> tuple[list[float], list[Tensor]]:
     """From the last layer's states: the losses, and their gradients with respect to those states."""
     skeleton = network.skeleton
@@ -87,12 +95,19 @@ def _of_end(
         assert given.grad is not None
         features.backward(given.grad)
         _pass_on(leaves, made)
+        if after is not None:
+            after(OUTSIDE, number)
         gradients.append(hidden.grad if hidden.grad is not None else torch.zeros_like(hidden))
     return losses, gradients
 
 
 def _of_layer(
-    network: Network, model: Differentiable, number: int, states: list[Tensor], gradients: list[Tensor]
+    network: Network,
+    model: Differentiable,
+    number: int,
+    states: list[Tensor],
+    gradients: list[Tensor],
+    after: After | None,
 ) -> list[Tensor]:
     """Gradients with respect to what a layer is given, from those with respect to what it gives."""
     with torch.enable_grad():
@@ -104,17 +119,28 @@ def _of_layer(
             network.skeleton.layer(number, parameters, hidden).backward(gradient)
             assert hidden.grad is not None
             found.append(hidden.grad)
+            if after is not None:
+                _pass_on(leaves, made)
+                after(number, len(found) - 1)
         _pass_on(leaves, made)
     return found
 
 
-def _of_beginning(network: Network, model: Differentiable, batch: Sequence[Tensor], gradients: list[Tensor]) -> None:
+def _of_beginning(
+    network: Network,
+    model: Differentiable,
+    batch: Sequence[Tensor],
+    gradients: list[Tensor],
+    after: After | None,
+) -> None:
     with torch.enable_grad():
-        for tokens, gradient in zip(batch, gradients, strict=True):
+        for number, (tokens, gradient) in enumerate(zip(batch, gradients, strict=True)):
             outside = network.skeleton.outside_parameters(model.stored(OUTSIDE))
             hidden = network.skeleton.begin(tokens, model.embedding_rows, outside)
             if hidden.requires_grad:
                 hidden.backward(gradient)
+            if after is not None:
+                after(OUTSIDE, number)
 
 
 def _as_leaves(stored: Tensors) -> tuple[Tensors, list[Tensor], list[Tensor]]:
@@ -129,3 +155,5 @@ def _pass_on(leaves: list[Tensor], made: list[Tensor]) -> None:
     reached = [(tensor, leaf.grad) for tensor, leaf in zip(made, leaves, strict=True) if leaf.grad is not None]
     if reached:
         torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
+    for leaf in leaves:
+        leaf.grad = None

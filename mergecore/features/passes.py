@@ -83,21 +83,23 @@ class Network:
             yield first, weights.rows(self.head, first, min(step, rows - first))
 
 
+def mapped(entries: int, dtype: torch.dtype, scratch: Path) -> Tensor:
+    """Zeros in a mapped file without a name in the folder `scratch`. OutputError if the disk is too full."""
+    with (
+        reporting("make room in", scratch),
+        tempfile.NamedTemporaryFile(dir=scratch) as file,
+    ):  # its space is given back with the mapping
+        os.posix_fallocate(file.fileno(), 0, entries * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=entries, dtype=dtype)
+
+
 class States:
     """Hidden states of several samples, each (1, n, width): in memory, or in a mapped file without a name in the folder
     `scratch`. OutputError if the disk is too full."""
 
     def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype, scratch: Path | None = None) -> None:
         entries = sum(lengths) * width
-        if scratch is None:
-            flat = torch.empty(entries, dtype=dtype)
-        else:
-            with (
-                reporting("make room in", scratch),
-                tempfile.NamedTemporaryFile(dir=scratch) as file,
-            ):  # its space is given back with the mapping
-                os.posix_fallocate(file.fileno(), 0, entries * dtype.itemsize)
-                flat = torch.from_file(file.name, shared=True, size=entries, dtype=dtype)
+        flat = torch.empty(entries, dtype=dtype) if scratch is None else mapped(entries, dtype, scratch)
         parts = flat.view(-1, width).split(list(lengths))
         self._parts = [part.unsqueeze(0) for part in parts]
 
@@ -121,6 +123,7 @@ def run(
     weights: Weights,
     samples: Sequence[Sample],
     states: States,
+    before_layer: Callable[[int], None] = lambda number: None,
     after_layer: Callable[[int], None] = lambda number: None,
 ) -> Tensors:
     """Runs all samples through the layers; `states` end as what the last layer gives. Returns what lies outside."""
@@ -129,6 +132,7 @@ def run(
         for number, sample in enumerate(samples):
             states[number] = network.begin(sample.tokens.to(weights.device), weights, outside)
         for layer in range(network.layers):
+            before_layer(layer)
             parameters = network.layer(weights, layer)
             for number in range(len(samples)):
                 here = states[number].to(weights.device)

@@ -91,6 +91,22 @@ class Skeleton:
         weight = targets.get(f"{self._head_name}weight") or self.embedding_of(names)
         return weight, targets.get(f"{self._head_name}bias")
 
+    def unchanged(self, names: Iterable[str]) -> dict[str, str]:
+        """Of each parameter that a stored tensor is as it lies there, by its name in the model, that tensor."""
+        found = ((name, *self._target(name)) for name in names)
+        return {target: name for name, target, pattern in found if pattern is None}
+
+    def linear_layers(self, number: int) -> dict[str, tuple[nn.Module, int]]:
+        """The linear layers inside of a layer by the names of their weights in the model, with their inputs."""
+        from transformers.pytorch_utils import Conv1D
+
+        found: dict[str, tuple[nn.Module, int]] = {}
+        for name, module in self.layers[number].named_modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                inputs = module.in_features if isinstance(module, nn.Linear) else module.nx
+                found[f"{self._prefix}.{number}.{name}.weight"] = (module, int(inputs))
+        return found
+
     def layer_parameters(self, number: int, tensors: Tensors) -> dict[str, Tensor]:
         """The layer's parameters by their names in it, made from the stored tensors of its group."""
         prefix = f"{self._prefix}.{number}."

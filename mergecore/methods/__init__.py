@@ -5,6 +5,7 @@ from __future__ import annotations
 from mergecore.methods.base import Method
 from mergecore.methods.elementwise import ELEMENTWISE
 from mergecore.methods.fitted import FITTED
+from mergecore.methods.gathered import GATHERED
 from mergecore.methods.geometry import KARCHER, MODEL_STOCK, MULTISLERP, NUSLERP, SLERP
 from mergecore.methods.importance import IMPORTANCE
 from mergecore.methods.layerwise import LAYERWISE
@@ -15,5 +16,5 @@ from mergecore.methods.widen import WIDEN
 
 GEOMETRY = (SLERP, NUSLERP, MULTISLERP, KARCHER, MODEL_STOCK)
 PLAIN = (LINEAR, TASK_ARITHMETIC, PASSTHROUGH)
-ALL = (WIDEN, *PLAIN, *LAYERWISE, *GEOMETRY, *SELECTION, *ELEMENTWISE, *IMPORTANCE, *SPECTRAL, *FITTED)
+ALL = (WIDEN, *PLAIN, *LAYERWISE, *GEOMETRY, *SELECTION, *ELEMENTWISE, *IMPORTANCE, *SPECTRAL, *FITTED, *GATHERED)
 METHODS: dict[str, Method] = {method.name: method for method in ALL}

@@ -100,6 +100,19 @@ class Statistics(Enum):
         return self in (Statistics.GRAM, Statistics.ROW_GRAM, Statistics.COLUMN_GRAM)
 
 
+class Gathered(Enum):
+    """Statistics of a model's runs on samples of text, from the files that `mergecore stats` writes."""
+
+    INPUTS = "gram"
+    """Of a linear layer the Gram matrix of its inputs, (inputs, inputs): known before the tensor is read."""
+    FISHER = "fisher"
+    """The Fisher information of every entry, of the tensor's shape: read along with it."""
+
+    def of(self, name: str) -> str:
+        """What the file calls the statistics of a tensor."""
+        return f"{self.value}.{name}"
+
+
 @dataclass(frozen=True)
 class Keep:
     """Which deltas of one model are kept, of one tensor.
@@ -244,8 +257,15 @@ class TensorView:
     """Whether it is a linear layer or a convolution: neither a vector nor an embedding nor the head."""
     fitted: Coefficients | None = None
     """Statistics.FITTED."""
+    is_gathered: bool = False
+    """Whether there are statistics for it that the method takes from files (Method.gathered)."""
+    is_transposed: bool = False
+    """Whether an input feature of a linear layer is a stored row (Conv1D), not a stored column."""
+    input_grams: tuple[Tensor, ...] = ()
+    """Gathered.INPUTS of every model, (inputs, inputs), as stored: float32 or float64."""
     deltas: Tensor | None = None
-    """Statistics.DELTAS or SUM of one matrix, float64 (models, rows, columns) or (1, rows, columns)."""
+    """Statistics.DELTAS or SUM of one matrix, float64 (models, rows, columns) or (1, rows, columns). Without a base
+    they are counted from the first model."""
 
 
 @dataclass(frozen=True)
@@ -285,13 +305,26 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Dense:
-    """out = a + delta: `delta` is float64 (rows, columns) of one matrix."""
+    """out = a + delta: `delta` is float64 (rows, columns) of one matrix. Without a base a is the first model."""
 
     delta: Tensor
+    warning: str = ""
+    """What there is to say about how it was found."""
 
     @property
     def finite(self) -> bool:
         return bool(self.delta.isfinite().all())
+
+
+@dataclass(frozen=True)
+class Rowwise:
+    """out = combine(W, F), of some rows at a time: W are those rows of every model, F what Gathered.FISHER has of them
+    (empty without it); the result is float64, of their shape. No base is read."""
+
+    combine: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+    warning: str = ""
+    """What there is to say about how it was found."""
+    finite: bool = True
 
 
 def per_model(values: Sequence[float]) -> Tensor:
@@ -311,9 +344,11 @@ class Method:
     name: str
     summary: str
     reference: str
-    coefficients: Callable[[TensorView], Coefficients | Election | Dense]
+    coefficients: Callable[[TensorView], Coefficients | Election | Dense | Rowwise]
     parameters: tuple[Parameter, ...] = ()
     statistics: Statistics | Callable[[TensorView], Statistics] = Statistics.NONE
+    gathered: Gathered | None = None
+    """What the statistics file of every model must have; such a method knows no base."""
     deltas: bool = True
     base_optional: bool = False
     least: int = 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from mergecore import __version__
 from mergecore.accounting import COPIED, MERGED
 from mergecore.checkpoint import read_config
+from mergecore.inputs import Input
 from mergecore.output.verify import MANIFEST_NAME
 from mergecore.planning import MergePlan
 
@@ -96,11 +97,16 @@ def _manifest(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> dic
             {"path": str(account.model.path), **account.model.fingerprint(), "tensors": account.as_dict()}
             for account in plan.accounts
         ],
+        **({"statistics": _fingerprints(plan.statistics)} if plan.statistics else {}),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "result": {key: value for key, value in result.as_dict().items() if key != "output"},
         "tensors_out": _totals(plan),
         "tensors": tensors,
     }
+
+
+def _fingerprints(inputs: Sequence[Input]) -> list[dict[str, Any]]:
+    return [{"path": str(each.path), **each.fingerprint()} for each in inputs]
 
 
 def _totals(plan: MergePlan) -> dict[str, dict[str, int]]:

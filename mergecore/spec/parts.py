@@ -115,6 +115,7 @@ class Source(NamedTuple):
     parameters: Parameters
     layers: tuple[int, int] | None = None
     data: str | None = None
+    statistics: str | None = None
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,20 @@ def parts_of(
     """The parts of one `models` or `slices` that stands below `keys`."""
     if models is not None:
         sources = tuple(
-            Source(entry.model, (*keys, "models", i, "model"), entry.parameters, None, entry.data)
+            Source(entry.model, (*keys, "models", i, "model"), entry.parameters, None, entry.data, entry.statistics)
             for i, entry in enumerate(models)
         )
         yield Part((*keys, "models"), module, sources, base_model, ("base_model",), levels)
     for i, part in enumerate(slices or ()):
         here = (*keys, "slices", i)
         sources = tuple(
-            Source(entry.model, (*here, "sources", j, "model"), entry.parameters, entry.layer_range)
+            Source(
+                entry.model,
+                (*here, "sources", j, "model"),
+                entry.parameters,
+                entry.layer_range,
+                statistics=entry.statistics,
+            )
             for j, entry in enumerate(part.sources)
         )
         base_keys = ("base_model",) if part.base_model is None else (*here, "base_model")

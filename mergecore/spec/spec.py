@@ -191,11 +191,11 @@ class MergeSpec(Table):
                     yield named, ("tokenizer", "tokens", token, "source")
 
     def data(self) -> Iterator[tuple[str, Keys]]:
-        """Every file of samples that the spec names, and where."""
+        """Every file of samples and folder of statistics that the spec names, and where."""
         for part in self.parts():
-            yield from (
-                (source.data, (*source.keys[:-1], "data")) for source in part.sources if source.data is not None
-            )
+            for source in part.sources:
+                named = {"data": source.data, "statistics": source.statistics}
+                yield from ((path, (*source.keys[:-1], key)) for key, path in named.items() if path is not None)
 
     @property
     def path(self) -> Path | None:

@@ -73,6 +73,12 @@ class ModelUse(Table):
         description="Method parameters for this model; they win over those at the top of the spec.",
         examples=[{"weight": 0.5}],
     )
+    statistics: Text | None = Field(
+        default=None,
+        title="Statistics",
+        description="regmean, fisher: the folder that `mergecore stats` made of this model.",
+        examples=["/statistics/math"],
+    )
 
 
 class ModelEntry(ModelUse):
