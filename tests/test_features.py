@@ -66,14 +66,15 @@ def test_streamed_logits_are_those_of_the_whole_model(
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=2e-6 if kind == "gemma3" else 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_other_dtypes_differ_by_their_rounding(
-    dtype: torch.dtype, tolerance: float, tmp_path: Path, reader: Any
+    kind: str, dtype: torch.dtype, tolerance: float, tmp_path: Path, reader: Any
 ) -> None:
-    (folder,) = checkpoints(tmp_path, "qwen2", 1)
+    (folder,) = checkpoints(tmp_path, kind, 1)
     weights, config = reader(folder, dtype)
     found = streamed(Network(config, weights.shapes, dtype), weights, ids(12))
-    (expected,) = logits_of(twin(folder, "qwen2"), ids(12))
+    (expected,) = logits_of(twin(folder, kind), ids(12))
     assert 0 < (found[0].double() - expected).abs().max() < tolerance
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -250,7 +251,9 @@ def test_statistics_of_the_other_model_are_refused(
     merged: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, folder = merged
-    (other,) = checkpoints(tmp_path, "qwen2", 1)
+    other = Path(shutil.copytree(folder / "m1", tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"initializer_range": 0.5}))
     spec = folder / "wrong.yaml"
     spec.write_text(
         f"merge_method: fisher\nmodels:\n- {{model: m0, statistics: s0}}\n- {{model: {other}, statistics: s1}}\n"

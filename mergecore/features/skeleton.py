@@ -279,14 +279,14 @@ class Skeleton:
 
     def _outputs(self, tokens: Tensor, outside: Tensors, embed: Callable[..., Tensor]) -> int:
         """How many things a layer returns in a tuple, 0 if it returns the hidden states alone: found by running the
-        first one with weights of zero, which take no memory."""
+        first one with weights of zero, which take no memory on a CPU until they are written."""
 
         class Found(Exception):
             pass
 
         first = self.layers[0]
         zeros = {
-            name: torch.zeros((), dtype=self.dtype, device=self.device).expand(parameter.shape)
+            name: torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
             for name, parameter in first.named_parameters()
         }
 
