@@ -65,7 +65,8 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
     One writer at a time per path: the temporary name is fixed, so that a crash leaves at most one.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    temporary.unlink(missing_ok=True)  # a link in its place must not lead elsewhere: O_EXCL follows none
+    with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         if durable:
             file.flush()

@@ -13,8 +13,8 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import faulthandler
-import json
 import logging
 import os
 import re
@@ -27,8 +27,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from mergecore.confined import confined
 from mergecore.errors import CheckpointError, Interrupted, MergecoreError, OutputExistsError, SpecError
+from mergecore.output.stages import stages_folder
 from mergecore.references import local_folder
+from mergecore.small_files import read_object
 from service.duplicates import UNLIKE_ANY, done_before, fingerprint, running_before
 from service.spool import (
     DAEMON_PID,
@@ -201,15 +204,18 @@ def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, sto
     import mergecore  # and with it torch
 
     log.info("merging to %s", out)
+    # `out` is a real path already; what has become a link since then leads out.
+    inputs = [*(root.resolve() for root in models), stages_folder(out), out] if models else []
     try:
-        result = mergecore.merge(
-            spec,
-            out,
-            resume=True,
-            progress=reporter.progress,
-            should_stop=stop,
-            resolve=lambda model, revision: find_model(model, revision, models),
-        ).as_dict()
+        with confined(inputs, [outputs.resolve()]):
+            result = mergecore.merge(
+                spec,
+                out,
+                resume=True,
+                progress=reporter.progress,
+                should_stop=stop,
+                resolve=lambda model, revision: find_model(model, revision, models),
+            ).as_dict()
     except OutputExistsError:
         published = published_by(spec, out) if begun else None
         if published is None:
@@ -258,28 +264,36 @@ def published_by(spec: MergeSpec, out: Path) -> dict[str, Any] | None:
     Only a complete merge has a manifest: it comes with the rename.
     """
     try:
-        manifest = json.loads((out / "mergecore_manifest.json").read_bytes())
-    except (OSError, ValueError):
+        with confined([out], []):
+            manifest = read_object(out / "mergecore_manifest.json")
+    except CheckpointError:
         return None
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("spec") != spec.as_dict()
-        or manifest.get("spec_text") != spec.text
-    ):
+    if manifest.get("spec") != spec.as_dict() or manifest.get("spec_text") != spec.text:
         return None
     return {**manifest.get("result", {}), "output": str(out)}
 
 
 def load(path: Path, name: str) -> MergeSpec:
-    """The spec at `path`, called `name` in messages. Raises SpecError."""
-    from mergecore.spec import load_spec
+    """The spec at `path`, called `name` in messages. Raises SpecError.
+
+    It is a file of anybody's: links are not followed, nothing is waited for, and a hard link could be to a file that
+    only the daemon may read.
+    """
+    from mergecore.spec import parse_spec
+    from mergecore.spec.yaml_lines import MAX_BYTES
 
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise SpecError(f"{name}: not a plain file; links are not followed")
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise SpecError(f"{name}: not a plain file")
+            if status.st_nlink > 1:
+                raise SpecError(f"{name}: the file has another name (a hard link); drop a copy")
+            text = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise SpecError(f"{name}: cannot be read: {error.strerror}") from error
-    return load_spec(path, name=name)
+        reason = "not a plain file; links are not followed" if error.errno == errno.ELOOP else error.strerror
+        raise SpecError(f"{name}: cannot be read: {reason}") from error
+    return parse_spec(text, name, path=path)
 
 
 def find_model(model: str, revision: str | None, roots: list[Path]) -> Path:
