@@ -23,6 +23,7 @@ import stat
 import sys
 import threading
 import traceback
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -204,10 +205,8 @@ def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, sto
     import mergecore  # and with it torch
 
     log.info("merging to %s", out)
-    # `out` is a real path already; what has become a link since then leads out.
-    inputs = [*(root.resolve() for root in models), stages_folder(out), out] if models else []
     try:
-        with confined(inputs, [outputs.resolve()]):
+        with confinement(models, outputs, out):
             result = mergecore.merge(
                 spec,
                 out,
@@ -327,6 +326,15 @@ def find_model(model: str, revision: str | None, roots: list[Path]) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{model!r} {_not_looked_up(error)}") from error
     raise outside
+
+
+def confinement(models: list[Path], outputs: Path, out: Path) -> AbstractContextManager[None]:
+    """Where a merge to `out` may read, the results of its own earlier merges included, and where it may write.
+
+    `out` is a real path, from `output_path`: what has become a link since then leads out.
+    """
+    inputs = [*(root.resolve() for root in models), stages_folder(out)] if models else []
+    return confined(inputs, [outputs.resolve()])
 
 
 def output_path(spec: MergeSpec, job: str, outputs: Path) -> Path:

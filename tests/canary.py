@@ -16,14 +16,17 @@ _ACCESS, _MODIFY, _ATTRIB, _OPEN, _CREATE, _DELETE, _MOVED = 0x1, 0x2, 0x4, 0x20
 _ISDIR = 0x40000000
 
 # Puts a link in the place of a folder and the folder back, in one system call each (renameat2 with RENAME_EXCHANGE).
+# Now and then it rests, so that some attempts see one state alone.
 _SWAPPING = """
-import ctypes, os, sys
+import ctypes, os, random, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
 first, second = map(os.fsencode, sys.argv[1:])
 print("ready", flush=True)
 while True:
     if libc.renameat2(-100, first, -100, second, 2) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    if random.random() < 0.01:
+        time.sleep(random.uniform(0, 0.05))
 """
 
 
