@@ -262,15 +262,17 @@ def _indexed_weights(folder: Path, index_name: str, single: str | None) -> list[
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty; it must map tensor names to file names")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index}: weight_map puts {name} into {shard!r}, which is not a file name")
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.isprintable():
+            raise CheckpointError(
+                f"{index}: weight_map puts {name} into {str(shard)[:300]!r}, which is not a file name"
+            )
     shards = sorted(set(weight_map.values()))
     if single is not None and single not in shards:
         raise CheckpointError(
             f"{folder} holds {single} and also {index_name}, which does not name it: two models, or a leftover; "
             "remove one"
         )
-    missing = [shard for shard in shards if not (folder / shard).exists()]
+    missing = [shard for shard in shards if not os.access(folder / shard, os.F_OK)]
     if missing:
         raise CheckpointError(
             f"{folder}: {some(missing)} missing, of {len(shards)} files that {index_name} names; copy or download again"

@@ -24,7 +24,7 @@ class Worker:
 
     def __init__(self, job: Job, command: Sequence[str]) -> None:
         self.job = job
-        with open(job.folder / LOG, "ab") as output:
+        with open(job.folder / LOG, "ab", opener=_no_link) as output:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -108,6 +108,10 @@ def _cpu_seconds(pid: int) -> float:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     except (OSError, IndexError, ValueError):
         return 0.0
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 
 
 def _read_bytes(pid: int) -> int:

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from mergecore.confined import confined
 from mergecore.errors import CheckpointError, Interrupted, MergecoreError, OutputExistsError, SpecError
 from mergecore.output.stages import stages_folder
+from mergecore.printable import PrintableFormatter, printable, printable_lines
 from mergecore.references import local_folder
 from mergecore.small_files import read_object
 from service.duplicates import UNLIKE_ANY, done_before, fingerprint, running_before
@@ -40,7 +41,6 @@ from service.spool import (
     SPEC,
     JobStatus,
     Spool,
-    printable,
     read_status,
     utc_now,
     write_atomic,
@@ -165,7 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, nargs="+", action="extend", default=[], help="where models may lie")
     options = parser.parse_args(arguments)
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     stop = Stop()
     stop.install()
     faulthandler.enable()
@@ -370,7 +372,7 @@ def report_error(folder: Path, reporter: Reporter, message: str) -> None:
     with contextlib.suppress(OSError):
         reporter.record(error=" ".join(printable(paragraph.replace("\n", "; ")).split())[:500])
     with contextlib.suppress(OSError):
-        write_atomic(folder / ERROR, f"{paragraph}\n\n{traceback.format_exc()}")
+        write_atomic(folder / ERROR, printable_lines(f"{paragraph}\n\n{traceback.format_exc()}"))
 
 
 def follow_daemon() -> None:
