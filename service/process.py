@@ -135,5 +135,7 @@ def _environment() -> dict[str, str]:
     ours = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
     environment = {key: value for key, value in package_environment().items() if key not in ours}
     environment["PYTHONUNBUFFERED"] = "1"
+    # Models are read from this machine and nowhere else; what the libraries would fetch or report stays off.
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment[DAEMON_PID] = str(os.getpid())
     return environment

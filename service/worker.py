@@ -335,6 +335,7 @@ def confinement(models: list[Path], outputs: Path, out: Path) -> AbstractContext
 
     `out` is a real path, from `output_path`: what has become a link since then leads out.
     """
+    outputs.mkdir(parents=True, exist_ok=True)  # the daemon has made it, a person who runs a worker may not
     inputs = [*(root.resolve() for root in models), stages_folder(out)] if models else []
     return confined(inputs, [outputs.resolve()])
 

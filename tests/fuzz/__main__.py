@@ -25,7 +25,7 @@ def main() -> None:
 
     import atheris
 
-    with atheris.instrument_imports(include=["mergecore", "service", "yaml"]):
+    with atheris.instrument_imports(include=["mergecore", "service"]):
         from tests.fuzz.targets import SEEDS, TARGETS
 
     from tests.fuzz.mutations import mutated
