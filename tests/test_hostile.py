@@ -18,7 +18,7 @@ from tests.service_support import ROOT, running_daemon, wait_until
 
 ESCAPES = "\x1b]0;title\x07\x1b[31mred\x9b2J"
 NAMES = [
-    b"new\nline.yaml", ESCAPES.encode() + b".yaml", b"not-\xff\xfe-text.yaml", b"..%2f..%2fetc.yaml",
+    b"new\nline.yaml", ESCAPES.encode() + b".yaml", b"not-\xff\xfe-text.yaml", b"a..%2f..%2fetc.yaml",
     b"x" * 250 + b".yaml",
     b"<script>\"'&.yaml", "\u202eleft\u200b.yaml".encode(), b'" {job="x"} 1.yaml', b"$(touch run) `touch run`;.yaml",
 ]  # fmt: skip
