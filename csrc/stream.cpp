@@ -227,6 +227,11 @@ class Mapping : public Memory {
   Slot* slot_;
 };
 
+py::object python_path(const std::string& path) {
+  return py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
+}
+
 // ---- files, windows, faults ---------------------------------------------------------------------
 
 struct File {
@@ -265,8 +270,8 @@ struct View {  // what a memoryview of a window is taken from
 class WindowStream {
  public:
   WindowStream(std::vector<std::string> paths, const std::string& mode, int64_t depth,
-               bool populate)
-      : populate_(populate) {
+               bool populate, py::object opener)
+      : populate_(populate), opener_(std::move(opener)) {
     if (mode != "map" && mode != "pread") {
       throw py::value_error("mode is '" + mode + "'; it must be 'map' or 'pread'");
     }
@@ -368,9 +373,19 @@ class WindowStream {
     if (stop_) throw py::value_error("the stream is closed");
   }
 
+  int open_path(const std::string& path) const {
+    if (!opener_.is_none()) {
+      // No other thread waits for the mutex while it holds Python's lock.
+      py::gil_scoped_acquire acquire;
+      return opener_(python_path(path)).cast<int>();
+    }
+    const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd < 0) throw os_error("", path);
+    return fd;
+  }
+
   void open_file(File& file) {
-    const int fd = ::open(file.path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (fd < 0) throw os_error("", file.path);
+    const int fd = open_path(file.path);
     struct stat status;
     if (fstat(fd, &status) != 0 || !S_ISREG(status.st_mode)) {
       ::close(fd);
@@ -612,6 +627,7 @@ class WindowStream {
   bool map_ = true;
   uint64_t depth_ = 1;
   bool populate_;                  // the thread's alone after construction
+  py::object opener_;              // path -> descriptor, or None
   std::atomic<bool> stop_{false};  // set with the lock held
 
   std::mutex close_mutex_;
@@ -642,11 +658,6 @@ std::string file_path(const py::object& path) {
   PyObject* bytes = nullptr;
   if (PyUnicode_FSConverter(path.ptr(), &bytes) == 0) throw py::error_already_set();
   return py::reinterpret_steal<py::bytes>(bytes);
-}
-
-py::object python_path(const std::string& path) {
-  return py::reinterpret_steal<py::object>(
-      PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
 }
 
 PyObject* read_fault = nullptr;  // the exception type
@@ -698,13 +709,14 @@ PYBIND11_MODULE(_stream, module) {
   py::class_<WindowStream>(module, "WindowStream",
                            "Windows over files in a known order, read ahead by a thread.")
       .def(py::init([](const std::vector<py::object>& files, const std::string& mode, int64_t depth,
-                       bool populate) {
+                       bool populate, py::object opener) {
              std::vector<std::string> paths;
              for (const py::object& file : files) paths.push_back(file_path(file));
-             return std::make_unique<WindowStream>(std::move(paths), mode, depth, populate);
+             return std::make_unique<WindowStream>(std::move(paths), mode, depth, populate,
+                                                   std::move(opener));
            }),
            py::arg("files"), py::arg("mode") = "map", py::arg("depth") = 1, py::kw_only(),
-           py::arg("populate") = true)
+           py::arg("populate") = true, py::arg("opener") = py::none())
       .def("submit", &WindowStream::submit, py::arg("pieces"), py::arg("keep") = false)
       .def("next",
            [](WindowStream& stream) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 class ReadFault(OSError):
@@ -30,8 +30,12 @@ class WindowStream:
         depth: int = 1,
         *,
         populate: bool = True,
+        opener: Callable[[str], int] | None = None,
     ) -> None:
-        """No file is opened yet; ValueError for an unknown mode or a negative depth."""
+        """No file is opened yet; ValueError for an unknown mode or a negative depth.
+
+        `opener` returns a descriptor to read a path with, which the stream then owns; without one os.open does.
+        """
 
     def submit(self, pieces: Sequence[tuple[int, int, int]], keep: bool = False) -> None:
         """Appends a window; the thread starts on it when it is at most `depth` windows ahead.

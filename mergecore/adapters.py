@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from math import sqrt
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 from mergecore.architecture import Architecture, is_embedding
 from mergecore.checkpoint import Checkpoint, TensorInfo, read_config, read_weights
@@ -34,6 +36,14 @@ _HARMLESS = {
 }  # fmt: skip
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """Starting points of training that leave the model's own weights as they are."""
+
+
+MOST_REPEATS = 3
+"""Of a pattern for names: with each, matching takes another power of the name's length."""
+LONGEST_NAME = 256
+"""Characters of a name that patterns are tried on."""
+_COSTLY = re.compile(r"\)[*+{?]|\\[1-9]")
+"""A repeated group, whose matching can take time exponential in the name's length; a back reference."""
 
 
 def open_adapter(path: str | Path) -> Checkpoint:
@@ -135,17 +145,31 @@ def _rank_and_scaling(adapter: Checkpoint, module: str) -> tuple[int, float]:
     config = adapter.config
     rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
     alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if (
+        not isinstance(rank, int)
+        or not 1 <= rank < 1 << 31
+        or not isinstance(alpha, int | float)
+        or not abs(alpha) < 1e30
+    ):
         raise CheckpointError(f"{adapter.path / CONFIG}: {module} has rank {rank!r} and alpha {alpha!r}")
     return rank, alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _by_pattern(patterns: Any, module: str, otherwise: Any) -> Any:
     """The value of the first pattern that matches the end of the module's name, from a dot on, as PEFT does."""
+    if patterns and len(module) > LONGEST_NAME:
+        raise CheckpointError(
+            f"a name of {len(module)} characters is too long for the adapter's patterns: {module[:60]}..."
+        )
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _ending(pattern).match(module):
             return value
     return otherwise
+
+
+@cache
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _target(sources: Mapping[str, Source], adapter: Checkpoint, name: str, of: str) -> str:
@@ -182,6 +206,11 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{file}: {key} must map patterns to numbers, found {config[key]!r}")
         for pattern in config.get(key) or ():
             try:
-                re.compile(pattern)
-            except re.error as error:
+                with catch_warnings(action="ignore"):
+                    _ending(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
                 raise CheckpointError(f"{file}: {key}: {pattern!r} is no regular expression: {error}") from None
+            if _COSTLY.search(pattern) or sum(map(pattern.count, "*+{")) > MOST_REPEATS:
+                raise CheckpointError(
+                    f"{file}: {key}: {pattern!r} could take for ever: at most {MOST_REPEATS} repeats, none of a group"
+                )

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mergecore.errors import CheckpointError
-from mergecore.tokenizer import Files, read_object, read_text
+from mergecore.small_files import read_object, read_text
+from mergecore.tokenizer import Files
 
 CHATML = """\
 {%- for message in messages %}

@@ -5,7 +5,6 @@ Reads headers, the index and config.json; never tensor data, and no torch but fo
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -19,7 +18,9 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from mergecore.confined import names_in, open_input
 from mergecore.errors import CheckpointError, InputFault
+from mergecore.small_files import LARGEST_CONFIG, LARGEST_INDEX, parse_object, read_bytes, read_if_there
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -142,7 +143,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         weights = [read_weights(path)]
     else:
         try:
-            names = sorted(os.listdir(path))
+            names = names_in(path)
         except OSError as error:
             raise CheckpointError(f"{path}: the folder cannot be listed: {reason(error)}") from None
         weights = _folder_weights(path, names)
@@ -174,15 +175,13 @@ def read_weights(path: Path) -> WeightFile:
 def opened(path: Path) -> Iterator[int]:
     """A descriptor of a regular file that stays as it is while it is open; CheckpointError otherwise."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not make us wait
+        fd = open_input(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be opened: {reason(error)}") from None
     try:
         before = os.fstat(fd)
-        if not stat.S_ISREG(before.st_mode):
-            raise CheckpointError(f"{path} is not a regular file")
         yield fd
         after = os.fstat(fd)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -259,19 +258,21 @@ def _indexed_weights(folder: Path, index_name: str, single: str | None) -> list[
     `single` is the whole model's file, if it is there too.
     """
     index = folder / index_name
-    weight_map = _parse_json(index, _read_bytes(index)).get("weight_map")
+    weight_map = parse_object(index, read_bytes(index, LARGEST_INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty; it must map tensor names to file names")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index}: weight_map puts {name} into {shard!r}, which is not a file name")
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.isprintable():
+            raise CheckpointError(
+                f"{index}: weight_map puts {name} into {str(shard)[:300]!r}, which is not a file name"
+            )
     shards = sorted(set(weight_map.values()))
     if single is not None and single not in shards:
         raise CheckpointError(
             f"{folder} holds {single} and also {index_name}, which does not name it: two models, or a leftover; "
             "remove one"
         )
-    missing = [shard for shard in shards if not (folder / shard).exists()]
+    missing = [shard for shard in shards if not os.access(folder / shard, os.F_OK)]
     if missing:
         raise CheckpointError(
             f"{folder}: {some(missing)} missing, of {len(shards)} files that {index_name} names; copy or download again"
@@ -319,29 +320,10 @@ def _not_found(path: Path) -> str:
 
 def read_config(path: Path) -> tuple[dict[str, Any], str | None]:
     """A JSON object and the hash of its file; {} and None where there is no file."""
-    if not path.exists():
+    content = read_if_there(path, LARGEST_CONFIG)
+    if content is None:
         return {}, None
-    content = _read_bytes(path)
-    return _parse_json(path, content), xxhash.xxh3_128_hexdigest(content)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from None
-
-
-def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8, nesting without end
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must be a JSON object, found {type(value).__name__}")
-    return value
+    return parse_object(path, content), xxhash.xxh3_128_hexdigest(content)
 
 
 def reason(error: Exception) -> str:

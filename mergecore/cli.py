@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergecore import __version__
 from mergecore.errors import Interrupted, MergecoreError, SpecError
+from mergecore.printable import printable, printable_lines
 
 if TYPE_CHECKING:
     from mergecore.engine import Progress
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         return code
     except MergecoreError as error:
-        print(f"mergecore: {error}", file=sys.stderr)
+        print(f"mergecore: {printable_lines(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # before or after the merge itself, which ends in order
         print("mergecore: interrupted", file=sys.stderr)
@@ -54,7 +55,7 @@ class _Lines(logging.Handler):
     """Prints to what sys.stderr is now: a progress bar puts lines above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        print(printable_lines(self.format(record)), file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -311,7 +312,7 @@ def _plan(options: argparse.Namespace) -> int:
         print(f"fit       {_gb(nbytes)} of {what} at most; beyond --memory in a file beside the output")
     print(f"compute   {facts['compute_seconds']:.1f} s at the speed of this machine's memory; slow disks come on top")
     for warning in planned.warnings:
-        print(f"warning   {warning}")
+        print(f"warning   {printable(warning)}")
     return 0
 
 
@@ -343,7 +344,7 @@ def _verify(options: argparse.Namespace) -> int:
     with _bar() as show:
         problems = verify_output(options.out, lambda done, total: show("checked", done, total))
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(printable(problem), file=sys.stderr)
     if not problems:
         print(f"{options.out}: all tensors are as the manifest says")
     return 1 if problems else 0
@@ -364,7 +365,13 @@ def _inspect(options: argparse.Namespace) -> int:
         return 0
     table = Table("tensor", "dtype", "shape", "bytes", "file")
     for info in model.tensors.values():
-        table.add_row(info.name, info.dtype, "x".join(map(str, info.shape)), f"{info.nbytes:,}", info.file.name)
+        table.add_row(
+            printable(info.name),
+            info.dtype,
+            "x".join(map(str, info.shape)),
+            f"{info.nbytes:,}",
+            printable(info.file.name),
+        )
     _print_table(table)
     total = sum(info.nbytes for info in model.tensors.values())
     print(f"{len(model.tensors)} tensors, {_gb(total)}, {len(model.files)} file(s)")

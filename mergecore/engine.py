@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import resource
 import time
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from mergecore import ops, statistics, survey
 from mergecore._stream import ReadFault, WindowStream
+from mergecore.confined import open_input
 from mergecore.device import Device, HostWindow
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
 from mergecore.jobs import TensorJob
@@ -172,7 +174,7 @@ class Merge:
             log.info("resuming: %d of %d tensors are done", self.done, len(self.plan.jobs))
         mode = self.plan.spec.run.read
         try:
-            with WindowStream([str(path) for path in self.file_numbers], mode, READ_AHEAD) as stream:
+            with _stream(self.file_numbers, mode, READ_AHEAD) as stream:
                 windows = self._windows(stream)
                 tensors = [(job, _Reads(self, job, windows)) for job in self.surveyed]
                 self.found = survey.survey(tensors, self.plan.spec.seed)
@@ -489,8 +491,7 @@ class _Reads:
         return next(self._apart([_Window(self.job, matrix, row, entries // self.job.columns, False)]))
 
     def _apart(self, windows: Iterable[_Window]) -> Iterator[Part]:
-        files = [str(path) for path in self.merge.file_numbers]
-        with WindowStream(files, self.merge.plan.spec.run.read, 0) as stream:
+        with _stream(self.merge.file_numbers, self.merge.plan.spec.run.read, 0) as stream:
             for window in windows:
                 stream.submit(self.merge._pieces(window), keep=False)
                 views = stream.next()
@@ -523,6 +524,10 @@ class _Reads:
         return whole.view(source.shape)
 
 
+def _stream(files: Iterable[Path], mode: str, depth: int) -> WindowStream:
+    return WindowStream([str(path) for path in files], mode, depth, opener=open_input)
+
+
 def _peak_rss() -> int:
     """Peak resident bytes of this program: what it ran before exec, or its parent, is not counted."""
     with suppress(OSError):
@@ -538,7 +543,7 @@ def _count_nonfinite(source: Source) -> int:
     for first in range(0, entries, step):
         views = []
         for file, offset, nbytes in source.pieces(first, min(step, entries - first)):
-            with open(file, "rb") as opened:
+            with os.fdopen(open_input(file), "rb") as opened:
                 opened.seek(offset)
                 views.append(memoryview(bytearray(opened.read(nbytes))))
         count += int((~torch.isfinite(source.window(first, min(step, entries - first), views))).sum())

@@ -62,7 +62,7 @@ class Inputs:
     def __init__(self, resolve: Resolve, directory: Path) -> None:
         self.resolve, self._directory = resolve, directory
         self._results: dict[str, Input] = {}
-        self._opened: dict[tuple[str, str | None], Input] = {}
+        self._opened: dict[tuple[object, object], Input] = {}
 
     def add(self, name: str, model: Input) -> None:
         """From now on `name` names this model: the result of an earlier merge."""
@@ -78,10 +78,19 @@ class Inputs:
         path = self.resolve(reference.path, reference.revision)
         adapter = None if reference.lora is None else self.resolve(*reference.lora)
         # The base is the base by whatever name it is listed.
-        key = (os.path.realpath(path), None if adapter is None else os.path.realpath(adapter))
+        key = (_identity(path), None if adapter is None else _identity(adapter))
         if key not in self._opened:
             self._opened[key] = _open(text, path, adapter)
         return self._opened[key]
+
+
+def _identity(path: Path) -> tuple[int, int] | Path:
+    """Of what lies there; the path itself if nothing does, which opening it tells."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return path
+    return status.st_dev, status.st_ino
 
 
 def _open(name: str, path: Path, adapter: Path | None) -> Input:

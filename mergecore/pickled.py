@@ -26,6 +26,7 @@ _DTYPES = {
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
     torch.complex64: "C64",
 }  # fmt: skip
+_ALIGNMENTS = {b"%d" % (1 << bit) for bit in range(31)}
 _CONVERT = "load it where you trust it and save it again as safetensors"
 
 
@@ -55,6 +56,9 @@ def _records(path: Path, file: BinaryIO) -> tuple[dict[int, int], bytes]:
             byteorder = archive.read(by_end["byteorder"]) if "byteorder" in by_end else b"little"
             if byteorder != b"little":
                 raise CheckpointError(f"{path} was written on a big-endian machine; {_CONVERT}")
+            for member in members:  # torch divides by it, and dies of a zero
+                if member.filename.endswith(".storage_alignment") and archive.read(member) not in _ALIGNMENTS:
+                    raise CheckpointError(f"{path}: the alignment of its storages is no power of two: it is damaged")
             if "data.pkl" not in by_end or "constants.pkl" in by_end:
                 raise CheckpointError(f"{path} is a zip file, but not a state dict that torch.save wrote; {_CONVERT}")
             listing = [(member.filename, member.header_offset, member.file_size, member.CRC) for member in members]

@@ -16,6 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from mergecore.confined import open_input
 from mergecore.inputs import Input
 from mergecore.jobs import TensorJob
 from mergecore.planning import MergePlan
@@ -124,6 +125,6 @@ class _Samples:
 
     def _fd(self, path: Path) -> int:
         if path not in self._open:
-            self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._open[path] = open_input(path)
             self._files.callback(os.close, self._open[path])
         return self._open[path]

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mergecore.errors import CheckpointError
+from mergecore.small_files import files_in, read_bytes, read_if_there, read_object, read_text
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -29,8 +29,6 @@ TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
     "spiece.model", "sentencepiece*.model", "chat_template*", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-LARGEST_FILE = 256 << 20
-"""Bytes. The largest tokenizers in use have some 40 MB."""
 MOST_TOKENS = 1 << 22
 """The largest vocabularies in use have some 2**18."""
 
@@ -43,8 +41,7 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
     """The files of a model folder that belong to its tokenizer or processor, by name."""
-    files = {path.name: path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
-    return {name: files[name] for name in sorted(files) if files[name].is_file()}
+    return {path.name: path for path in files_in(folder, TOKENIZER_FILES)}
 
 
 @dataclass(frozen=True)
@@ -156,12 +153,9 @@ def read_tokenizer(folder: Path) -> ModelTokenizer | None:
 def same_tokenizer_files(first: Path, second: Path) -> bool:
     """Whether both folders have the same tokenizer.json and companions, byte for byte."""
 
-    def content(path: Path) -> bytes | None:
-        return read_bytes(path) if path.exists() else None
-
     if not (first / "tokenizer.json").exists():
         return False
-    return all(content(first / name) == content(second / name) for name in ("tokenizer.json", *_COMPANIONS))
+    return all(read_if_there(first / name) == read_if_there(second / name) for name in ("tokenizer.json", *_COMPANIONS))
 
 
 def tokenizer_differences(folders: Sequence[Path]) -> list[str]:
@@ -308,63 +302,14 @@ def _converted(folder: Path, files: Sequence[str]) -> tuple[Tokenizer, dict[str,
         from transformers import AutoTokenizer
     except ImportError:
         raise CheckpointError(advice) from None
-    for name in files:
-        check_size(folder / name)
     try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        with TemporaryDirectory(prefix="mergecore-") as copies:  # its reader opens files by their names
+            for path in files_in(folder, (*TOKENIZER_FILES, "config.json")):
+                Path(copies, path.name).write_bytes(read_bytes(path))
+            loaded = AutoTokenizer.from_pretrained(copies, trust_remote_code=False, local_files_only=True)
         # Through text: its object may be shared with the one in transformers.
         return _backend(loaded.backend_tokenizer.to_str(), folder), dict(loaded.special_tokens_map)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a converter or a missing package raises
         raise CheckpointError(f"{advice}. It cannot be converted here: {error}") from None
-
-
-# ---- Reading files that may be anything
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} where there is no file; CheckpointError if it is malformed or too large."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must be a JSON object, found {type(value).__name__}")
-    return value
-
-
-def read_text(path: Path) -> str:
-    """The UTF-8 text in a regular file; CheckpointError if it is none or larger than LARGEST_FILE."""
-    try:
-        text = read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text: {error}") from None
-    if text.startswith("version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer; run `git lfs pull` in its folder")
-    return text
-
-
-def read_bytes(path: Path) -> bytes:
-    """The content of a regular file; CheckpointError if it is none or larger than LARGEST_FILE."""
-    check_size(path)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def check_size(path: Path) -> None:
-    """CheckpointError unless this is a regular file of at most LARGEST_FILE bytes."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is not a regular file")
-    if status.st_size > LARGEST_FILE:
-        raise CheckpointError(
-            f"{path} has {status.st_size:,} bytes; tokenizer files have at most {LARGEST_FILE:,}. Is it another file?"
-        )

@@ -16,9 +16,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from mergecore.printable import printable, printable_lines
 from service.duplicates import forced
 from service.incoming import Incoming, is_spec
-from service.spool import ENDED, ERROR, JobStatus, ServiceError, Spool, printable, utc_now, write_atomic
+from service.spool import ENDED, ERROR, JobStatus, ServiceError, Spool, utc_now, write_atomic
 
 ENDED_SHOWN = 20
 """So many done and failed jobs are in the table; JSON has all."""
@@ -243,7 +244,7 @@ def _print_table(jobs: list[JobStatus]) -> None:
     rows = []
     for one in shown:
         part, seconds = _figures(one)
-        rows.append((one.job, one.state, part, one.method, seconds, one.error or _outcome(one)))
+        rows.append(tuple(map(printable, (one.job, one.state, part, one.method, seconds, one.error or _outcome(one)))))
     header = ("job", "state", "progress", "method", "time", "output or error")
     if sys.stdout.isatty():
         from rich import box
@@ -268,10 +269,10 @@ def _print_table(jobs: list[JobStatus]) -> None:
 def _print_job(spool: Spool, one: JobStatus) -> None:
     for key, value in one.as_dict().items():
         if value and not isinstance(value, dict):
-            print(f"{key}: {value}")
+            print(f"{key}: {printable(str(value))}")
     for key, value in {**one.progress, **one.result}.items():
         print(f"  {key}: {printable(str(value))}")
     if ENDED.get(one.state) == "failed":
         with contextlib.suppress(OSError):
             text = (spool.failed / one.job / ERROR).read_text(encoding="utf-8", errors="replace")
-            print(f"\n{text.partition(chr(10) + chr(10))[0]}")
+            print(f"\n{printable_lines(text.partition(chr(10) + chr(10))[0])}")

@@ -33,6 +33,7 @@ from watchdog.events import (
 from watchdog.observers.inotify import InotifyObserver
 
 from mergecore.errors import MergecoreError
+from mergecore.printable import PrintableFormatter, printable
 from service import retention, systemd
 from service.commands import status_command, submit_command
 from service.config import FIXED, ServeConfig, load_config
@@ -40,7 +41,7 @@ from service.endpoint import Endpoint
 from service.incoming import Incoming, is_spec
 from service.metrics import Metrics
 from service.process import Worker
-from service.spool import ERROR, LOG, Job, ServiceError, Spool, printable, utc_now, write_atomic
+from service.spool import ERROR, LOG, Job, ServiceError, Spool, utc_now, write_atomic
 
 __all__ = ["Daemon", "ServeConfig", "load_config", "serve", "serve_command", "status_command", "submit_command"]
 
@@ -63,9 +64,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 def serve_command(config_file: Path | None, overrides: dict[str, Any]) -> int:
     """Run the daemon until a signal stops it; the exit code. Errors are printed as one clear line."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=False
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
     sys.setswitchinterval(SWITCH_INTERVAL)
 
@@ -75,7 +76,7 @@ def serve_command(config_file: Path | None, overrides: dict[str, Any]) -> int:
     try:
         return serve(load(), load)
     except MergecoreError as error:
-        print(f"mergecore serve: {error}", file=sys.stderr)
+        print(f"mergecore serve: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
 
 

@@ -86,6 +86,11 @@ def forced(text: str) -> str:
     """A spec's text with run.force set, and nothing else changed. Raises ServiceError if it is no mapping."""
     import yaml
 
+    from mergecore.spec.yaml_lines import read_yaml
+
+    first = read_yaml(text)[0]  # it bounds size and depth, which PyYAML does not
+    if first.value is None:
+        raise ServiceError(f"cannot set run.force: {first.problems[0].message}")
     try:
         documents = [node for node in yaml.compose_all(text, yaml.SafeLoader) if node is not None]
     except (yaml.YAMLError, RecursionError) as error:

@@ -14,6 +14,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -37,6 +38,8 @@ HEADERS = [
 ]
 CLIENT_TIMEOUT = 10.0
 """Seconds that a client may keep silent."""
+REQUEST_TIMEOUT = 30.0
+"""Seconds that a client has for a request and its answer, however busy it seems."""
 MAX_CLIENTS = 64
 
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -93,11 +96,15 @@ class Endpoint:
             def start(status: str, headers: list[tuple[str, str]]) -> Any:
                 return start_response(status, [*headers, *HEADERS])
 
+            if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+                start("405 Method Not Allowed", [("Allow", "GET, HEAD"), _PLAIN])
+                return [b"only GET and HEAD\n"]
             if not self._may(environ.get("HTTP_AUTHORIZATION", "")):
                 start("401 Unauthorized", [("WWW-Authenticate", 'Basic realm="mergecore", charset="UTF-8"'), _PLAIN])
                 return [b"a user and a password are needed\n"]
             if environ.get("PATH_INFO") == "/metrics":
-                return metrics(environ, start)
+                answer = metrics({**environ, "REQUEST_METHOD": "GET"}, start)
+                return answer if environ["REQUEST_METHOD"] == "GET" else []
             start("404 Not Found", [_PLAIN])
             return [b"metrics are at /metrics\n"]
 
@@ -124,10 +131,20 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def __init__(self, *arguments: Any) -> None:
         self._room = threading.BoundedSemaphore(MAX_CLIENTS)
+        self._since: dict[socket.socket, float] = {}
         super().__init__(*arguments)
+
+    def service_actions(self) -> None:
+        """Twice a second: ends the connections of clients that take too long."""
+        latest = time.monotonic() - REQUEST_TIMEOUT
+        for request, since in list(self._since.items()):
+            if since < latest:
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)  # its thread sees the end
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._room.acquire(blocking=False):
+            self._since[request] = time.monotonic()
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
@@ -136,6 +153,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._since.pop(request, None)
             self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -144,6 +162,12 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Handler(WSGIRequestHandler):
     timeout = CLIENT_TIMEOUT
+    server_version, sys_version = "mergecore", ""
+    error_message_format, error_content_type = "%(code)d\n", "text/plain; charset=utf-8"
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """For requests that are no HTTP: nothing of them comes back."""
+        super().send_error(code)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from service.spool import JobStatus, printable
+from mergecore.printable import printable
+from service.spool import JobStatus
 
 log = logging.getLogger("mergecore.service")
 

@@ -24,7 +24,7 @@ class Worker:
 
     def __init__(self, job: Job, command: Sequence[str]) -> None:
         self.job = job
-        with open(job.folder / LOG, "ab") as output:
+        with open(job.folder / LOG, "ab", opener=_no_link) as output:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -110,6 +110,10 @@ def _cpu_seconds(pid: int) -> float:
         return 0.0
 
 
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
+
+
 def _read_bytes(pid: int) -> int:
     """What it made the disks read, also through mappings; 0 where that cannot be told."""
     try:
@@ -131,5 +135,7 @@ def _environment() -> dict[str, str]:
     ours = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
     environment = {key: value for key, value in package_environment().items() if key not in ours}
     environment["PYTHONUNBUFFERED"] = "1"
+    # Models are read from this machine and nowhere else; what the libraries would fetch or report stays off.
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment[DAEMON_PID] = str(os.getpid())
     return environment

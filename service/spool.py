@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from mergecore.errors import MergecoreError
+from mergecore.printable import printable
 
 FOLDERS = ("incoming", "running", "done", "failed")
 SPEC, STATUS, LOCK, ERROR, LOG, CANCEL = "spec.yaml", "status.json", "lock", "error.txt", "log", "cancel"
@@ -65,7 +66,8 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
     One writer at a time per path: the temporary name is fixed, so that a crash leaves at most one.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    temporary.unlink(missing_ok=True)  # a link in its place must not lead elsewhere: O_EXCL follows none
+    with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         if durable:
             file.flush()
@@ -78,12 +80,6 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
 def utc_now() -> str:
     """The wall-clock time, ISO 8601 in UTC. For people to read; nothing is decided by it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def printable(text: str) -> str:
-    """`text` on one line without control characters and escape sequences: file names come from anybody."""
-    safe = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in safe)
 
 
 # --- status -------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import faulthandler
-import json
 import logging
 import os
 import re
@@ -23,12 +23,17 @@ import stat
 import sys
 import threading
 import traceback
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from mergecore.confined import confined
 from mergecore.errors import CheckpointError, Interrupted, MergecoreError, OutputExistsError, SpecError
+from mergecore.output.stages import stages_folder
+from mergecore.printable import PrintableFormatter, printable, printable_lines
 from mergecore.references import local_folder
+from mergecore.small_files import read_object
 from service.duplicates import UNLIKE_ANY, done_before, fingerprint, running_before
 from service.spool import (
     DAEMON_PID,
@@ -36,7 +41,6 @@ from service.spool import (
     SPEC,
     JobStatus,
     Spool,
-    printable,
     read_status,
     utc_now,
     write_atomic,
@@ -159,7 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, nargs="+", action="extend", default=[], help="where models may lie")
     options = parser.parse_args(arguments)
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     stop = Stop()
     stop.install()
     faulthandler.enable()
@@ -200,14 +206,15 @@ def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, sto
 
     log.info("merging to %s", out)
     try:
-        result = mergecore.merge(
-            spec,
-            out,
-            resume=True,
-            progress=reporter.progress,
-            should_stop=stop,
-            resolve=lambda model, revision: find_model(model, revision, models),
-        ).as_dict()
+        with confinement(models, outputs, out):
+            result = mergecore.merge(
+                spec,
+                out,
+                resume=True,
+                progress=reporter.progress,
+                should_stop=stop,
+                resolve=lambda model, revision: find_model(model, revision, models),
+            ).as_dict()
     except OutputExistsError:
         published = published_by(spec, out) if begun else None
         if published is None:
@@ -256,28 +263,36 @@ def published_by(spec: MergeSpec, out: Path) -> dict[str, Any] | None:
     Only a complete merge has a manifest: it comes with the rename.
     """
     try:
-        manifest = json.loads((out / "mergecore_manifest.json").read_bytes())
-    except (OSError, ValueError):
+        with confined([out], []):
+            manifest = read_object(out / "mergecore_manifest.json")
+    except CheckpointError:
         return None
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("spec") != spec.as_dict()
-        or manifest.get("spec_text") != spec.text
-    ):
+    if manifest.get("spec") != spec.as_dict() or manifest.get("spec_text") != spec.text:
         return None
     return {**manifest.get("result", {}), "output": str(out)}
 
 
 def load(path: Path, name: str) -> MergeSpec:
-    """The spec at `path`, called `name` in messages. Raises SpecError."""
-    from mergecore.spec import load_spec
+    """The spec at `path`, called `name` in messages. Raises SpecError.
+
+    It is a file of anybody's: links are not followed, nothing is waited for, and a hard link could be to a file that
+    only the daemon may read.
+    """
+    from mergecore.spec import parse_spec
+    from mergecore.spec.yaml_lines import MAX_BYTES
 
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise SpecError(f"{name}: not a plain file; links are not followed")
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise SpecError(f"{name}: not a plain file")
+            if status.st_nlink > 1:
+                raise SpecError(f"{name}: the file has another name (a hard link); drop a copy")
+            text = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise SpecError(f"{name}: cannot be read: {error.strerror}") from error
-    return load_spec(path, name=name)
+        reason = "not a plain file; links are not followed" if error.errno == errno.ELOOP else error.strerror
+        raise SpecError(f"{name}: cannot be read: {reason}") from error
+    return parse_spec(text, name, path=path)
 
 
 def find_model(model: str, revision: str | None, roots: list[Path]) -> Path:
@@ -313,6 +328,16 @@ def find_model(model: str, revision: str | None, roots: list[Path]) -> Path:
     raise outside
 
 
+def confinement(models: list[Path], outputs: Path, out: Path) -> AbstractContextManager[None]:
+    """Where a merge to `out` may read, the results of its own earlier merges included, and where it may write.
+
+    `out` is a real path, from `output_path`: what has become a link since then leads out.
+    """
+    outputs.mkdir(parents=True, exist_ok=True)  # the daemon has made it, a person who runs a worker may not
+    inputs = [*(root.resolve() for root in models), stages_folder(out)] if models else []
+    return confined(inputs, [outputs.resolve()])
+
+
 def output_path(spec: MergeSpec, job: str, outputs: Path) -> Path:
     """Where the result goes: run.output, or else the job's name, below `outputs`. Raises SpecError if it leads away."""
     name = job if spec.run.output is None else spec.run.output
@@ -346,7 +371,7 @@ def report_error(folder: Path, reporter: Reporter, message: str) -> None:
     with contextlib.suppress(OSError):
         reporter.record(error=" ".join(printable(paragraph.replace("\n", "; ")).split())[:500])
     with contextlib.suppress(OSError):
-        write_atomic(folder / ERROR, f"{paragraph}\n\n{traceback.format_exc()}")
+        write_atomic(folder / ERROR, printable_lines(f"{paragraph}\n\n{traceback.format_exc()}"))
 
 
 def follow_daemon() -> None:

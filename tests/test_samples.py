@@ -81,7 +81,7 @@ def test_what_a_file_has_wrong_is_said(tmp_path: Path, tokenizer: ModelTokenizer
     assert "expected a text" in error_of(written(tmp_path, "b.jsonl", "[1]"))
     assert "has no text" in error_of(written(tmp_path, "empty.txt"))
     assert "cannot be read: No such file" in error_of(tmp_path / "none.txt")
-    assert "cannot be read: Is a directory" in error_of(tmp_path)
+    assert "is not a regular file" in error_of(tmp_path)
     latin = tmp_path / "latin.txt"
     latin.write_bytes("é".encode("latin-1").join([b"abcdefgh"] * 40))
     assert "not UTF-8 at byte" in error_of(latin)
@@ -93,7 +93,7 @@ def test_what_a_file_has_wrong_is_said(tmp_path: Path, tokenizer: ModelTokenizer
 
 def test_a_pipe_is_no_file_of_samples(tmp_path: Path, tokenizer: ModelTokenizer) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(SpecError, match="not a plain file"):
+    with pytest.raises(SpecError, match="is not a regular file"):
         read_samples(tmp_path / "pipe.txt", tokenizer, count=3, length=8)
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -203,3 +204,80 @@ def test_an_open_port_on_the_network_is_warned_of(
 ) -> None:
     Endpoint(config(tmp_path, host=host), Metrics().registry).close()
     assert ("open to the network" in caplog.text) is warned
+
+
+def raw(endpoint: Endpoint, request: bytes) -> bytes:
+    """What comes back for these bytes, until the other side closes."""
+    host, port = endpoint.url.partition("//")[2].split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as one:
+        one.sendall(request)
+        one.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: one.recv(65536), b""))
+
+
+def test_only_get_and_head_are_answered(tmp_path: Path) -> None:
+    endpoint = Endpoint(config(tmp_path), Metrics().registry)
+    try:
+        assert b"mergecore_build_info" in raw(endpoint, b"GET /metrics HTTP/1.0\r\n\r\n")
+        head = raw(endpoint, b"HEAD /metrics HTTP/1.0\r\n\r\n")
+        assert head.startswith(b"HTTP/1.0 200 OK")
+        assert head.endswith(b"\r\n\r\n")
+        for method in (b"POST", b"PUT", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT", b"X" * 1000):
+            for path in (b"/metrics", b"/other"):
+                answer = raw(endpoint, method + b" " + path + b" HTTP/1.0\r\n\r\n")
+                assert answer.startswith(b"HTTP/1.0 405 "), answer
+    finally:
+        endpoint.close()
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"<script>alert(1)</script>\r\n\r\n",
+        b"GET <script> HTTP/1.0 SECRET\r\n\r\n",
+        b"GET /<script>SECRET HTTP/1.0\r\n\r\n",
+        b"GET /SECRET\x1b[31m HTTP/9.9\r\n\r\n",
+        b"GET /" + b"SECRET" * 20_000 + b" HTTP/1.0\r\n\r\n",
+        b"GET /metrics HTTP/1.0\r\nSECRET: " + b"x" * 70_000 + b"\r\n\r\n",
+        b"GET /metrics HTTP/1.0\r\n" + b"SECRET: x\r\n" * 200 + b"\r\n",
+        b"\x16\x03\x01SECRET\r\n\r\n",
+    ],
+)
+def test_a_bad_request_is_refused_without_a_word_of_it_and_without_versions(
+    tmp_path: Path, request_bytes: bytes
+) -> None:
+    endpoint = Endpoint(config(tmp_path), Metrics().registry)
+    try:
+        answer = raw(endpoint, request_bytes)
+        assert re.match(rb"(HTTP/1\.0 )?[45]\d\d\s", answer), answer
+        for word in (b"SECRET", b"script", b"\x1b", b"Python", b"WSGI", b"alert"):
+            assert word not in answer
+    finally:
+        endpoint.close()
+
+
+def test_clients_that_trickle_have_bounded_time_and_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.endpoint.MAX_CLIENTS", 5)
+    monkeypatch.setattr("service.endpoint.REQUEST_TIMEOUT", 3.0)
+    endpoint = Endpoint(config(tmp_path), Metrics().registry)
+    host, port = endpoint.url.partition("//")[2].split(":")
+    before = threading.active_count()
+    slow = [socket.create_connection((host, int(port)), timeout=30) for _ in range(30)]
+    try:
+        ended: set[int] = set()
+
+        def trickle() -> bool:
+            for i, one in enumerate(slow):
+                try:
+                    one.send(b"G")
+                except OSError:
+                    ended.add(i)
+            assert threading.active_count() <= before + 5
+            return len(ended) == len(slow)
+
+        wait_until(trickle, "the end of all slow clients")
+        assert get(f"{endpoint.url}/metrics").status == 200
+    finally:
+        for one in slow:
+            one.close()
+        endpoint.close()

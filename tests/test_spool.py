@@ -17,9 +17,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergecore.printable import printable
 from service import spool as spool_module
 from service.incoming import PATIENCE, Incoming, read_priority
-from service.spool import JobStatus, ServiceError, Spool, job_name, printable, read_status, write_atomic, write_status
+from service.spool import JobStatus, ServiceError, Spool, job_name, read_status, write_atomic, write_status
 
 
 @pytest.fixture

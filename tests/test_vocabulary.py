@@ -22,7 +22,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from mergecore.chat_template import CHATML, commonest_template, folder_template, named_template, with_template
 from mergecore.errors import CheckpointError
-from mergecore.tokenizer import LARGEST_FILE, read_tokenizer, tokenizer_differences, tokenizer_files
+from mergecore.small_files import LARGEST_FILE
+from mergecore.tokenizer import read_tokenizer, tokenizer_differences, tokenizer_files
 from mergecore.vocabulary import TokenRow, Vocabulary, plan_vocabulary
 from tests.vocabularies import KINDS, TEXTS, Array, laid_out, save, trained, words, write_files
 
@@ -574,7 +575,7 @@ def test_files_that_are_too_large_or_no_files_are_not_read(tmp_path: Path) -> No
     base = save(tmp_path / "base", words("a"))
     with open(base / "tokenizer.json", "r+b") as file:
         file.truncate(LARGEST_FILE + 1)
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json has 268,435,457 bytes"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has 134,217,729 bytes"):
         plan_vocabulary([base], [1])
     (base / "tokenizer.json").unlink()
     os.mkfifo(base / "tokenizer.json")

@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mergecore.errors import Interrupted, OutputError, OutputExistsError
+from mergecore.errors import CheckpointError, Interrupted, OutputError, OutputExistsError
 from mergecore.output import writer as writer_module
 from mergecore.output.layout import INDEX_NAME, OutputLayout, plan_layout
 from mergecore.output.writer import OutputWriter
@@ -148,7 +148,7 @@ def test_other_files_are_published_beside_the_shards(tmp_path: Path) -> None:
         for name in ("config.json", "model-00001-of-00003.safetensors", INDEX_NAME):
             with pytest.raises(ValueError, match="already"):
                 writer.add_file(name, b"")
-        with pytest.raises(OutputError, match=r"a copy of .*absent: No such file"):
+        with pytest.raises(CheckpointError, match="absent does not exist"):
             writer.add_file("absent", tmp_path / "absent")
         put_rest(writer)
         writer.publish()
@@ -506,8 +506,13 @@ class PowerLoss:
                         self.wrote(descriptor, offset, self.real[name](descriptor, data[: len(data) // 2], offset))
                     self.die()
                 if name == "rename":
-                    self.unsynced_rename = arguments
-                    if not all(path.stat().st_ino in self.synced_files for path in arguments[0].iterdir()):
+                    folders = (options["src_dir_fd"], options["dst_dir_fd"])
+                    source, target = (
+                        Path(os.readlink(f"/proc/self/fd/{folder}"), name)
+                        for folder, name in zip(folders, arguments, strict=True)
+                    )
+                    self.unsynced_rename = source, target
+                    if not all(path.stat().st_ino in self.synced_files for path in source.iterdir()):
                         os._exit(3)
                 if name == "unlink" and self.unsynced_rename is not None:
                     os._exit(3)

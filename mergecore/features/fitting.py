@@ -24,7 +24,7 @@ from mergecore.features.passes import Network, States
 from mergecore.features.samples import Sample, read_samples, tokenizer_in
 from mergecore.features.weights import Reader, Stored, members, sources_of
 from mergecore.methods.base import Coefficients
-from mergecore.output.staging import reporting, sync_path
+from mergecore.output.staging import reporting
 from mergecore.planning import MergePlan
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -175,4 +175,8 @@ def replace_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        sync_path(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from mergecore.confined import open_input
 from mergecore.errors import CheckpointError, SpecError
 from mergecore.tokenizer import ModelTokenizer, read_tokenizer
 
@@ -62,10 +62,7 @@ def read_samples(
     """
     samples: list[Sample] = []
     try:
-        # A pipe without a writer would be waited for.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise SpecError(f"{path} is not a plain file; expected a JSONL or text file with samples")
+        with os.fdopen(open_input(path), "rb") as file:
             if path.suffix == ".jsonl":
                 texts = _records(file, path, field, random.Random(seed))
             else:
@@ -76,6 +73,8 @@ def read_samples(
                     samples.append(sample)
                 if len(samples) == count:
                     break
+    except CheckpointError as error:
+        raise SpecError(f"{error}; expected a JSONL or text file with samples") from error
     except OSError as error:
         raise SpecError(f"{path} cannot be read: {error.strerror}; expected a JSONL or text file") from error
     if not samples:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mergecore._stream import ReadFault, WindowStream
+from mergecore.confined import open_input
 from mergecore.errors import InputFault
 from mergecore.planning import MergePlan
 from mergecore.sources import DTYPES, Source, files_of
@@ -57,7 +58,9 @@ class Reader:
     def __init__(self, sources: Sequence[Source], mode: str) -> None:
         self._numbers = {file: n for n, file in enumerate(dict.fromkeys(f for s in sources for f in files_of(s)))}
         self._open = ExitStack()
-        self._stream = self._open.enter_context(WindowStream([str(file) for file in self._numbers], mode, 0))
+        self._stream = self._open.enter_context(
+            WindowStream([str(file) for file in self._numbers], mode, 0, opener=open_input)
+        )
         self.bytes_read = 0
 
     def __enter__(self) -> Reader:

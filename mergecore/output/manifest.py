@@ -22,6 +22,7 @@ from mergecore.checkpoint import read_config
 from mergecore.inputs import Input
 from mergecore.output.verify import MANIFEST_NAME
 from mergecore.planning import MergePlan
+from mergecore.small_files import files_in
 
 if TYPE_CHECKING:
     from mergecore.engine import MergeResult
@@ -57,7 +58,7 @@ def _code_files(plan: MergePlan) -> list[Path]:
     """Code of the model's own: carried along as it is, never run here."""
     if "auto_map" not in plan.reference.config:
         return []
-    return sorted(path for path in plan.reference.folder.glob("*.py") if path.is_file())
+    return files_in(plan.reference.folder, ["*.py"])
 
 
 def _model_card(plan: MergePlan) -> str:

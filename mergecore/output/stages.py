@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from mergecore.errors import Interrupted, OutputError, OutputExistsError
+from mergecore.confined import OutputFolder
+from mergecore.errors import CheckpointError, Interrupted, OutputError, OutputExistsError
 from mergecore.output.staging import reporting
 from mergecore.output.verify import MANIFEST_NAME
+from mergecore.small_files import read_object
 
 
 def stages_folder(out: Path) -> Path:
@@ -27,34 +28,35 @@ class Stages:
 
     def __init__(self, out: Path, *, resume: bool) -> None:
         self.folder, self._resume = stages_folder(out), resume
-        self._lock = -1
 
     def __enter__(self) -> Stages:
         with reporting("create", self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            made: list[tuple[OutputFolder, str]] = []
+            self._parent = OutputFolder.at(self.folder.parent, made)
+            for folder, _ in made:
+                folder.close()
+            with suppress(FileExistsError):
+                os.mkdir(self.folder.name, dir_fd=self._parent.descriptor)
+            self._inside = self._parent.enter(self.folder.name)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._inside.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(self._lock)
+            self._close()
             raise OutputError(f"another merge is using {self.folder}") from error
         return self
 
     def is_done(self, name: str, identity: str) -> bool:
         """Whether an interrupted attempt has finished this merge; what else lies there is removed."""
-        path = self.folder / name
         if self._resume:
-            with suppress(OSError, ValueError, TypeError, KeyError):
-                if json.loads((path / MANIFEST_NAME).read_bytes())["identity"] == identity:
+            with suppress(CheckpointError, KeyError):
+                if read_object(self.folder / name / MANIFEST_NAME)["identity"] == identity:
                     return True
-        with reporting("remove", path):
-            if path.exists():
-                shutil.rmtree(path)
+        self._inside.remove([name])
         return False
 
     def check_room(self, nbytes: int) -> None:
         """OutputError unless the results of all merges fit the disk together: the first must not be made in vain."""
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self._inside.descriptor).free
         if free < nbytes:
             raise OutputError(
                 f"not enough disk space beside {self.folder}: the merges of this spec need {nbytes:,} bytes together, "
@@ -65,5 +67,9 @@ class Stages:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not isinstance(error, (Interrupted, OutputExistsError)):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+            self._parent.remove([self.folder.name])
+        self._close()
+
+    def _close(self) -> None:
+        self._inside.close()
+        self._parent.close()

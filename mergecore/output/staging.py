@@ -18,7 +18,6 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
 import stat
 import time
@@ -29,7 +28,10 @@ from typing import Any
 
 import xxhash
 
+from mergecore.confined import OutputFolder
 from mergecore.errors import OutputError, OutputExistsError
+
+LOCK, JOURNAL, OUTPUT, SCRATCH = "lock", "journal.jsonl", "output", "scratch"
 
 
 class Staging:
@@ -38,116 +40,188 @@ class Staging:
     def __init__(self, out: str | Path) -> None:
         self.out = Path(os.path.abspath(out))
         self.folder = self.out.parent / f".{self.out.name}.partial"
-        self.output = self.folder / "output"
-        self.journal = Journal(self.folder / "journal.jsonl")
-        self.scratch = self.folder / "scratch"
+        """Its path, for messages: what is done in it is done by descriptors."""
+        self.journal = Journal(self.folder / JOURNAL)
+        self._parent: OutputFolder
+        self._inside: OutputFolder
+        self._output: OutputFolder | None = None
         self._lock = -1
-        self._lock_path = self.folder / "lock"
-        self._made: list[Path] = []  # parents of `out` that did not exist, outermost first
+        self._made: list[tuple[OutputFolder, str]] = []  # parents of `out` that did not exist, outermost first
+
+    @property
+    def output(self) -> OutputFolder:
+        """What becomes `out`: open from `begin` or `go_on` to `leave`."""
+        assert self._output is not None
+        return self._output
 
     def enter(self) -> None:
         """Makes the folder and locks it. Refuses if `out` is taken or another merge is writing it."""
-        try:
-            self.refuse_taken()
-        except OutputExistsError:
-            if self.folder.exists() and not self.output.exists():  # a crash between rename and removal
-                with suppress(OSError, OutputError):
-                    self._lock = self._take_lock()
-                    self.leave(keep=False)
-            raise
+        if not self.out.name:
+            raise OutputError(f"{self.out} cannot be an output: it has no name; give a new directory inside it")
         try:
             with reporting("create", self.folder):
-                self._make_parents()
-                self._lock = self._take_lock()
-            self.refuse_taken()  # now nobody else publishes there
+                self._parent = OutputFolder.at(self.out.parent, self._made)
+        except BaseException:
+            self._unmake()
+            raise
+        try:
+            if self._is_left_over():
+                with suppress(OSError, OutputError):
+                    self._take_lock()
+                    self._inside.remove([JOURNAL])
+            self._refuse_taken()
+            with reporting("create", self.folder):
+                if self._lock < 0:
+                    self._take_lock()
+            self._refuse_taken()  # now nobody else publishes there
         except BaseException:
             self.leave(keep=True)
             raise
 
-    def refuse_taken(self) -> None:
-        """Raises unless `out` is absent or an empty directory that a rename can replace."""
-        if not self.out.name:
-            raise OutputError(f"{self.out} cannot be an output: it has no name; give a new directory inside it")
-        with reporting("look at", self.out):
-            try:
-                mode = os.lstat(self.out).st_mode
-            except (FileNotFoundError, NotADirectoryError):
-                return
-            if not stat.S_ISDIR(mode) or os.listdir(self.out):
-                raise _exists(self.out)
-            if os.path.ismount(self.out):
-                raise OutputError(f"{self.out} is a mount point and cannot be replaced; give a new directory inside it")
+    def begin(self) -> None:
+        """Makes `output/` anew. Raises OSError."""
+        self._inside.remove([JOURNAL, OUTPUT, SCRATCH])
+        os.mkdir(OUTPUT, dir_fd=self._inside.descriptor)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Opens the `output/` that is there. Raises OSError."""
+        self._output = self._inside.enter(OUTPUT)
+
+    def scratch(self) -> Path:
+        """The folder `scratch/`, made if it is not there. OutputError if that fails."""
+        with reporting("create", self.folder / SCRATCH):
+            with suppress(FileExistsError):
+                os.mkdir(SCRATCH, dir_fd=self._inside.descriptor)
+            self._inside.enter(SCRATCH).close()  # a folder, and no link to one
+        return self.folder / SCRATCH
 
     def publish(self) -> None:
         """Gives `output/`, whose files are durable, the name `out`, durably. The folder is left for `leave`."""
-        with reporting("sync", self.output):
-            sync_path(self.output)
-        self.refuse_taken()
+        with reporting("sync", self.output.path):
+            self.output.sync()
+        self._refuse_taken()
+        folder, parent = self._inside.descriptor, self._parent.descriptor
         try:
-            os.rename(self.output, self.out)  # replaces an empty directory, and nothing else
+            # Replaces an empty directory, and nothing else.
+            os.rename(OUTPUT, self.out.name, src_dir_fd=folder, dst_dir_fd=parent)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise _exists(self.out) from error
-            raise OutputError(f"cannot rename {self.output} to {self.out}: {error.strerror}") from error
-        self._made.clear()
+            raise OutputError(f"cannot rename {self.output.path} to {self.out}: {error.strerror}") from error
         # Before the journal goes: if a power loss undoes the rename, the journal must be there.
         with reporting("sync", self.out.parent):
-            sync_path(self.folder)
-            sync_path(self.out.parent)
+            self.sync()
+
+    def sync(self) -> None:
+        """Makes the folder, and that it is there, durable. Raises OSError."""
+        self._inside.sync()
+        self._parent.sync()
 
     def leave(self, keep: bool) -> None:
         """Unlocks. `keep`: journal and `output/` stay; else all that was made here goes. Raises nothing."""
         self.journal.close()
+        if self._output is not None:
+            self._output.close()
         if self._lock >= 0:
             if not keep:
-                remove_all(
-                    [self.journal.path, self.output, self.scratch]
-                )  # the journal first: without files it would be a lie
-            remove_all([self._lock_path])
+                self._inside.remove([JOURNAL, OUTPUT, SCRATCH])  # the journal first: without files it would be a lie
+            self._inside.remove([LOCK])
         with suppress(OSError):  # not empty: kept, or the next merge to this output is in it already
-            self.folder.rmdir()
+            os.rmdir(self.folder.name, dir_fd=self._parent.descriptor)
         if self._lock >= 0:
+            self._inside.close()
             os.close(self._lock)
             self._lock = -1
-        for folder in reversed(self._made):
+        self._parent.close()
+        self._unmake()
+
+    def _unmake(self) -> None:
+        """Removes the parents that were made, unless something lies in them, and forgets them."""
+        while self._made:
+            folder, name = self._made.pop()
             with suppress(OSError):
-                folder.rmdir()
+                os.rmdir(name, dir_fd=folder.descriptor)
+            folder.close()
 
-    def _make_parents(self) -> None:
-        for folder in reversed(self.folder.parents):
-            if not folder.exists():
-                folder.mkdir(exist_ok=True)
-                self._made.append(folder)
-                sync_path(folder.parent)
+    def _refuse_taken(self) -> None:
+        """Raises unless `out` is absent or an empty directory that a rename can replace."""
+        with reporting("look at", self.out):
+            if not self._parent.has(self.out.name):
+                return
+            status = self._parent.status(self.out.name)
+            if not stat.S_ISDIR(status.st_mode):
+                raise _exists(self.out)
+            folder = self._parent.enter(self.out.name)
+            try:
+                taken = bool(folder.names())
+            finally:
+                folder.close()
+            if taken:
+                raise _exists(self.out)
+            if status.st_dev != os.fstat(self._parent.descriptor).st_dev:
+                raise OutputError(f"{self.out} is a mount point and cannot be replaced; give a new directory inside it")
 
-    def _take_lock(self) -> int:
+    def _is_left_over(self) -> bool:
+        """Whether a crash between rename and removal left the folder."""
+        with suppress(OSError):
+            folder = self._parent.enter(self.folder.name)
+            try:
+                return self._parent.has(self.out.name) and not folder.has(OUTPUT)
+            finally:
+                folder.close()
+        return False
+
+    def _take_lock(self) -> None:
         """Makes the folder if needed and locks it; the file descriptor holds the lock until it is closed."""
         while True:
-            self.folder.mkdir(exist_ok=True)
+            with suppress(FileExistsError):
+                os.mkdir(self.folder.name, dir_fd=self._parent.descriptor)
             try:
-                descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                inside = self._parent.enter(self.folder.name)
             except FileNotFoundError:
                 continue  # its former owner has just removed the folder
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_at(descriptor, self._lock_path):
+                self._lock = self._locked(inside)
+            except BaseException:
+                inside.close()
+                raise
+            if self._lock >= 0:
+                self._inside = self.journal.folder = inside
+                return
+            inside.close()
+
+    def _locked(self, inside: OutputFolder) -> int:
+        """The descriptor of the lock, -1 if the folder or the lock was removed meanwhile."""
+        try:
+            descriptor = inside.open(LOCK, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:
+            return -1
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), inside.status(LOCK)):
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, _myself().encode(), 0)
                     return descriptor
-            except BlockingIOError:
-                holder = os.pread(descriptor, 500, 0).decode(errors="replace") or "a process that has just started"
-                os.close(descriptor)
-                raise OutputError(
-                    f"another merge is writing {self.out} ({holder}); wait for it, stop it, or choose another output"
-                ) from None
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)  # it had been removed when it was unlocked: what is locked is no longer in the folder
+        except BlockingIOError:
+            holder = os.pread(descriptor, 500, 0).decode(errors="replace") or "a process that has just started"
+            os.close(descriptor)
+            raise OutputError(
+                f"another merge is writing {self.out} ({holder}); wait for it, stop it, or choose another output"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # it had been removed when it was unlocked: what is locked is no longer in the folder
+        return -1
 
 
 class Journal:
     """A file of JSON lines, each with a checksum of itself: after a crash the lines before the first torn one count."""
+
+    folder: OutputFolder
+    """Where it lies: known when the staging folder is locked."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -159,7 +233,9 @@ class Journal:
         records: list[dict[str, Any]] = []
         self._good = 0
         with suppress(OSError, ValueError, TypeError, AttributeError, KeyError):
-            for line in self.path.read_bytes().splitlines(keepends=True):
+            with os.fdopen(self.folder.open(self.path.name, os.O_RDONLY), "rb") as file:
+                lines = file.readlines()
+            for line in lines:
                 record = json.loads(line)
                 del record["check"]
                 if line != _line(record):
@@ -176,7 +252,7 @@ class Journal:
 
     def go_on(self) -> None:
         """Opens the journal to append to what `read` returned; what follows that is cut off. Raises OSError."""
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._descriptor = self.folder.open(self.path.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.ftruncate(self._descriptor, self._good)
 
     def append(self, records: Iterable[dict[str, str]]) -> None:
@@ -191,25 +267,6 @@ class Journal:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-def sync_path(path: Path) -> None:
-    """fsync of a file or a folder. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_all(paths: Iterable[Path]) -> None:
-    """Removes files and folders as far as possible. Raises nothing."""
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                path.unlink()
 
 
 @contextmanager
@@ -228,13 +285,6 @@ def _line(record: dict[str, Any]) -> bytes:
 
 def _myself() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _exists(out: Path) -> OutputExistsError:

@@ -24,7 +24,8 @@ import xxhash
 
 from mergecore.errors import Interrupted, OutputError, OutputExistsError
 from mergecore.output.layout import INDEX_NAME, OutputLayout, TensorSlot
-from mergecore.output.staging import Staging, remove_all, reporting, sync_path
+from mergecore.output.staging import Staging, reporting
+from mergecore.small_files import read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +103,7 @@ class OutputWriter:
     @property
     def scratch(self) -> Path:
         """A folder for what a merge keeps until it is published, over interruptions too."""
-        with reporting("create", self._staging.scratch):
-            self._staging.scratch.mkdir(exist_ok=True)
-        return self._staging.scratch
+        return self._staging.scratch()
 
     @property
     def finished(self) -> frozenset[str]:
@@ -200,9 +199,6 @@ class OutputWriter:
             raise ValueError(f"{len(missing)} of {count} tensors are not finished, first {missing[0]!r}")
         if self.layout.index is not None and INDEX_NAME not in self._added:
             self._put_file(INDEX_NAME, self.layout.index)
-        for name in sorted(self._added):
-            with reporting("sync", self._staging.output / name):
-                sync_path(self._staging.output / name)
         self._staging.publish()
         self.abandon(keep=False)  # of the staging folder only the journal and the lock are left
 
@@ -239,10 +235,10 @@ class OutputWriter:
     def _open(self, identity: str, resume: bool) -> None:
         """Opens the journal and all shards, preallocated and with their headers."""
         staging = self._staging
-        paths = [staging.output / shard.filename for shard in self.layout.shards]
+        names = [shard.filename for shard in self.layout.shards]
         head = {"identity": identity, "layout": self.layout.digest()}
         records = staging.journal.read() if resume else []
-        self.resumed = records[:1] == [head] and self._have_planned_sizes(paths)
+        self.resumed = records[:1] == [head] and self._have_planned_sizes()
         if records and not self.resumed:
             log.warning(
                 "started from zero: the spec, an input or mergecore has changed since %s was begun", staging.out
@@ -250,19 +246,19 @@ class OutputWriter:
         with reporting("prepare", staging.folder):
             if self.resumed:
                 self.checksums = {record["name"]: record["xxh3_128"] for record in records[1:]}
-                remove_all(set(staging.output.iterdir()) - set(paths))  # what the earlier run had put beside the shards
+                # What the earlier run had put beside the shards.
+                staging.output.remove(set(staging.output.names()) - set(names))
             else:
-                remove_all([staging.journal.path, staging.output, staging.scratch])
-                staging.output.mkdir()
-            free = shutil.disk_usage(staging.output).free
+                staging.begin()
+            free = shutil.disk_usage(staging.output.descriptor).free
         if not self.resumed and free < self.layout.nbytes:
             raise self._disk_full(free)
-        for path in paths:
+        for shard in self.layout.shards:
+            path = staging.output.path / shard.filename
             with reporting("open", path):
-                self._shards.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-        for path, shard, descriptor in zip(paths, self.layout.shards, self._shards, strict=True):
+                self._shards.append(staging.output.open(shard.filename, os.O_RDWR | os.O_CREAT))
             try:
-                os.posix_fallocate(descriptor, 0, shard.size)
+                os.posix_fallocate(self._shards[-1], 0, shard.size)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise self._disk_full(free) from error
@@ -274,12 +270,14 @@ class OutputWriter:
                 staging.journal.go_on()
             else:
                 staging.journal.start(head)
-            for folder in (staging.output, staging.folder, staging.folder.parent):
-                sync_path(folder)
+            staging.output.sync()
+            staging.sync()
 
-    def _have_planned_sizes(self, paths: list[Path]) -> bool:
+    def _have_planned_sizes(self) -> bool:
         with suppress(OSError):
-            return [path.stat().st_size for path in paths] == [shard.size for shard in self.layout.shards]
+            self._staging.go_on()
+            output = self._staging.output
+            return all(output.status(shard.filename).st_size == shard.size for shard in self.layout.shards)
         return False
 
     def _disk_full(self, free: int) -> OutputError:
@@ -290,16 +288,18 @@ class OutputWriter:
         )
 
     def _put_file(self, name: str, content: bytes | Path) -> None:
-        path = self._staging.output / name
+        """On disk when this returns."""
+        output = self._staging.output
+        data = content if isinstance(content, bytes) else read_bytes(content)
         try:
-            if isinstance(content, bytes):
-                path.write_bytes(content)
-            else:
-                shutil.copyfile(content, path)
+            with os.fdopen(output.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
-            remove_all([path])
+            output.remove([name])
             source = "" if isinstance(content, bytes) else f", a copy of {content}"
-            raise OutputError(f"cannot write {path}{source}: {error.strerror or error}") from error
+            raise OutputError(f"cannot write {output.path / name}{source}: {error.strerror or error}") from error
         self._added.add(name)
 
     def _close_shards(self) -> None:
@@ -414,7 +414,7 @@ class OutputWriter:
         self._since_checkpoint = 0
 
     def _failed(self, doing: str, number: int, where: str, error: OSError) -> OutputError:
-        path = self._staging.output / self.layout.shards[number].filename
+        path = self._staging.output.path / self.layout.shards[number].filename
         return OutputError(f"cannot {doing} {path}{where}: {error.strerror or error}")
 
 
