@@ -37,6 +37,10 @@ def measure(models: int, device: torch.device) -> dict[str, float]:
     pending = torch.zeros_like(sums)
     row_sums = torch.zeros(ops.moment_count(models), ROWS, dtype=torch.float64, device=device)
     drops = [ops.Drop.of(0.5, True, seed=0, tensor="t", model=n) for n in range(models)]
+    gradient = torch.randn(ROWS, COLUMNS, generator=generator, device=device)  # float32: twice the bytes
+    by_column, open_tile = torch.zeros(2, models, COLUMNS, dtype=torch.float64, device=device).unbind()
+    by_row = torch.zeros(models, ROWS, dtype=torch.float64, device=device)
+    scaled = torch.empty_like(gradient)
     words = base.view(torch.int64)
     size = base.numel() * 2
     runs: dict[str, tuple[Callable[[], object], int]] = {
@@ -49,6 +53,15 @@ def measure(models: int, device: torch.device) -> dict[str, float]:
             lambda: ops.blend(out, base, tensors, per_column, counts, axis=ops.Axis.COLUMNS),
             (models + 2) * size,
         ),
+        "scaled sum, float32": (
+            lambda: ops.blend(scaled, None, tensors, per_column, counts, axis=ops.Axis.COLUMNS),
+            (models + 2) * size,
+        ),
+        "gradient by column": (
+            lambda: ops.column_gradient(gradient, None, tensors, by_column, open_tile),
+            (models + 2) * size,
+        ),
+        "gradient by row": (lambda: ops.row_gradient(gradient, None, tensors, by_row), (models + 2) * size),
         "blend, DARE": (lambda: ops.blend(out, base, tensors, per_tensor, counts, drops=drops), (models + 2) * size),
     }
     best = dict.fromkeys(runs, 0.0)

@@ -2,8 +2,8 @@
 
 Every op writes into tensors that the caller made. Windows are contiguous (rows, columns) views of
 float32, float16, bfloat16 or float64, mixed freely, results of the first three (of a blend, of any);
-statistics, scores and coefficients are float64. CPU and CUDA tensors give equal bits; docs/design.md, section 5, tells
-the arithmetic.
+statistics, scores and coefficients are float64. CPU and CUDA tensors give equal bits; docs/design.md, section 5,
+tells the arithmetic.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergecore import ops
+from mergecore.features.columns import scaled_sum
 from mergecore.ops import Axis, Drop, Elect, Measure, Place
 
 GPU = torch.device("cuda")
@@ -136,6 +137,40 @@ def check_row_moments(m: Matrices, height: int) -> None:
     assert_same_bits(sums, gpu_sums)
 
 
+def check_gradients(m: Matrices, height: int, dtype: torch.dtype) -> None:
+    """By columns and by rows, of a gradient of `dtype`."""
+    gradient = torch.randn(m.rows, m.columns, dtype=torch.float64).to(dtype)
+    gpu_gradient = gradient.to(GPU)
+    sums, pending = torch.randn(2, len(m.models), m.columns, dtype=torch.float64).unbind()
+    by_row = torch.randn(len(m.models), m.first_row + m.rows + 2, dtype=torch.float64)
+    gpu_sums, gpu_pending, gpu_by_row = sums.to(GPU), pending.to(GPU), by_row.to(GPU)
+    ops.column_gradient(gradient, m.base, m.models, sums, pending, first_row=m.first_row)
+    ops.row_gradient(gradient, m.base, m.models, by_row, first_row=m.first_row)
+    for rows, base, models, place in m.windows(height):
+        first_row = place["first_row"]
+        ops.column_gradient(gpu_gradient[rows], base, models, gpu_sums, gpu_pending, first_row=first_row)
+        ops.row_gradient(gpu_gradient[rows], base, models, gpu_by_row, first_row=first_row)
+    assert_same_bits(sums, gpu_sums)
+    assert_same_bits(pending, gpu_pending)
+    assert_same_bits(by_row, gpu_by_row)
+
+
+def check_scaled_sum(m: Matrices, axis: Axis, dtype: torch.dtype) -> None:
+    """W, and the gradient of a loss by the coefficients."""
+    width = {Axis.TENSOR: 1, Axis.COLUMNS: m.columns, Axis.ROWS: m.rows}[axis]
+    coefficients = torch.randn(len(m.models), width, dtype=torch.float64, requires_grad=True)
+    gpu_coefficients = coefficients.detach().to(GPU).requires_grad_()
+    gradient = torch.randn(m.rows, m.columns).to(dtype)
+    weight = scaled_sum(coefficients, m.models, m.base, dtype=dtype, axis=axis)
+    gpu_weight = scaled_sum(gpu_coefficients, m.gpu_models, m.gpu_base, dtype=dtype, axis=axis)
+    assert_same_bits(weight.detach(), gpu_weight.detach())
+    weight.backward(gradient)
+    gpu_weight.backward(gradient.to(GPU))
+    assert coefficients.grad is not None
+    assert gpu_coefficients.grad is not None
+    assert_same_bits(coefficients.grad, gpu_coefficients.grad)
+
+
 def check_grams(m: Matrices, height: int) -> None:
     """Of the whole window as one tensor, of rows and of columns."""
     pairs = ops.gram_count(len(m.models))
@@ -210,11 +245,19 @@ class TestEveryKernel:
     def test_row_moments(self, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], drops: bool) -> None:
         check_row_moments(self.matrices(shape, dtypes, drops), height=100)
 
+    def test_gradients(self, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], drops: bool) -> None:
+        if drops:
+            pytest.skip("gradients are of whole models")
+        for dtype in WINDOWS:
+            check_gradients(self.matrices(shape, dtypes, drops), 100, dtype)
+        for axis in Axis:
+            check_scaled_sum(self.matrices(shape, dtypes, drops), axis, torch.float32)
+
     def test_grams(self, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], drops: bool) -> None:
         check_grams(self.matrices(shape, dtypes, drops), height=100)
 
     @pytest.mark.parametrize("axis", list(Axis))
-    @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("out_dtype", WINDOWS, ids=str)
     def test_blend(
         self, shape: tuple[int, int], dtypes: tuple[torch.dtype, ...], drops: bool, axis: Axis, out_dtype: torch.dtype
     ) -> None:
@@ -250,6 +293,13 @@ def test_moments_of_any_windows(m: Matrices, height: int) -> None:
     check_row_moments(m, height)
 
 
+@given(m=any_matrices(), height=st.integers(1, 300), dtype=st.sampled_from(WINDOWS), axis=st.sampled_from(list(Axis)))
+@settings(max_examples=60, deadline=None)
+def test_gradients_of_any_windows(m: Matrices, height: int, dtype: torch.dtype, axis: Axis) -> None:
+    check_gradients(m, height, dtype)
+    check_scaled_sum(m, axis, dtype)
+
+
 @given(m=any_matrices(), height=st.integers(1, 300))
 @settings(max_examples=60, deadline=None)
 def test_grams_of_any_windows(m: Matrices, height: int) -> None:
@@ -260,7 +310,7 @@ def test_grams_of_any_windows(m: Matrices, height: int) -> None:
     m=any_matrices(),
     height=st.integers(1, 300),
     axis=st.sampled_from(list(Axis)),
-    out_dtype=st.sampled_from(DTYPES),
+    out_dtype=st.sampled_from(WINDOWS),
     base_coefficient=st.sampled_from([1.0, 0.0, -0.5, 1e38]),
 )
 @settings(max_examples=100, deadline=None)
@@ -374,6 +424,7 @@ def test_the_greatest_number_of_models() -> None:
     m = matrices(5, 264, (torch.bfloat16,) * 65, drop_rates=(0.5,) * 64, first_row=62)
     check_column_moments(m, height=2)
     check_row_moments(m, height=2)
+    check_gradients(m, height=2, dtype=torch.float32)
     check_grams(m, height=2)
     check_blend(m, 2, Axis.COLUMNS, torch.bfloat16)
     check_selection(m, Measure.COMPETITION, torch.bfloat16)
@@ -383,6 +434,7 @@ def test_a_large_window() -> None:
     m = matrices(6000, 5120, (torch.bfloat16,) * 3, first_row=1000)
     check_column_moments(m, height=4097)
     check_row_moments(m, height=4097)
+    check_gradients(m, height=4097, dtype=torch.float32)
     check_grams(m, height=4097)
     check_blend(m, 4097, Axis.COLUMNS, torch.bfloat16)
 

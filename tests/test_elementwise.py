@@ -384,6 +384,21 @@ def test_what_is_whole_stays_as_it_was() -> None:
         ),
         (lambda w, out: ops.magnitudes(w, [w[:2]], Place()), "of the same shape"),
         (
+            lambda w, out: ops.elect(
+                w.double(),
+                w,
+                [w],
+                [1.0],
+                torch.zeros(2, dtype=torch.int64),
+                scale=1.0,
+                elect=ops.Elect.NONE,
+                normalize=False,
+                keeps=[],
+                place=Place(),
+            ),
+            "out must be float32, float16 or bfloat16",
+        ),
+        (
             lambda w, out: ops.keep_deltas(w, [w], keeps=[], place=Place(measure=Measure.ROWS)),
             "rows and competition need scales",
         ),

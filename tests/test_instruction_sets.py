@@ -38,6 +38,7 @@ PROGRAM = """
 #define MERGECORE_CLONES
 #include "blend.cpp"
 #include "chunk.cpp"
+#include "gradient.cpp"
 #include "moments.cpp"
 #include "scores.cpp"
 #include "select.cpp"
@@ -47,6 +48,12 @@ void column_moments(const Inputs* in, double* sums, double* pending, int64_t col
   cpu::column_moments(*in, sums, pending, 0, columns);
 }
 void row_moments(const Inputs* in, double* sums, int64_t rows) { cpu::row_moments(*in, sums, rows, 0, rows); }
+void column_gradient(const Inputs* in, const Matrix* gradient, double* sums, double* pending, int64_t columns) {
+  cpu::column_gradient(*in, *gradient, sums, pending, 0, columns);
+}
+void row_gradient(const Inputs* in, const Matrix* gradient, double* sums, int64_t rows) {
+  cpu::row_gradient(*in, *gradient, sums, rows, 0, rows);
+}
 void blend(const Blend* b, int64_t entries, int64_t* counts) { cpu::blend(*b, 0, entries, counts[0], counts[1]); }
 void elect(const Inputs* in, const double* numbers, const Drop* keeps, int measure, int how, int consensus, void* out,
            int64_t entries, int64_t* counts) {
@@ -196,7 +203,25 @@ def test_moments(compiled: ctypes.CDLL, case: str) -> None:
     assert same(found, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(compiled: ctypes.CDLL, case: str, dtype: torch.dtype) -> None:
+    base, models, _ = made(case)
+    inputs = Inputs.of(base, models, ())
+    gradient = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2)).to(dtype)
+    outer = Matrix.of(gradient)
+    found, wanted = torch.zeros(2, 2, 3, COLUMNS, dtype=torch.float64).unbind()
+    by_pointer = (ctypes.byref(inputs), ctypes.byref(outer))
+    compiled.column_gradient(*by_pointer, pointer(found[0]), pointer(found[1]), ctypes.c_int64(COLUMNS))
+    ops.column_gradient(gradient, base, models, wanted[0], wanted[1])
+    assert same(found, wanted)
+    found, wanted = torch.zeros(2, 3, ROWS, dtype=torch.float64).unbind()
+    compiled.row_gradient(*by_pointer, pointer(found), ctypes.c_int64(ROWS))
+    ops.row_gradient(gradient, base, models, wanted)
+    assert same(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("axis", ops.Axis)
 @pytest.mark.parametrize("case", CASES)
 def test_blend(compiled: ctypes.CDLL, case: str, axis: ops.Axis, dtype: torch.dtype) -> None:

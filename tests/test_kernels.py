@@ -23,6 +23,7 @@ from tests import oracle
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = (F32, F16, BF16)
+WINDOWS = (*DTYPES, torch.float64)
 NOISE = Fraction(1, 2**50)  # of the sum of absolute values: what float64 sums of a few numbers may lose
 
 few = settings(max_examples=30, deadline=None)
@@ -435,6 +436,24 @@ def test_a_blend_is_the_exact_sum_rounded_once(
             assert low <= out[row, column].item() <= high
 
 
+@few
+@given(made=inputs(largest=600), axis=st.sampled_from(ops.Axis), cuts=cuts)
+def test_a_blend_in_float64_is_the_sum_of_its_terms_in_order_not_rounded_again(
+    made: Inputs, axis: ops.Axis, cuts: list[int]
+) -> None:
+    rows, columns = made.shape
+    stride = {ops.Axis.TENSOR: 1, ops.Axis.COLUMNS: columns, ops.Axis.ROWS: rows}[axis]
+    random = torch.Generator().manual_seed(2)
+    coefficients = torch.randn(len(made.models), stride, dtype=torch.float64, generator=random)
+    out = made.blend(coefficients, axis, torch.float64, base_coefficient=0.75, cuts=cuts, first_entry=3)
+    start, kept = made.start(), made.kept(first_entry=3)
+    deltas = [keep * (oracle.floats(model) - start) for keep, model in zip(kept, made.models, strict=True)]
+    for row, column in itertools.product(range(rows), range(columns)):
+        places = [coefficient(coefficients, axis, n, row, column) for n in range(len(deltas))]
+        total = chain(np.array([float(c) for c in places]), np.array([delta[row, column] for delta in deltas]))
+        assert out[row, column].item() == (total if made.base is None else 0.75 * start[row, column] + total)
+
+
 def average(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     half = torch.full((2, 1), 0.5, dtype=torch.float64)
     return Inputs(None, [x.view(1, -1), y.view(1, -1)]).blend(half, ops.Axis.TENSOR, dtype).view(-1)
@@ -511,13 +530,13 @@ def test_conversion_is_torchs_for_every_number(source: torch.dtype, target: torc
         assert counts.tolist() == [int((~finite).sum()), int((wanted.isinf() & finite).sum())]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WINDOWS)
 @pytest.mark.parametrize("axis", ops.Axis)
 def test_copies_of_the_base_give_the_base_bit_for_bit(dtype: torch.dtype, axis: ops.Axis) -> None:
     """Negative zeros, subnormals and the largest numbers included."""
-    if dtype is F32:
-        ends = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 1.1754942e-38, 1.0])
-        base = torch.cat([ends, torch.randn(504)]).view(8, 64)
+    if dtype.itemsize >= 4:
+        ends = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 1.1754942e-38, 1.0], dtype=dtype)
+        base = torch.cat([ends, torch.randn(504, dtype=dtype)]).view(8, 64)
     else:
         numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
         base = numbers[numbers.isfinite()].view(-1, 32)
@@ -546,7 +565,7 @@ def test_overflow_is_infinity_and_is_counted(dtype: torch.dtype, largest: float)
     assert counts.tolist() == [10, 105]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WINDOWS)
 def test_nan_and_infinity_are_counted_once_per_result(dtype: torch.dtype) -> None:
     nan, inf = math.nan, math.inf
     model = torch.tensor([[1.0, nan, inf, -inf, 2.0]], dtype=dtype)
@@ -785,7 +804,7 @@ def test_row_moments_need_room_for_every_row(sums: Tensor) -> None:
     [
         ({"out": zeros(4, 5, dtype=BF16)}, "out must be contiguous and of the windows' shape"),
         ({"out": zeros(6, 4, dtype=BF16).T}, "out must be contiguous"),
-        ({"out": zeros(4, 6)}, "out must be float32, float16 or bfloat16"),
+        ({"out": zeros(4, 6, dtype=torch.int64)}, "out must be float32, float16, bfloat16 or float64"),
         ({"coefficients": zeros(6)}, "coefficients must be \\(models, n\\)"),
         ({"coefficients": zeros(2, 6)}, "coefficients must be \\(models, n\\)"),
         ({"coefficients": zeros(1, 5)}, "fewer coefficients than columns or rows"),

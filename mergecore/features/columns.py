@@ -30,12 +30,20 @@ def scaled_sum(
     they must stay as they are; it sums in float64 in a fixed order. Raises ValueError for coefficients of another
     shape, and RuntimeError for other tensors that do not fit and in a second derivative.
     """
+<<<<<<< HEAD
     rows, columns = models[0].shape if models and models[0].dim() == 2 else (0, 0)  # the op refuses these
     wanted = (len(models), _width(axis, rows, columns))
     if columns and coefficients.shape != wanted:
         raise ValueError(
             f"coefficients are {tuple(coefficients.shape)}, but must be {wanted} along {axis.name.lower()}"
         )
+=======
+    if not models or models[0].dim() != 2:
+        raise ValueError("a scaled sum needs one or more matrices; view a vector as a matrix of one row")
+    wanted = (len(models), _width(axis, *models[0].shape))
+    if coefficients.shape != wanted:
+        raise ValueError(f"coefficients are {tuple(coefficients.shape)}, but must be {wanted} ({axis.name.lower()})")
+>>>>>>> kernels
     result: Tensor = torch.ops.mergecore.scaled_sum(coefficients, list(models), base, dtype, int(axis))
     return result
 
@@ -48,7 +56,7 @@ def _width(axis: Axis, rows: int, columns: int) -> int:
 def _scaled_sum(
     coefficients: Tensor, models: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype, axis: int
 ) -> Tensor:
-    out = coefficients.new_empty(models[0].shape if models else (0, 0), dtype=dtype)
+    out = models[0].new_empty(models[0].shape, dtype=dtype)
     counts = torch.zeros(2, dtype=torch.int64, device=out.device)  # not looked at: the loss shows what is not finite
     ops.blend(out, base, models, coefficients.contiguous(), counts, axis=Axis(axis))
     return out
@@ -56,7 +64,7 @@ def _scaled_sum(
 
 @_scaled_sum.register_fake
 def _(coefficients: Tensor, models: Sequence[Tensor], base: Tensor | None, dtype: torch.dtype, axis: int) -> Tensor:
-    return coefficients.new_empty(models[0].shape, dtype=dtype)
+    return models[0].new_empty(models[0].shape, dtype=dtype)
 
 
 # An op of its own, without a derivative: a second derivative is refused and not wrong.

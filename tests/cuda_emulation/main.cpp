@@ -233,6 +233,76 @@ std::string row_moments() {
   return "";
 }
 
+// A gradient by the windows of `c`, and its view from row `begin` on.
+struct Gradient {
+  Dtype dtype;
+  int64_t columns;
+  Memory memory;
+
+  explicit Gradient(const Case& c)
+      : dtype(chance(60) ? Dtype::f32 : static_cast<Dtype>(draw(0, 3))),
+        columns(c.columns),
+        memory(c.rows * c.columns * dtype_size(dtype),
+               chance(20) ? dtype_size(dtype) * draw(0, 7) : 0) {
+    void* data = memory.as<void>();
+    const int64_t count = c.rows * c.columns;
+    if (dtype == Dtype::f32) fill<F32>(data, count, c.wild);
+    if (dtype == Dtype::f16) fill<F16>(data, count, c.wild);
+    if (dtype == Dtype::bf16) fill<BF16>(data, count, c.wild);
+    if (dtype == Dtype::f64) {
+      for (int64_t i = 0; i < count; ++i) memory.as<double>()[i] = number(c.wild);
+    }
+  }
+  Matrix from(int64_t begin) const {
+    return {memory.as<char>() + begin * columns * dtype_size(dtype), dtype};
+  }
+};
+
+std::string column_gradient() {
+  const Case c(200);
+  const Gradient gradient(c);
+  const int64_t size = c.models * c.columns, offset = chance(20) ? 8 : 0;
+  const Memory sums = numbers(size, false), pending = numbers(size, false, offset);
+  const Memory cuda_sums = sums.copy(), cuda_pending = pending.copy();
+  try {
+    std::vector<Matrix> views;
+    cpu::column_gradient(c.window(0, c.rows, views), gradient.from(0), sums.as<double>(),
+                         pending.as<double>(), 0, c.columns);
+    c.windows([&](int64_t begin, const Inputs& in) {
+      const Memory scratch(cuda::column_gradient_scratch(in));
+      succeed(cuda::column_gradient(in, gradient.from(begin), cuda_sums.as<double>(),
+                                    cuda_pending.as<double>(), scratch.as<void>(), nullptr));
+    });
+    equal("sums", sums.as<double>(), cuda_sums.as<double>(), size);
+    equal("pending", pending.as<double>(), cuda_pending.as<double>(), size);
+  } catch (const std::string& problem) {
+    return c.text() + ", gradient " + std::to_string(static_cast<int>(gradient.dtype)) + ": " +
+           problem;
+  }
+  return "";
+}
+
+std::string row_gradient() {
+  const Case c(40);
+  const Gradient gradient(c);
+  const int64_t total_rows = c.first_row + c.rows + draw(0, 3), size = c.models * total_rows;
+  const Memory sums = numbers(size, false), cuda_sums = sums.copy();
+  try {
+    std::vector<Matrix> views;
+    cpu::row_gradient(c.window(0, c.rows, views), gradient.from(0), sums.as<double>(), total_rows,
+                      0, c.rows);
+    c.windows([&](int64_t begin, const Inputs& in) {
+      succeed(cuda::row_gradient(in, gradient.from(begin), cuda_sums.as<double>(), total_rows,
+                                 nullptr));
+    });
+    equal("sums", sums.as<double>(), cuda_sums.as<double>(), size);
+  } catch (const std::string& problem) {
+    return c.text() + ", gradient " + std::to_string(static_cast<int>(gradient.dtype)) + ": " +
+           problem;
+  }
+  return "";
+}
+
 // A tensor's Gram matrix is summed in blocks from its start: the case is one window, or windows of
 // whole blocks of one column.
 std::string gram() {
@@ -310,7 +380,7 @@ std::string column_gram() {
 
 template <class T>
 void equal_stored(const Memory& cpu, const Memory& cuda, int64_t count) {
-  std::vector<float> a, b;
+  std::vector<typename T::Number> a, b;
   for (int64_t i = 0; i < count; ++i) {
     a.push_back(T::load(cpu.as<typename T::Bits>()[i]));
     b.push_back(T::load(cuda.as<typename T::Bits>()[i]));
@@ -321,7 +391,7 @@ void equal_stored(const Memory& cpu, const Memory& cuda, int64_t count) {
 std::string blend() {
   const Case c(200);
   const int64_t entries = c.rows * c.columns;
-  const auto dtype = static_cast<Dtype>(draw(0, 2));
+  const auto dtype = static_cast<Dtype>(draw(0, 3));
   const auto axis = static_cast<Axis>(draw(0, 2));
   const int64_t least = axis == Axis::tensor    ? 1
                         : axis == Axis::columns ? c.columns
@@ -346,6 +416,7 @@ std::string blend() {
     if (dtype == Dtype::f32) equal_stored<F32>(out, cuda_out, entries);
     if (dtype == Dtype::f16) equal_stored<F16>(out, cuda_out, entries);
     if (dtype == Dtype::bf16) equal_stored<BF16>(out, cuda_out, entries);
+    if (dtype == Dtype::f64) equal_stored<F64>(out, cuda_out, entries);
     equal("counts", counts, cuda_counts, 2);
   } catch (const std::string& problem) {
     return c.text() + ", axis " + std::to_string(static_cast<int>(axis)) + ", out " +
@@ -524,6 +595,8 @@ int main(int, char** arguments) {
   const std::string op = arguments[1];
   auto* run = op == "column_moments"    ? column_moments
               : op == "row_moments"     ? row_moments
+              : op == "column_gradient" ? column_gradient
+              : op == "row_gradient"    ? row_gradient
               : op == "gram"            ? gram
               : op == "row_gram"        ? row_gram
               : op == "column_gram"     ? column_gram

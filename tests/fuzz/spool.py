@@ -43,8 +43,8 @@ def fuzz(work: Path, jobs: int, seed: int, deadline: float) -> Counter[str]:
         wait_until(lambda: set(ended()) == set(specs), "the end of all jobs", deadline)
         for one in daemon.spool.jobs():
             if one.state == "failed":
-                text = (daemon.spool.failed / one.job / ERROR).read_text()
-                assert clear(text.partition("\n\n")[0]), f"{one.spec}: {text}\n{specs[one.spec]!r}"
+                told = (daemon.spool.failed / one.job / ERROR).read_text()
+                assert clear(paragraph.partition("\n\n")[0]), f"{one.spec}: {text}\n{specs[one.spec]!r}"
         return Counter(ended().values())
 
 
