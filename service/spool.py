@@ -59,17 +59,27 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents durably, unless they are there. Raises OSError."""
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        missing.mkdir(exist_ok=True)
+    for parent in folder.parents:  # also of folders that were there: whoever made them may not have synced them
+        try:
+            sync_folder(parent)
+        except PermissionError:  # not ours, so made long ago
+            return
+
+
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace `path`: readers see the old or the new content whole; `durable`: also after a power loss.
+    """Replace `path`: readers see the old or the new content whole, also after a power loss; `durable`: the new one.
 
     One writer at a time per path: the temporary name is fixed, so that a crash leaves at most one.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())  # before the rename, which may reach the disk first
     os.replace(temporary, path)
     if durable:
         sync_folder(path.parent)
@@ -255,7 +265,7 @@ class Spool:
         try:
             for name in FOLDERS:
                 place = self.root / name
-                place.mkdir(parents=True, exist_ok=True)
+                make_folder(place)
             place = stops[0]
             place.touch()
             place = stops[1]
@@ -268,6 +278,10 @@ class Spool:
                 os.close(lock)
             for here, place in itertools.pairwise(stops[1:]):
                 os.rename(here, place)
+            shutil.rmtree(place)
+            for name in FOLDERS:
+                place = self.root / name
+                sync_folder(place)
         except OSError as error:
             raise ServiceError(_why_unusable(self.root, place, error)) from error
         finally:
@@ -325,9 +339,9 @@ class Spool:
         folder = self.failed / name
         status = read_status(folder)
         status.state, status.error, status.finished, status.deaths = "interrupted", "", "", 0
-        write_status(folder, status)
         for left in (ERROR, CANCEL):
             (folder / left).unlink(missing_ok=True)
+        write_status(folder, status)  # syncs the folder: what is in it before the rename is what counts after it
         os.rename(folder, self.running / name)
         sync_folder(self.running)
         sync_folder(self.failed)

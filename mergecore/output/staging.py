@@ -48,7 +48,7 @@ class Staging:
         try:
             self.refuse_taken()
         except OutputExistsError:
-            if self.folder.exists() and not self.output.exists():  # a crash between rename and removal
+            if os.path.exists(self.folder) and not os.path.exists(self.output):  # a crash between rename and removal
                 with suppress(OSError, OutputError):
                     self._lock = self._take_lock()
                     self.leave(keep=False)
@@ -201,7 +201,7 @@ def sync_path(path: Path) -> None:
 def remove_all(paths: Iterable[Path]) -> None:
     """Removes files and folders as far as possible. Raises nothing."""
     for path in paths:
-        if path.is_dir() and not path.is_symlink():
+        if os.path.isdir(path) and not os.path.islink(path):  # unlike Path's, no error where the disk has failed
             shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError):

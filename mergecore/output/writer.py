@@ -245,7 +245,9 @@ class OutputWriter:
                 self.checksums = {record["name"]: record["xxh3_128"] for record in records[1:]}
                 remove_all(set(staging.output.iterdir()) - set(paths))  # what the earlier run had put beside the shards
             else:
-                remove_all([staging.journal.path, staging.output])
+                remove_all([staging.journal.path])
+                sync_path(staging.folder)  # a journal that a power loss brings back would vouch for data that is gone
+                remove_all([staging.output])
                 staging.output.mkdir()
             free = shutil.disk_usage(staging.output).free
         if not self.resumed and free < self.layout.nbytes:
