@@ -40,7 +40,7 @@ from service.endpoint import Endpoint
 from service.incoming import Incoming, is_spec
 from service.metrics import Metrics
 from service.process import Worker
-from service.spool import ERROR, LOG, Job, ServiceError, Spool, printable, utc_now, write_atomic
+from service.spool import ERROR, LOG, Job, ServiceError, Spool, make_folder, printable, utc_now, write_atomic
 
 __all__ = ["Daemon", "ServeConfig", "load_config", "serve", "serve_command", "status_command", "submit_command"]
 
@@ -335,7 +335,9 @@ class Daemon:
         if due is not None:
             self._scan_at = self._scanned_at + due
         ready = {self.spool.incoming / name for name in self._ready}
-        self._complaints.intersection_update({*ready, self.spool.running})
+        self._complaints = {
+            about for about in self._complaints if about.parent != self.spool.incoming or about in ready
+        }
 
     def _claim(self) -> None:
         """Start as many of the jobs that were seen as workers are free."""
@@ -360,25 +362,34 @@ class Daemon:
         self._left_behind = False
         try:
             for job in self.spool.adopt(own):
-                outcome = job.outcome()
-                if outcome is not None:
-                    status = job.status()
-                    log.info("job %s: taken over; its worker had ended: %s", job.name, outcome)
-                    self.metrics.ended(job.name, outcome, status.method, status.seconds)
-                    if outcome == "done":
-                        self.metrics.succeeded(time.time())
-                    self._finish(job, outcome)
-                elif job.cancellation() is not None:
-                    self._cancelled(job)
-                elif self._free() > 0:
-                    log.info("job %s: taken over; resuming", job.name)
-                    self._start(job)
-                else:
-                    self._left_behind = True
+                try:
+                    self._take_over(job)
+                    self._complaints.discard(job.folder)
+                except OSError as error:
                     job.release()
+                    self._complain(job.folder, "job %s: cannot be taken over: %s; trying again", job.name, error)
             self._complaints.discard(self.spool.running)
         except OSError as error:
             self._complain(self.spool.running, "cannot look into %s: %s", self.spool.running, error.strerror)
+
+    def _take_over(self, job: Job) -> None:
+        """Finish or resume a job that has just become ours. Raises OSError."""
+        outcome = job.outcome()
+        if outcome is not None:
+            status = job.status()
+            log.info("job %s: taken over; its worker had ended: %s", job.name, outcome)
+            self.metrics.ended(job.name, outcome, status.method, status.seconds)
+            if outcome == "done":
+                self.metrics.succeeded(time.time())
+            self._finish(job, outcome)
+        elif job.cancellation() is not None:
+            self._cancelled(job)
+        elif self._free() > 0:
+            log.info("job %s: taken over; resuming", job.name)
+            self._start(job)
+        else:
+            self._left_behind = True
+            job.release()
 
     def _start(self, job: Job) -> None:
         """Start a worker on a job that we own. If no process can be had, the job waits for the next rescan."""
@@ -598,7 +609,7 @@ def _check_programs(config: ServeConfig) -> None:
 
 def _prepare_outputs(outputs: Path) -> None:
     try:
-        outputs.mkdir(parents=True, exist_ok=True)
+        make_folder(outputs)
         with tempfile.TemporaryFile(dir=outputs):
             pass
     except OSError as error:

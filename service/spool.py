@@ -75,7 +75,7 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
 
     One writer at a time per path: the temporary name is fixed, so that a crash leaves at most one.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
@@ -83,6 +83,10 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
     os.replace(temporary, path)
     if durable:
         sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def utc_now() -> str:
@@ -141,12 +145,19 @@ class JobStatus:
         return asdict(self)
 
 
-def read_status(folder: Path) -> JobStatus:
-    """The status of the job in `folder`; what is missing or damaged is left at its default, never an error."""
+def read_status(folder: Path, *, strict: bool = False) -> JobStatus:
+    """The status of the job in `folder`; what is missing or damaged is left at its default, never an error.
+
+    `strict`, for who writes it again: OSError if there is one that cannot be read.
+    """
     status = JobStatus(job=folder.name)
     try:
         found = json.loads((folder / STATUS).read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        if strict and not isinstance(error, FileNotFoundError):
+            raise
+        return status
+    except (ValueError, RecursionError):
         return status
     if isinstance(found, dict):
         for one in fields(JobStatus):
@@ -185,7 +196,7 @@ class Job:
 
     def update(self, *, durable: bool = True, **changes: Any) -> JobStatus:
         """Change some fields of the status. Only while no worker of the job lives. Raises OSError."""
-        status = self.status()
+        status = read_status(self.folder, strict=True)
         for key, value in changes.items():
             setattr(status, key, value)
         write_status(self.folder, status, durable=durable)
@@ -233,7 +244,8 @@ class Job:
     def discard(self) -> None:
         """Remove the folder of a claim that got no spec. The lock is held until the folder is gone."""
         try:
-            (self.folder / LOCK).unlink(missing_ok=True)
+            for name in (STATUS, _temporary(self.folder / STATUS).name, LOCK):
+                (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
         except OSError:
             pass  # somebody put files there: theirs to remove
@@ -242,7 +254,8 @@ class Job:
     def release(self) -> None:
         """Give up the ownership; what is still in running/ can then be adopted by any daemon."""
         if self.lock >= 0:
-            os.close(self.lock)
+            with contextlib.suppress(OSError):  # closed all the same
+                os.close(self.lock)
             self.lock = -1
 
 
@@ -297,7 +310,10 @@ class Spool:
         """
         job = self._new_job(name)
         try:
+            # All that a power loss must not take comes before the rename, which may reach the disk first.
+            job.update(state="running", spec=printable(name), created=utc_now(), host=socket.gethostname())
             sync_folder(self.running)
+            _sync_file(self.incoming / name)
             os.rename(self.incoming / name, job.folder / SPEC)
         except FileNotFoundError:
             job.discard()
@@ -306,10 +322,8 @@ class Spool:
             job.discard()
             raise
         try:
-            _sync_file(job.folder / SPEC)
             sync_folder(job.folder)
             sync_folder(self.incoming)
-            job.update(state="running", spec=printable(name), created=utc_now(), host=socket.gethostname())
         except OSError:
             job.release()  # the spec has arrived: whoever adopts the job goes on from here
             raise
@@ -325,7 +339,11 @@ class Spool:
             job = self.own(folder.name)
             if job is None:
                 continue
-            if (folder / SPEC).exists():
+            try:
+                arrived = (folder / SPEC).exists()
+            except OSError:
+                arrived = True  # or it would be thrown away; who runs it will see
+            if arrived:
                 yield job
             else:
                 job.discard()
@@ -337,7 +355,7 @@ class Spool:
     def retry(self, name: str) -> None:
         """Put failed/NAME back into running/, for any daemon to go on with. Repeatable after an OSError."""
         folder = self.failed / name
-        status = read_status(folder)
+        status = read_status(folder, strict=True)
         status.state, status.error, status.finished, status.deaths = "interrupted", "", "", 0
         for left in (ERROR, CANCEL):
             (folder / left).unlink(missing_ok=True)
@@ -364,11 +382,11 @@ class Spool:
         """The jobs in running/: running, cancelling and interrupted ones."""
         found = []
         for folder in self._folders(self.running):
-            if (folder / SPEC).exists():
+            if os.path.exists(folder / SPEC):
                 status = read_status(folder)
                 # An owned job may wait for its next attempt.
                 owned = status.state != "interrupted" and _is_locked(folder / LOCK)
-                cancelled = (folder / CANCEL).exists()
+                cancelled = os.path.exists(folder / CANCEL)
                 status.state = "cancelling" if cancelled else "running" if owned else "interrupted"
                 found.append(status)
         return found

@@ -44,9 +44,10 @@ class FaultyDisk:
         """Go on from what was durable; cuts the power first if that has not happened."""
         self._tell(reboot=True)
 
-    def fail(self, operation: str, path: str, code: int = errno.EIO, after: int = 0) -> None:
-        """From now on this operation on paths that match fails, but for the first `after` times."""
-        self._tell(fail=[operation, path, code, after])
+    def fail(self, operation: str, path: str, *, after: int = 0, beyond: int = 0) -> None:
+        """From now on such operations on such paths (regular expressions) fail with EIO, but for the first `after`;
+        reads and writes only if they go beyond this offset."""
+        self._tell(fail={"operation": operation, "path": path, "code": errno.EIO, "after": after, "beyond": beyond})
 
     def mend(self) -> None:
         """No operation fails any more."""
@@ -77,7 +78,7 @@ def faulty_disk(mount: Path) -> Iterator[FaultyDisk]:
     require_tool("fusermount3", "fuse3")
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("this kernel gives us no /dev/fuse")
-    mount.mkdir()
+    mount.mkdir(parents=True)
     server = subprocess.Popen([sys.executable, "-P", faulty_filesystem.__file__, str(mount)], stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 60

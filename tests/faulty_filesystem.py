@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import re
 import stat
@@ -101,7 +102,7 @@ class Server:
         self.root = self._new(stat.S_IFDIR | 0o755, {})
         self.pending: list[Change] = []
         self.handles: dict[int, tuple[Node, str]] = {}
-        self.faults: list[list[Any]] = []
+        self.faults: list[dict[str, Any]] = []
         self.operations = self.failures = 0
         self.cut_at: int | None = None
         self.survives: int | None = None
@@ -119,7 +120,7 @@ class Server:
         self.root = self.root.after_power_loss(chance)
         self.off = True
 
-    def _check(self, operation: str, path: str, *, changes: bool = False) -> None:
+    def _check(self, operation: str, path: str, *, changes: bool = False, end: int = 0) -> None:
         """Raises OSError if this operation is to fail."""
         if changes and not self.off:
             if self.cut_at is not None and self.operations >= self.cut_at:
@@ -128,11 +129,11 @@ class Server:
         if self.off:
             raise OSError(errno.EIO, "no power")
         for fault in self.faults:
-            if fault[0] == operation and re.search(fault[1], path):
-                fault[3] -= 1
-                if fault[3] < 0:
+            if re.fullmatch(fault["operation"], operation) and re.search(fault["path"], path) and end >= fault["beyond"]:
+                fault["after"] -= 1
+                if fault["after"] < 0:
                     self.failures += 1
-                    raise OSError(fault[2], "as the test wants it")
+                    raise OSError(fault["code"], "as the test wants it")
 
     # Files.
 
@@ -145,7 +146,10 @@ class Server:
 
     def open(self, path: str, flags: int) -> int:
         self._check("open", path)
-        return self._handle(self._node(path), path)
+        node = self._node(path)
+        if flags & os.O_TRUNC and node.data:
+            self.truncate(path, 0)
+        return self._handle(node, path)
 
     def release(self, path: str, fh: int) -> int:
         self.handles.pop(fh, None)
@@ -153,12 +157,12 @@ class Server:
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
         node, path = self._opened(fh)
-        self._check("read", path)
+        self._check("read", path, end=offset + size)
         return bytes(node.data[offset : offset + size])
 
     def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
         node, path = self._opened(fh)
-        self._check("write", path, changes=True)
+        self._check("write", path, changes=True, end=offset + len(data))
         end = offset + len(data)
         if len(node.data) < end:
             node.touched(len(node.data), end)

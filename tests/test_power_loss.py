@@ -106,6 +106,7 @@ def test_a_claim_leaves_the_spec_in_one_folder_and_any_daemon_finds_it(disk: Fau
         assert [f"running/{job.name}" for job in adopted] == ([] if place.startswith("incoming") else [place]), when
         assert len(list(spool.running.iterdir())) == len(adopted), "empty claims are gone"
         for job in adopted:
+            assert job.status().spec == "a.yaml"
             job.release()
 
 

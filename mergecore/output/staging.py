@@ -102,6 +102,7 @@ class Staging:
             remove_all([self._lock_path])
         with suppress(OSError):  # not empty: kept, or the next merge to this output is in it already
             self.folder.rmdir()
+            sync_path(self.folder.parent)  # a power loss must not bring it back beside a finished output
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
