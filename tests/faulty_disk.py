@@ -79,7 +79,9 @@ def faulty_disk(mount: Path) -> Iterator[FaultyDisk]:
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("this kernel gives us no /dev/fuse")
     mount.mkdir(parents=True)
-    server = subprocess.Popen([sys.executable, "-P", faulty_filesystem.__file__, str(mount)], stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-P", faulty_filesystem.__file__, str(mount)], stderr=subprocess.PIPE, text=True
+    )
     try:
         end = time.monotonic() + 60
         while not os.path.ismount(mount):

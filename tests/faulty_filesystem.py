@@ -26,6 +26,7 @@ CONTROL = "user.disk"
 PAGE = 4096
 SIZE = 1 << 30
 
+
 @dataclass(eq=False)
 class Node:
     """A file, or a folder if it has `entries`; what is on disk of it beside what processes see."""
@@ -129,7 +130,11 @@ class Server:
         if self.off:
             raise OSError(errno.EIO, "no power")
         for fault in self.faults:
-            if re.fullmatch(fault["operation"], operation) and re.search(fault["path"], path) and end >= fault["beyond"]:
+            if (
+                re.fullmatch(fault["operation"], operation)
+                and re.search(fault["path"], path)
+                and end >= fault["beyond"]
+            ):
                 fault["after"] -= 1
                 if fault["after"] < 0:
                     self.failures += 1

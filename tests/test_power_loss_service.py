@@ -83,19 +83,19 @@ def test_a_job_that_the_power_takes_from_its_daemon_at_any_moment_is_done_by_the
         assert places(spool) == [f"done/{job}"], after
 
 
-@pytest.mark.parametrize("share", [0.4, 0.8])
 def test_a_merge_whose_power_goes_is_resumed_and_has_the_bytes_of_an_undisturbed_one(
-    tmp_path: Path, disk: FaultyDisk, share: float
+    tmp_path: Path, disk: FaultyDisk
 ) -> None:
     trio = write_trio(tmp_path / "models", llama(layers=2), LLAMA)
     spec = spec_dict("task_arithmetic", *trio, run={"output": "out", "shard_size": 30_000})
-    config = {"worker_command": WORKER_COMMAND, "outputs": str(disk.mount / "outputs"), "rescan": 0.1}
-    operations = undisturbed(disk, tmp_path / "first", spec, **config)
     out = disk.mount / "outputs" / "out"
+    config = {"worker_command": WORKER_COMMAND, "outputs": str(out.parent), "rescan": 0.1}
+    operations = undisturbed(disk, tmp_path / "d", spec, **config)
     expected = tensor_bytes(out)
-    spool = lose_power(disk, tmp_path / "d", int(share * operations), int(10 * share), spec, **config)
-    assert not out.exists() or verify_output(out) == []
-    with running_daemon(tmp_path / "d", spool=str(spool.root), **config) as daemon:
-        daemon.wait_for("done", NAME)
-        assert tensor_bytes(out) == expected
-        assert [path.name for path in daemon.outputs.iterdir()] == ["out"]
+    for share, survives in ((0.4, None), (0.8, 8)):
+        spool = lose_power(disk, tmp_path / "d", int(share * operations), survives, spec, **config)
+        assert not out.exists() or verify_output(out) == []
+        with running_daemon(tmp_path / "d", spool=str(spool.root), **config) as daemon:
+            daemon.wait_for("done", NAME)
+            assert tensor_bytes(out) == expected
+            assert [path.name for path in daemon.outputs.iterdir()] == ["out"]
