@@ -23,8 +23,8 @@ from mergecore import __version__
 from mergecore.errors import Interrupted, MergecoreError, SpecError
 
 if TYPE_CHECKING:
-    from mergecore.engine import Progress
     from mergecore.planning import MergePlan
+    from mergecore.progress import Progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,8 +2,8 @@
 
     python tests/faulty_filesystem.py MOUNT         steered by faulty_disk.py, through an extended attribute
 
-Until it is synced nothing is durable: the content of a file needs its fsync; an entry of a folder (a create, a rename, a
-removal) needs the fsync of a folder that it changes. A rename is atomic, as on every journaling file system. What was
+Until it is synced nothing is durable: the content of a file needs its fsync; an entry of a folder (a create, a rename,
+a removal) needs the fsync of a folder that it changes. A rename is atomic, as on every journaling file system. What was
 not synced is lost, or survives by chance: entry by entry and page by page, in any order that POSIX allows. That is
 stricter than any file system in use.
 """
@@ -71,6 +71,12 @@ class Server:
     """The operations that libfuse asks for; it calls one after the other."""
 
     use_ns = True
+    off: bool
+    operations: int
+    failures: int
+    faults: list[dict[str, Any]]
+    cut_at: int | None
+    survives: int | None
 
     def __init__(self) -> None:
         self._numbers = 1
@@ -103,10 +109,10 @@ class Server:
         self.root = self._new(stat.S_IFDIR | 0o755, {})
         self.pending: list[Change] = []
         self.handles: dict[int, tuple[Node, str]] = {}
-        self.faults: list[dict[str, Any]] = []
+        self.faults = []
         self.operations = self.failures = 0
-        self.cut_at: int | None = None
-        self.survives: int | None = None
+        self.cut_at = None
+        self.survives = None
         self.off = False
 
     def _lose_power(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mergecore import load_spec, merge
 from mergecore.errors import OutputError
 from service.commands import retry_command, submit_command
 from service.config import WORKER_COMMAND
-from service.spool import ServiceError
+from service.spool import JobStatus, ServiceError
 from tests.faulty_disk import FaultyDisk, faulty_disk
 from tests.models import LLAMA, llama, spec_dict, tensor_bytes, write_trio
 from tests.service_support import STAND_IN, DaemonProcess, running_daemon, wait_until
@@ -33,6 +34,15 @@ def drop(daemon: DaemonProcess, name: str, spec: dict[str, Any]) -> None:
     path = daemon.log_path.with_name(name)
     path.write_text(json.dumps(spec))
     submit_command(path, daemon.spool.root)
+
+
+def error_of(action: Callable[[], object]) -> str | None:
+    """What the error says that an action ends with."""
+    try:
+        action()
+    except OutputError as error:
+        return str(error)
+    return None
 
 
 @pytest.mark.parametrize("read", ["map", "pread"])
@@ -77,26 +87,30 @@ def test_an_output_that_cannot_be_written_at_any_operation_is_an_error_that_name
     merge(spec, tmp_path / "out")
     expected = tensor_bytes(tmp_path / "out")
     out = disk.mount / "out"
-    after = 0
-    while True:
+    for after in range(200):
         disk.fail(CHANGES, "", after=after)
-        try:
-            merge(spec, out)
-        except OutputError as error:
-            assert str(disk.mount) in str(error), (after, error)
-            assert "Input/output error" in str(error)
-        else:
+        error = error_of(lambda: merge(spec, out))
+        if error is None:
             break  # all that follows is the removal of what is left beside a finished output
         assert disk.failures > 0
+        assert str(disk.mount) in error, after
+        assert "Input/output error" in error, after
         published = out.exists()  # by a rename that could not be made durable
         disk.mend()
         if not published:
             assert merge(spec, out).resumed is False
         assert tensor_bytes(out) == expected, after
         disk.format()
-        after += 1
     assert after > 30
     assert tensor_bytes(out) == expected
+
+
+def ended(daemon: DaemonProcess, name: str) -> JobStatus | None:
+    return {**daemon.jobs("done"), **daemon.jobs("failed")}.get(name)
+
+
+def failed_or_ended(daemon: DaemonProcess, name: str, disk: FaultyDisk) -> bool:
+    return disk.failures > 0 or ended(daemon, name) is not None
 
 
 def test_a_spool_that_cannot_be_written_for_a_while_stops_no_daemon_and_loses_no_job(
@@ -114,11 +128,9 @@ def test_a_spool_that_cannot_be_written_for_a_while_stops_no_daemon_and_loses_no
                 disk.mend()
                 if name not in os.listdir(daemon.spool.incoming):
                     drop(daemon, name, {"steps": 2})
-            wait_until(lambda name=name: disk.failures or daemon.jobs("done").get(name), "an error")
+            wait_until(partial(failed_or_ended, daemon, name, disk), f"an error, or the end of {name}")
             disk.mend()
-            found = wait_until(
-                lambda name=name: {**daemon.jobs("done"), **daemon.jobs("failed")}.get(name), f"{name}: {daemon.log()}"
-            )
+            found = wait_until(partial(ended, daemon, name), f"the end of {name}: {daemon.log()}")
             assert daemon.process.poll() is None
             if found.state == "failed":
                 retry_command(daemon.spool.root, name)

@@ -1,7 +1,7 @@
-"""The power goes at any operation on the disk: nothing is lost that was promised, and no half output has its final name.
+"""The power goes at any operation on the disk: nothing promised is lost, and no half output has its final name.
 
-The disk keeps only what was synced, and perhaps some of the rest (tests/faulty_filesystem.py). Jobs of the spool, merges,
-and both under real daemons and workers: test_power_loss_service.py has those.
+The disk keeps only what was synced, and perhaps some of the rest (faulty_filesystem.py). Real daemons and workers lose
+their power in test_power_loss_service.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mergecore.errors import Interrupted, MergecoreError, OutputExistsError
 from mergecore.output.verify import verify_output
 from mergecore.spec import MergeSpec, load_spec
 from service.commands import submit_command
-from service.spool import ERROR, SPEC, ServiceError, Spool, read_status
+from service.spool import ERROR, SPEC, Spool, read_status
 from tests.faulty_disk import FaultyDisk, faulty_disk
 from tests.models import llama, spec_dict, tensor_bytes, write_trio
 
@@ -234,7 +234,7 @@ def test_a_merge_goes_on_after_a_power_loss_and_its_output_has_the_same_bytes(
 def test_what_an_abandoned_journal_vouched_for_is_not_taken_for_written(
     disk: FaultyDisk, trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A merge is interrupted and begun anew from zero, and the power goes: the old journal may be back, its data not."""
+    """A merge is interrupted and begun anew from zero, and the power goes: the old journal is back, its data not."""
     monkeypatch.setattr(writer, "CHECKPOINT_SECONDS", 0.0)
     spec = linear(trio, shard_size=1_000_000)
     merge(spec, tmp_path / "out")

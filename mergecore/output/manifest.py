@@ -22,8 +22,8 @@ from mergecore.output.verify import MANIFEST_NAME
 from mergecore.planning import MergePlan
 
 if TYPE_CHECKING:
-    from mergecore.engine import MergeResult
     from mergecore.output.writer import OutputWriter
+    from mergecore.progress import MergeResult
 
 
 def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> None:
