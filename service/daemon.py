@@ -34,13 +34,14 @@ from watchdog.observers.inotify import InotifyObserver
 
 from mergecore.errors import MergecoreError
 from service import retention, systemd
+from service.clock import SteadyDate
 from service.commands import status_command, submit_command
 from service.config import FIXED, ServeConfig, load_config
 from service.endpoint import Endpoint
 from service.incoming import Incoming, is_spec
 from service.metrics import Metrics
 from service.process import Worker
-from service.spool import ERROR, LOG, Job, ServiceError, Spool, make_folder, printable, utc_now, write_atomic
+from service.spool import ERROR, LOG, Job, ServiceError, Spool, dated, make_folder, printable, utc_now, write_atomic
 
 __all__ = ["Daemon", "ServeConfig", "load_config", "serve", "serve_command", "status_command", "submit_command"]
 
@@ -116,6 +117,7 @@ class Daemon:
         self._rescan_at = self._scan_at = self._refresh_at = time.monotonic()
         self._scanned_at = float("-inf")
         self._retention_at = self._rescan_at
+        self._date = SteadyDate()
         self._said = ""
         self._watchdog = systemd.watchdog_interval()
 
@@ -483,9 +485,10 @@ class Daemon:
 
     def _finish(self, job: Job, state: str, **changes: Any) -> None:
         """Move an ended job to done/ or failed/; if that cannot be done now, keep it and try again."""
+        changes.setdefault("finished", dated(self._date.now()))  # retention goes by it
         try:
             if state == "cancelled":
-                job.cancel(by=job.cancellation() or "somebody")
+                job.cancel(by=job.cancellation() or "somebody", finished=changes["finished"])
                 return
             if state == "failed" and not (job.folder / ERROR).exists():
                 paragraph = changes.get("error") or job.status().error or "the worker left no report"
@@ -507,7 +510,7 @@ class Daemon:
 
     def _remove_old(self) -> None:
         try:
-            removed = retention.apply(self.spool, self.config.keep_done, self.config.keep_failed)
+            removed = retention.apply(self.spool, self.config.keep_done, self.config.keep_failed, self._date.now())
         except OSError as error:
             log.error("cannot remove old jobs: %s", error)
             return

@@ -91,7 +91,12 @@ def _temporary(path: Path) -> Path:
 
 def utc_now() -> str:
     """The wall-clock time, ISO 8601 in UTC. For people to read; nothing is decided by it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return dated(datetime.now(UTC))
+
+
+def dated(when: datetime) -> str:
+    """A time in UTC as it stands in a status."""
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def printable(text: str) -> str:
@@ -225,7 +230,7 @@ class Job:
         """
         target = self.spool.root / ENDED[state] / self.name
         if not target.exists():
-            self.update(state=state, finished=utc_now(), **changes)
+            self.update(**{"state": state, "finished": utc_now(), **changes})
             os.rename(self.folder, target)
         sync_folder(target.parent)
         sync_folder(self.spool.running)
@@ -233,13 +238,13 @@ class Job:
             (target / name).unlink(missing_ok=True)
         self.release()
 
-    def cancel(self, by: str) -> None:
+    def cancel(self, by: str, **changes: Any) -> None:
         """End a job that no worker runs as cancelled. Repeatable after an OSError, like `finish`."""
         error = f"cancelled by {by}"
         if self.folder.exists():
             text = f"{error}; `mergecore retry {self.name}` goes on from what was finished\n"
             write_atomic(self.folder / ERROR, text)
-        self.finish("cancelled", error=error, pid=0, resident_bytes=0)
+        self.finish("cancelled", error=error, pid=0, resident_bytes=0, **changes)
 
     def discard(self) -> None:
         """Remove the folder of a claim that got no spec. The lock is held until the folder is gone."""
