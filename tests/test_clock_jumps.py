@@ -1,4 +1,4 @@
-"""The date jumps by a day or more while a real daemon and its workers run: only what tells the date to people follows."""
+"""The date jumps by a day or more while a real daemon and its workers run: only what people read follows it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def clock(library: Path, tmp_path: Path) -> Iterator[FalseClock]:
-    yield FalseClock(library, tmp_path / "offset")
+def clock(library: Path, tmp_path: Path) -> FalseClock:
+    return FalseClock(library, tmp_path / "offset")
 
 
 def off_by(daemon: DaemonProcess, text: str) -> timedelta:
