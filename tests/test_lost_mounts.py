@@ -24,7 +24,7 @@ class Mount:
         self.come_back()
 
     def come_back(self) -> None:
-        command = ["mount", "--bind", self.folder, self.place]
+        command = ["mount", "--bind", str(self.folder), str(self.place)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             pytest.skip(f"cannot mount here: {done.stderr.strip()}")
