@@ -94,3 +94,17 @@ def windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
     windowed = replace(job, window_rows=max(1, rows))
     kept = replace(windowed, keep=job.passes > 1 and job.scope == "tensor")
     return kept if kept.keep and held(kept) <= memory else windowed
+
+
+def window_bytes(job: TensorJob) -> int:
+    """Bytes of the inputs and the output of one window."""
+    return job.window_rows * sum(_row_bytes(job))
+
+
+def narrowed(job: TensorJob, nbytes: int) -> TensorJob:
+    """The job in windows of at most `nbytes`, as far as its rows and blocks allow it."""
+    if job.parameters is None:
+        return job
+    step = max(1, min(job.block_rows, job.rows))
+    rows = max(1, nbytes // max(1, sum(_row_bytes(job)) * step)) * step
+    return job if rows >= job.window_rows else replace(job, window_rows=rows)

@@ -24,8 +24,8 @@ from mergecore.errors import Interrupted, MergecoreError, SpecError
 from mergecore.printable import printable, printable_lines
 
 if TYPE_CHECKING:
-    from mergecore.engine import Progress
     from mergecore.planning import MergePlan
+    from mergecore.progress import Progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -52,6 +52,9 @@ class CpuDevice:
     def flush(self) -> None:
         """Waits until everything delivered has arrived."""
 
+    def release(self) -> None:
+        """Forgets all windows and results that are under way, and gives back the memory held for them."""
+
 
 class _Slot:
     """A pinned host buffer, its device buffer, and the events that say when each may be reused."""
@@ -83,10 +86,13 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self.torch_device = device
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._inputs = [_Slot(device), _Slot(device)]
-        self._outputs = [_Slot(device), _Slot(device)]
-        self._uploads = self._results = 0
         self._pending: deque[tuple[_Slot, HostWindow, Callable[[], None]]] = deque()
+        self._make_rings()
+
+    def _make_rings(self) -> None:
+        self._inputs = [_Slot(self.torch_device), _Slot(self.torch_device)]
+        self._outputs = [_Slot(self.torch_device), _Slot(self.torch_device)]
+        self._uploads = self._results = 0
 
     def upload(self, windows: Sequence[HostWindow]) -> list[Tensor]:
         # The kernels launched since the last upload used that upload's slot.
@@ -133,6 +139,13 @@ class CudaDevice:
         while self._pending:
             self._arrive()
 
+    def release(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+        self._pending.clear()
+        self._make_rings()
+        with torch.cuda.device(self.torch_device):
+            torch.cuda.empty_cache()
+
     def _arrive(self) -> None:
         slot, window, then = self._pending.popleft()
         slot.copied.synchronize()
@@ -142,6 +155,11 @@ class CudaDevice:
 
 
 Device = CpuDevice | CudaDevice
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had not enough memory: torch's own error, or the words of CUDA and its libraries for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
 def open_device(name: str) -> Device:

@@ -14,7 +14,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ from torch import Tensor
 from mergecore import ops, statistics, survey
 from mergecore._stream import ReadFault, WindowStream
 from mergecore.confined import open_input
-from mergecore.device import Device, HostWindow
+from mergecore.device import Device, HostWindow, is_out_of_memory
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
 from mergecore.jobs import TensorJob
 from mergecore.methods.base import Coefficients, Dense, Election, Rowwise, TensorView
 from mergecore.output import manifest
 from mergecore.output.writer import OutputWriter
+from mergecore.placement import Placement
 from mergecore.planning import MergePlan
+from mergecore.progress import MergeResult, Progress
 from mergecore.selecting import Part, compared, row_odds, row_pieces, thinned
 from mergecore.sources import DTYPES, Source, files_of
 from mergecore.survey import Found
@@ -40,72 +42,6 @@ log = logging.getLogger(__name__)
 
 READ_AHEAD = 1  # windows
 WHOLE_ENTRIES = 1 << 22  # read at once of what is held whole
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a merge is; bytes are those of windows read (every pass counts) and of output written."""
-
-    tensors_done: int
-    tensors_total: int
-    bytes_read: int
-    bytes_read_total: int
-    bytes_written: int
-    bytes_written_total: int
-    seconds: float
-    step: str = ""
-    """What is fitted on samples before the first tensor is written: layers, or steps of an optimisation."""
-    steps_done: int = 0
-    steps_total: int = 0
-
-    @property
-    def ratio(self) -> float:
-        """From 0 to 1; a fit counts as much as the merge."""
-        moved = self.bytes_read + self.bytes_written
-        merged = moved / max(1, self.bytes_read_total + self.bytes_written_total)
-        return (self.steps_done / self.steps_total + merged) / 2 if self.steps_total else merged
-
-    def after(self, done: MergeResult, total: Progress) -> Progress:
-        """This progress where other merges were `done` before; of them all together `total` tells the totals."""
-        return replace(
-            total,
-            tensors_done=done.tensors + self.tensors_done,
-            bytes_read=done.bytes_read + self.bytes_read,
-            bytes_written=done.bytes_written + self.bytes_written,
-            seconds=done.seconds + self.seconds,
-        )
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """A finished merge: where it lies and what it cost (bytes, seconds, peak resident bytes of the process)."""
-
-    output: Path
-    method: str
-    tensors: int
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_rss: int
-    resumed: bool
-    warnings: tuple[str, ...]
-
-    def after(self, done: MergeResult) -> MergeResult:
-        """This merge and those `done` before, as one."""
-        return replace(
-            self,
-            tensors=done.tensors + self.tensors,
-            bytes_read=done.bytes_read + self.bytes_read,
-            bytes_written=done.bytes_written + self.bytes_written,
-            seconds=done.seconds + self.seconds,
-            peak_rss=max(done.peak_rss, self.peak_rss),
-            resumed=done.resumed or self.resumed,
-            warnings=(*done.warnings, *self.warnings),
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "output": str(self.output), "warnings": list(self.warnings)}
 
 
 @dataclass(frozen=True)
@@ -151,7 +87,8 @@ class Merge:
         should_stop: Callable[[], bool] | None,
         fit: Fit | None = None,
     ) -> None:
-        self.plan, self.out, self.writer, self.device = planned, out, writer, device
+        self.plan, self.out, self.writer = planned, out, writer
+        self.placement = Placement(device)
         self.fit = fit
         self.fitted = fit.coefficients if fit is not None else {}
         self.report, self.should_stop = progress, should_stop
@@ -172,15 +109,9 @@ class Merge:
     def run(self) -> MergeResult:
         if self.writer.resumed:
             log.info("resuming: %d of %d tensors are done", self.done, len(self.plan.jobs))
-        mode = self.plan.spec.run.read
         try:
-            with _stream(self.file_numbers, mode, READ_AHEAD) as stream:
-                windows = self._windows(stream)
-                tensors = [(job, _Reads(self, job, windows)) for job in self.surveyed]
-                self.found = survey.survey(tensors, self.plan.spec.seed)
-                stream.check()
-                for job in self.jobs:
-                    self._run_job(job, windows, stream)
+            while not self._run_jobs():
+                self._retreat()
         except ReadFault as fault:
             raise InputFault(str(fault)) from fault
         for checkpoint in self.plan.inputs:
@@ -196,13 +127,52 @@ class Merge:
             seconds=seconds,
             peak_rss=_peak_rss(),
             resumed=self.writer.resumed,
-            warnings=tuple(self.warnings),
+            warnings=(*self.warnings, *self.placement.warnings()),
         )
         manifest.add_files(self.writer, self.plan, result, self.fit.report if self.fit is not None else None)
         self.writer.publish()
         return result
 
+    def _run_jobs(self) -> bool:
+        """Takes the merge from where it is to its last tensor; False if the device's memory did not suffice."""
+        try:
+            files = [str(path) for path in self.file_numbers]
+            with WindowStream(files, self.plan.spec.run.read, READ_AHEAD) as stream:
+                windows = self._windows(stream)
+                if self.surveyed:
+                    self._survey(windows, stream)
+                while self.jobs:
+                    self._run_job(self.jobs[0], windows, stream)
+                    del self.jobs[0]
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or not self.placement.can_retreat(self._at_work()):
+                raise
+            log.warning("%s", str(error).splitlines()[0])
+            return False
+        return True
+
+    def _at_work(self) -> list[TensorJob]:
+        """What is read or computed now: one tensor, or those that are surveyed together."""
+        return self.surveyed or self.jobs[:1]
+
+    def _retreat(self) -> None:
+        """What was begun starts again, in smaller windows or on the CPU. Neither changes a byte of the result."""
+        if not self.surveyed:
+            self.writer.restart(self.jobs[0].name)
+        self.read, self.written = self.mark
+        self.placement.retreat(self._at_work())
+        self.surveyed, self.jobs = (list(map(self.placement.narrowed, jobs)) for jobs in (self.surveyed, self.jobs))
+
+    def _survey(self, windows: _Windows, stream: WindowStream) -> None:
+        self.mark = self.read, self.written
+        tensors = [(job, _Reads(self, job, windows)) for job in self.surveyed]
+        self.found = survey.survey(tensors, self.plan.spec.seed)
+        stream.check()
+        self.surveyed = []
+
     def _run_job(self, job: TensorJob, windows: _Windows, stream: WindowStream) -> None:
+        self.mark = self.read, self.written
+        self.device = self.placement.of(job)
         if job.parameters is None:
             self._copy(job, windows)
         else:
@@ -366,7 +336,7 @@ class Merge:
                 data, rest = source.window(first, count, rest[:pieces]), rest[pieces:]
             dtype = torch.bfloat16 if source is None else DTYPES[source.dtype]
             hosts.append(HostWindow(data, dtype, window.rows, job.columns))
-        tensors = self.device.upload(hosts)
+        tensors = self.placement.of(job).upload(hosts)
         base = tensors.pop(0) if job.has_base else None
         part = Part(first, base, tensors[: len(job.models)], tensors[len(job.models) :])
         if job.thinned:
@@ -395,9 +365,10 @@ class Merge:
             yield ahead.pop(0), stream.next()
 
     def _order(self) -> Iterator[_Window]:
+        jobs = list(self.jobs)  # which gets shorter while this is ahead of it
         for job in survey.order(self.surveyed):
             yield from self._matrix_windows(job, range(job.matrices), blends=False)
-        for job in self.jobs:
+        for job in jobs:
             for _ in range(job.surveyed_reads, job.choosing_reads):
                 yield from self._matrix_windows(job, range(job.matrices), blends=False)
             for matrix in range(job.matrices):
@@ -468,7 +439,7 @@ class _Reads:
         self.merge, self.job, self.windows = merge, job, windows
         self.entries = job.matrices * job.rows * job.columns
         self.block = job.block_rows * job.columns
-        self.device = merge.device.torch_device
+        self.device = merge.placement.of(job).torch_device
 
     def nonfinite(self) -> None:
         self.merge._check_finite(self.job, 1, 0)

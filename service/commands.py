@@ -19,7 +19,7 @@ from pathlib import Path
 from mergecore.printable import printable, printable_lines
 from service.duplicates import forced
 from service.incoming import Incoming, is_spec
-from service.spool import ENDED, ERROR, JobStatus, ServiceError, Spool, utc_now, write_atomic
+from service.spool import ENDED, ERROR, JobStatus, ServiceError, Spool, sync_folder, utc_now, write_atomic
 
 ENDED_SHOWN = 20
 """So many done and failed jobs are in the table; JSON has all."""
@@ -46,6 +46,7 @@ def submit_command(spec: Path, spool: Path, force: bool = False) -> str:
             file.flush()
             os.fsync(file.fileno())
         _rename_new(temporary, target)
+        sync_folder(incoming)
     except FileExistsError as error:
         raise ServiceError(f"{target} still waits to be claimed; nothing was submitted") from error
     except OSError as error:

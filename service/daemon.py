@@ -35,13 +35,14 @@ from watchdog.observers.inotify import InotifyObserver
 from mergecore.errors import MergecoreError
 from mergecore.printable import PrintableFormatter, printable
 from service import retention, systemd
+from service.clock import SteadyDate
 from service.commands import status_command, submit_command
 from service.config import FIXED, ServeConfig, load_config
 from service.endpoint import Endpoint
 from service.incoming import Incoming, is_spec
 from service.metrics import Metrics
 from service.process import Worker
-from service.spool import ERROR, LOG, Job, ServiceError, Spool, utc_now, write_atomic
+from service.spool import ERROR, LOG, Job, ServiceError, Spool, dated, make_folder, utc_now, write_atomic
 
 __all__ = ["Daemon", "ServeConfig", "load_config", "serve", "serve_command", "status_command", "submit_command"]
 
@@ -117,6 +118,7 @@ class Daemon:
         self._rescan_at = self._scan_at = self._refresh_at = time.monotonic()
         self._scanned_at = float("-inf")
         self._retention_at = self._rescan_at
+        self._date = SteadyDate()
         self._said = ""
         self._watchdog = systemd.watchdog_interval()
 
@@ -336,7 +338,9 @@ class Daemon:
         if due is not None:
             self._scan_at = self._scanned_at + due
         ready = {self.spool.incoming / name for name in self._ready}
-        self._complaints.intersection_update({*ready, self.spool.running})
+        self._complaints = {
+            about for about in self._complaints if about.parent != self.spool.incoming or about in ready
+        }
 
     def _claim(self) -> None:
         """Start as many of the jobs that were seen as workers are free."""
@@ -361,25 +365,34 @@ class Daemon:
         self._left_behind = False
         try:
             for job in self.spool.adopt(own):
-                outcome = job.outcome()
-                if outcome is not None:
-                    status = job.status()
-                    log.info("job %s: taken over; its worker had ended: %s", job.name, outcome)
-                    self.metrics.ended(job.name, outcome, status.method, status.seconds)
-                    if outcome == "done":
-                        self.metrics.succeeded(time.time())
-                    self._finish(job, outcome)
-                elif job.cancellation() is not None:
-                    self._cancelled(job)
-                elif self._free() > 0:
-                    log.info("job %s: taken over; resuming", job.name)
-                    self._start(job)
-                else:
-                    self._left_behind = True
+                try:
+                    self._take_over(job)
+                    self._complaints.discard(job.folder)
+                except OSError as error:
                     job.release()
+                    self._complain(job.folder, "job %s: cannot be taken over: %s; trying again", job.name, error)
             self._complaints.discard(self.spool.running)
         except OSError as error:
             self._complain(self.spool.running, "cannot look into %s: %s", self.spool.running, error.strerror)
+
+    def _take_over(self, job: Job) -> None:
+        """Finish or resume a job that has just become ours. Raises OSError."""
+        outcome = job.outcome()
+        if outcome is not None:
+            status = job.status()
+            log.info("job %s: taken over; its worker had ended: %s", job.name, outcome)
+            self.metrics.ended(job.name, outcome, status.method, status.seconds)
+            if outcome == "done":
+                self.metrics.succeeded(time.time())
+            self._finish(job, outcome)
+        elif job.cancellation() is not None:
+            self._cancelled(job)
+        elif self._free() > 0:
+            log.info("job %s: taken over; resuming", job.name)
+            self._start(job)
+        else:
+            self._left_behind = True
+            job.release()
 
     def _start(self, job: Job) -> None:
         """Start a worker on a job that we own. If no process can be had, the job waits for the next rescan."""
@@ -473,9 +486,10 @@ class Daemon:
 
     def _finish(self, job: Job, state: str, **changes: Any) -> None:
         """Move an ended job to done/ or failed/; if that cannot be done now, keep it and try again."""
+        changes.setdefault("finished", dated(self._date.now()))  # retention goes by it
         try:
             if state == "cancelled":
-                job.cancel(by=job.cancellation() or "somebody")
+                job.cancel(by=job.cancellation() or "somebody", finished=changes["finished"])
                 return
             if state == "failed" and not (job.folder / ERROR).exists():
                 paragraph = changes.get("error") or job.status().error or "the worker left no report"
@@ -497,7 +511,7 @@ class Daemon:
 
     def _remove_old(self) -> None:
         try:
-            removed = retention.apply(self.spool, self.config.keep_done, self.config.keep_failed)
+            removed = retention.apply(self.spool, self.config.keep_done, self.config.keep_failed, self._date.now())
         except OSError as error:
             log.error("cannot remove old jobs: %s", error)
             return
@@ -599,7 +613,7 @@ def _check_programs(config: ServeConfig) -> None:
 
 def _prepare_outputs(outputs: Path) -> None:
     try:
-        outputs.mkdir(parents=True, exist_ok=True)
+        make_folder(outputs)
         with tempfile.TemporaryFile(dir=outputs):
             pass
     except OSError as error:

@@ -43,8 +43,8 @@ def parse_keep(value: object) -> Keep:
     return Keep(days=float(found[1]))
 
 
-def apply(spool: Spool, done: Keep, failed: Keep) -> list[Path]:
-    """Remove what need not be kept; the removed folders. Raises OSError.
+def apply(spool: Spool, done: Keep, failed: Keep, now: datetime) -> list[Path]:
+    """Remove what need not be kept at `now`; the removed folders. Raises OSError.
 
     A folder is renamed first, so that nobody sees half of one, and removed wholly at the next call if this one dies.
     """
@@ -54,7 +54,7 @@ def apply(spool: Spool, done: Keep, failed: Keep) -> list[Path]:
             continue
         for left in parent.glob(f"{_GOING}*"):
             shutil.rmtree(left, ignore_errors=True)
-        for folder in _superfluous(parent, keep):
+        for folder in _superfluous(parent, keep, now):
             going = folder.with_name(_GOING + folder.name)
             with contextlib.suppress(FileNotFoundError):  # retried, or removed by another daemon, meanwhile
                 os.rename(folder, going)
@@ -64,7 +64,7 @@ def apply(spool: Spool, done: Keep, failed: Keep) -> list[Path]:
     return removed
 
 
-def _superfluous(parent: Path, keep: Keep) -> list[Path]:
+def _superfluous(parent: Path, keep: Keep, now: datetime) -> list[Path]:
     folders = [Path(entry.path) for entry in os.scandir(parent) if entry.is_dir() and not entry.name.startswith(".")]
     if keep.jobs is not None and len(folders) <= keep.jobs:
         return []
@@ -72,7 +72,7 @@ def _superfluous(parent: Path, keep: Keep) -> list[Path]:
     if keep.jobs is not None:
         return [folder for _, folder in dated[keep.jobs :]]
     assert keep.days is not None
-    horizon = datetime.now(UTC) - timedelta(days=keep.days)
+    horizon = now - timedelta(days=keep.days)
     return [folder for ended, folder in dated if ended < horizon]
 
 

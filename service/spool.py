@@ -60,26 +60,45 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents durably, unless they are there. Raises OSError."""
+    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
+        missing.mkdir(exist_ok=True)
+    for parent in folder.parents:  # also of folders that were there: whoever made them may not have synced them
+        try:
+            sync_folder(parent)
+        except PermissionError:  # not ours, so made long ago
+            return
+
+
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace `path`: readers see the old or the new content whole; `durable`: also after a power loss.
+    """Replace `path`: readers see the old or the new content whole, also after a power loss; `durable`: the new one.
 
     One writer at a time per path: the temporary name is fixed, so that a crash leaves at most one.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     temporary.unlink(missing_ok=True)  # a link in its place must not lead elsewhere: O_EXCL follows none
     with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())  # before the rename, which may reach the disk first
     os.replace(temporary, path)
     if durable:
         sync_folder(path.parent)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
 def utc_now() -> str:
     """The wall-clock time, ISO 8601 in UTC. For people to read; nothing is decided by it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return dated(datetime.now(UTC))
+
+
+def dated(when: datetime) -> str:
+    """A time in UTC as it stands in a status."""
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 # --- status -------------------------------------------------------------------------------------------------------
@@ -127,12 +146,19 @@ class JobStatus:
         return asdict(self)
 
 
-def read_status(folder: Path) -> JobStatus:
-    """The status of the job in `folder`; what is missing or damaged is left at its default, never an error."""
+def read_status(folder: Path, *, strict: bool = False) -> JobStatus:
+    """The status of the job in `folder`; what is missing or damaged is left at its default, never an error.
+
+    `strict`, for who writes it again: OSError if there is one that cannot be read.
+    """
     status = JobStatus(job=folder.name)
     try:
         found = json.loads((folder / STATUS).read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        if strict and not isinstance(error, FileNotFoundError):
+            raise
+        return status
+    except (ValueError, RecursionError):
         return status
     if isinstance(found, dict):
         for one in fields(JobStatus):
@@ -171,7 +197,7 @@ class Job:
 
     def update(self, *, durable: bool = True, **changes: Any) -> JobStatus:
         """Change some fields of the status. Only while no worker of the job lives. Raises OSError."""
-        status = self.status()
+        status = read_status(self.folder, strict=True)
         for key, value in changes.items():
             setattr(status, key, value)
         write_status(self.folder, status, durable=durable)
@@ -200,7 +226,7 @@ class Job:
         """
         target = self.spool.root / ENDED[state] / self.name
         if not target.exists():
-            self.update(state=state, finished=utc_now(), **changes)
+            self.update(**{"state": state, "finished": utc_now(), **changes})
             os.rename(self.folder, target)
         sync_folder(target.parent)
         sync_folder(self.spool.running)
@@ -208,18 +234,19 @@ class Job:
             (target / name).unlink(missing_ok=True)
         self.release()
 
-    def cancel(self, by: str) -> None:
+    def cancel(self, by: str, **changes: Any) -> None:
         """End a job that no worker runs as cancelled. Repeatable after an OSError, like `finish`."""
         error = f"cancelled by {by}"
         if self.folder.exists():
             text = f"{error}; `mergecore retry {self.name}` goes on from what was finished\n"
             write_atomic(self.folder / ERROR, text)
-        self.finish("cancelled", error=error, pid=0, resident_bytes=0)
+        self.finish("cancelled", error=error, pid=0, resident_bytes=0, **changes)
 
     def discard(self) -> None:
         """Remove the folder of a claim that got no spec. The lock is held until the folder is gone."""
         try:
-            (self.folder / LOCK).unlink(missing_ok=True)
+            for name in (STATUS, _temporary(self.folder / STATUS).name, LOCK):
+                (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
         except OSError:
             pass  # somebody put files there: theirs to remove
@@ -228,7 +255,8 @@ class Job:
     def release(self) -> None:
         """Give up the ownership; what is still in running/ can then be adopted by any daemon."""
         if self.lock >= 0:
-            os.close(self.lock)
+            with contextlib.suppress(OSError):  # closed all the same
+                os.close(self.lock)
             self.lock = -1
 
 
@@ -251,7 +279,7 @@ class Spool:
         try:
             for name in FOLDERS:
                 place = self.root / name
-                place.mkdir(parents=True, exist_ok=True)
+                make_folder(place)
             place = stops[0]
             place.touch()
             place = stops[1]
@@ -264,6 +292,10 @@ class Spool:
                 os.close(lock)
             for here, place in itertools.pairwise(stops[1:]):
                 os.rename(here, place)
+            shutil.rmtree(place)
+            for name in FOLDERS:
+                place = self.root / name
+                sync_folder(place)
         except OSError as error:
             raise ServiceError(_why_unusable(self.root, place, error)) from error
         finally:
@@ -279,7 +311,10 @@ class Spool:
         """
         job = self._new_job(name)
         try:
+            # All that a power loss must not take comes before the rename, which may reach the disk first.
+            job.update(state="running", spec=printable(name), created=utc_now(), host=socket.gethostname())
             sync_folder(self.running)
+            _sync_file(self.incoming / name)
             os.rename(self.incoming / name, job.folder / SPEC)
         except FileNotFoundError:
             job.discard()
@@ -288,10 +323,8 @@ class Spool:
             job.discard()
             raise
         try:
-            _sync_file(job.folder / SPEC)
             sync_folder(job.folder)
             sync_folder(self.incoming)
-            job.update(state="running", spec=printable(name), created=utc_now(), host=socket.gethostname())
         except OSError:
             job.release()  # the spec has arrived: whoever adopts the job goes on from here
             raise
@@ -307,7 +340,11 @@ class Spool:
             job = self.own(folder.name)
             if job is None:
                 continue
-            if (folder / SPEC).exists():
+            try:
+                arrived = (folder / SPEC).exists()
+            except OSError:
+                arrived = True  # or it would be thrown away; who runs it will see
+            if arrived:
                 yield job
             else:
                 job.discard()
@@ -319,11 +356,11 @@ class Spool:
     def retry(self, name: str) -> None:
         """Put failed/NAME back into running/, for any daemon to go on with. Repeatable after an OSError."""
         folder = self.failed / name
-        status = read_status(folder)
+        status = read_status(folder, strict=True)
         status.state, status.error, status.finished, status.deaths = "interrupted", "", "", 0
-        write_status(folder, status)
         for left in (ERROR, CANCEL):
             (folder / left).unlink(missing_ok=True)
+        write_status(folder, status)  # syncs the folder: what is in it before the rename is what counts after it
         os.rename(folder, self.running / name)
         sync_folder(self.running)
         sync_folder(self.failed)
@@ -346,11 +383,11 @@ class Spool:
         """The jobs in running/: running, cancelling and interrupted ones."""
         found = []
         for folder in self._folders(self.running):
-            if (folder / SPEC).exists():
+            if os.path.exists(folder / SPEC):
                 status = read_status(folder)
                 # An owned job may wait for its next attempt.
                 owned = status.state != "interrupted" and _is_locked(folder / LOCK)
-                cancelled = (folder / CANCEL).exists()
+                cancelled = os.path.exists(folder / CANCEL)
                 status.state = "cancelling" if cancelled else "running" if owned else "interrupted"
                 found.append(status)
         return found

@@ -86,10 +86,11 @@ class Reporter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._status = read_status(folder)
+        self._status = read_status(folder, strict=True)
         self._status.pid = os.getpid()
         self._before: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # apart, so that a slow disk under the spool does not hold up the merge
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
 
@@ -112,7 +113,7 @@ class Reporter:
         with self._lock:
             for key, value in changes.items():
                 setattr(self._status, key, value)
-            self._write(durable=True)
+        self._write(durable=True)
 
     def progress(self, progress: Progress) -> None:
         """Take over how far the merge is; written with the next heartbeat."""
@@ -141,18 +142,20 @@ class Reporter:
         self._ended.set()
         if self._thread.ident is not None:
             self._thread.join()
-        with self._lock:
-            self._write(durable=True)
+        self._write(durable=True)
 
     def _run(self) -> None:
         while not self._ended.wait(REPORT_INTERVAL):
-            with self._lock, contextlib.suppress(OSError):  # a full disk shows in the merge itself
+            with contextlib.suppress(OSError):  # a full disk shows in the merge itself
                 self._write(durable=False)
 
     def _write(self, durable: bool) -> None:
-        self._status.heartbeat = utc_now()
-        self._status.resident_bytes = resident_bytes()
-        write_status(self._folder, self._status, durable=durable)
+        with self._writing:
+            with self._lock:
+                self._status.heartbeat = utc_now()
+                self._status.resident_bytes = resident_bytes()
+                status = dataclasses.replace(self._status)
+            write_status(self._folder, status, durable=durable)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from service.spool import JobStatus, Spool
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +44,7 @@ def wait_until(condition: Callable[[], Any], what: str, deadline: float = DEADLI
 
 
 class DaemonProcess:
-    """A real daemon in a process of its own, on SPOOL and OUTPUTS below `folder`.
+    """A real daemon in a process of its own, on SPOOL and OUTPUTS below `folder` unless `config` says where.
 
     Settings that are not None win over `config_file`.
     """
@@ -57,8 +59,8 @@ class DaemonProcess:
         **config: Any,
     ):
         folder.mkdir(exist_ok=True)
-        self.spool = Spool(folder / "spool")
-        self.outputs = folder / "outputs"
+        self.spool = Spool(Path(config.get("spool", folder / "spool")))
+        self.outputs = Path(config.get("outputs", folder / "outputs"))
         self.log_path = folder / f"daemon-{time.monotonic_ns()}.log"
         settings = {
             "spool": str(self.spool.root),
@@ -142,6 +144,17 @@ class DaemonProcess:
             if name == line:
                 return float(value)
         return None
+
+    def die(self) -> None:
+        """Kill it and its workers at once, as a power loss does."""
+        processes = [psutil.Process(self.process.pid)]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes += processes[0].children(recursive=True)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(DEADLINE)
+        psutil.wait_procs(processes[1:], DEADLINE)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait for the end; the exit code."""

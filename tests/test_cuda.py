@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergecore import ops
+from mergecore import load_spec, merge, ops
 from mergecore.features.columns import scaled_sum
 from mergecore.ops import Axis, Drop, Elect, Measure, Place
+from tests.models import llama, spec_dict, tensor_bytes, write_trio
 
 GPU = torch.device("cuda")
 HALF = (torch.bfloat16, torch.float16)
@@ -508,3 +510,21 @@ def test_the_ops_run_on_the_current_stream_without_waiting() -> None:
 def test_the_ops_run_on_the_tensors_device() -> None:
     values = torch.randn(2, 999, dtype=torch.float64)
     assert_same_bits(ops.rank(values), ops.rank(values.to("cuda:1")))
+
+
+def test_a_merge_for_which_the_gpu_has_too_little_memory_goes_on_with_less_and_has_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    trio = write_trio(tmp_path / "models", llama(layers=1, hidden=512, vocabulary=20_000))
+    spec = spec_dict("ties", *trio, parameters={"density": 0.3, "weight": 1.0})
+    merge(load_spec(spec), tmp_path / "cpu", device="cpu")
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info(GPU)
+    for room in (48 << 20, 1 << 20):  # for smaller windows, and for none
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(GPU) + room) / total)
+        try:
+            result = merge(load_spec(spec), tmp_path / f"gpu {room}", device="cuda")
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert any("ran out of memory" in warning for warning in result.warnings)
+        assert tensor_bytes(result.output) == tensor_bytes(tmp_path / "cpu")

@@ -37,7 +37,7 @@ def names(parent: Path) -> list[str]:
 
 def test_everything_is_kept_unless_something_else_is_configured(spool: Spool) -> None:
     ended(spool.done, "old", 10_000)
-    assert apply(spool, Keep(), Keep()) == []
+    assert apply(spool, Keep(), Keep(), datetime.now(UTC)) == []
     assert names(spool.done) == ["old"]
 
 
@@ -49,11 +49,11 @@ def test_the_oldest_go_by_number_or_by_age(spool: Spool, keep: Keep, kept: list[
     for name, days in (("d", 30), ("b", 2), ("a", 1), ("c", 20)):
         ended(spool.done, name, days)
         ended(spool.failed, name, days)
-    removed = apply(spool, keep, Keep())
+    removed = apply(spool, keep, Keep(), datetime.now(UTC))
     assert names(spool.done) == kept
     assert names(spool.failed) == ["a", "b", "c", "d"]
     assert len(removed) == 4 - len(kept)
-    apply(spool, Keep(), keep)
+    apply(spool, Keep(), keep, datetime.now(UTC))
     assert names(spool.failed) == kept
 
 
@@ -62,7 +62,7 @@ def test_a_removal_that_died_in_the_middle_is_finished_and_a_job_without_a_date_
     (spool.done / "undated").mkdir()
     os.utime(spool.done / "undated", (0, 0))
     (spool.done / "new").mkdir()
-    apply(spool, Keep(days=1), Keep())
+    apply(spool, Keep(days=1), Keep(), datetime.now(UTC))
     assert names(spool.done) == ["new"]
 
 
@@ -71,7 +71,7 @@ def test_what_waits_and_what_runs_is_never_removed(spool: Spool) -> None:
     job = spool.claim("a.yaml")
     assert job is not None
     (spool.incoming / "b.yaml").write_text("{}")
-    apply(spool, Keep(jobs=0), Keep(jobs=0))
+    apply(spool, Keep(jobs=0), Keep(jobs=0), datetime.now(UTC))
     assert job.folder.exists()
     assert names(spool.incoming) == ["b.yaml"]
     job.release()

@@ -30,20 +30,11 @@ def scaled_sum(
     they must stay as they are; it sums in float64 in a fixed order. Raises ValueError for coefficients of another
     shape, and RuntimeError for other tensors that do not fit and in a second derivative.
     """
-<<<<<<< HEAD
-    rows, columns = models[0].shape if models and models[0].dim() == 2 else (0, 0)  # the op refuses these
-    wanted = (len(models), _width(axis, rows, columns))
-    if columns and coefficients.shape != wanted:
-        raise ValueError(
-            f"coefficients are {tuple(coefficients.shape)}, but must be {wanted} along {axis.name.lower()}"
-        )
-=======
     if not models or models[0].dim() != 2:
         raise ValueError("a scaled sum needs one or more matrices; view a vector as a matrix of one row")
     wanted = (len(models), _width(axis, *models[0].shape))
     if coefficients.shape != wanted:
         raise ValueError(f"coefficients are {tuple(coefficients.shape)}, but must be {wanted} ({axis.name.lower()})")
->>>>>>> kernels
     result: Tensor = torch.ops.mergecore.scaled_sum(coefficients, list(models), base, dtype, int(axis))
     return result
 

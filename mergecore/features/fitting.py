@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from mergecore.engine import Fit, Progress
+from mergecore.engine import Fit
 from mergecore.errors import Interrupted
 from mergecore.features.passes import Network, States
 from mergecore.features.samples import Sample, read_samples, tokenizer_in
@@ -26,6 +26,7 @@ from mergecore.features.weights import Reader, Stored, members, sources_of
 from mergecore.methods.base import Coefficients
 from mergecore.output.staging import reporting
 from mergecore.planning import MergePlan
+from mergecore.progress import Progress
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 FITS = {method: f"mergecore.features.{method}" for method in ("slta", "dam", "adamerging")}

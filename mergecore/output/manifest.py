@@ -25,8 +25,8 @@ from mergecore.planning import MergePlan
 from mergecore.small_files import files_in
 
 if TYPE_CHECKING:
-    from mergecore.engine import MergeResult
     from mergecore.output.writer import OutputWriter
+    from mergecore.progress import MergeResult
 
 
 def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult, fit: Mapping[str, Any] | None = None) -> None:

@@ -80,7 +80,9 @@ class Staging:
 
     def begin(self) -> None:
         """Makes `output/` anew. Raises OSError."""
-        self._inside.remove([JOURNAL, OUTPUT, SCRATCH])
+        self._inside.remove([JOURNAL])
+        self._inside.sync()  # a journal that a power loss brings back would vouch for data that is gone
+        self._inside.remove([OUTPUT, SCRATCH])
         os.mkdir(OUTPUT, dir_fd=self._inside.descriptor)
         self.go_on()
 
@@ -129,6 +131,7 @@ class Staging:
             self._inside.remove([LOCK])
         with suppress(OSError):  # not empty: kept, or the next merge to this output is in it already
             os.rmdir(self.folder.name, dir_fd=self._parent.descriptor)
+            self._parent.sync()  # a power loss must not bring it back beside a finished output
         if self._lock >= 0:
             self._inside.close()
             os.close(self._lock)

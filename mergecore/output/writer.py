@@ -167,6 +167,19 @@ class OutputWriter:
         self._begun.pop(name, None)
         self._ended.add(name)
 
+    def restart(self, name: str) -> None:
+        """Forgets what was written of a tensor, which comes again from its beginning; takes back all lent buffers.
+
+        Raises ValueError if the tensor is finished, OutputError if writing has failed.
+        """
+        self._open_slot(name)
+        with self._changed:
+            self._check_usable()
+            self._free.extend(self._lent.values())
+            self._lent.clear()
+            self._submit(partial(self._forget, name))
+        self._begun.pop(name, None)
+
     def add_file(self, name: str, content: bytes | Path) -> None:
         """Puts a small file beside the shards: these bytes, or a copy of the file at this path.
 
@@ -265,7 +278,7 @@ class OutputWriter:
                 raise OutputError(f"cannot preallocate {shard.size:,} bytes for {path}: {error.strerror}") from error
         for number, shard in enumerate(self.layout.shards):
             self._write_all(number, 0, memoryview(shard.header))
-        with reporting("sync", staging.folder):
+        with reporting("write", staging.journal.path):
             if self.resumed:
                 staging.journal.go_on()
             else:
@@ -364,6 +377,9 @@ class OutputWriter:
         with self._changed:
             self._free.append(buffer)
             self._changed.notify_all()
+
+    def _forget(self, name: str) -> None:
+        self._hashes.pop(name, None)
 
     def _end(self, name: str) -> None:
         if not self._complete:

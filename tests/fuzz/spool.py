@@ -44,7 +44,7 @@ def fuzz(work: Path, jobs: int, seed: int, deadline: float) -> Counter[str]:
         for one in daemon.spool.jobs():
             if one.state == "failed":
                 told = (daemon.spool.failed / one.job / ERROR).read_text()
-                assert clear(paragraph.partition("\n\n")[0]), f"{one.spec}: {text}\n{specs[one.spec]!r}"
+                assert clear(told.partition("\n\n")[0]), f"{one.spec}: {told}\n{specs[one.spec]!r}"
         return Counter(ended().values())
 
 

@@ -1,0 +1,73 @@
+"""What a merge tells while it runs, and when it is done. Nothing is computed or written here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a merge is; bytes are those of windows read (every pass counts) and of output written."""
+
+    tensors_done: int
+    tensors_total: int
+    bytes_read: int
+    bytes_read_total: int
+    bytes_written: int
+    bytes_written_total: int
+    seconds: float
+    step: str = ""
+    """What is fitted on samples before the first tensor is written: layers, or steps of an optimisation."""
+    steps_done: int = 0
+    steps_total: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """From 0 to 1; a fit counts as much as the merge."""
+        moved = self.bytes_read + self.bytes_written
+        merged = moved / max(1, self.bytes_read_total + self.bytes_written_total)
+        return (self.steps_done / self.steps_total + merged) / 2 if self.steps_total else merged
+
+    def after(self, done: MergeResult, total: Progress) -> Progress:
+        """This progress where other merges were `done` before; of them all together `total` tells the totals."""
+        return replace(
+            total,
+            tensors_done=done.tensors + self.tensors_done,
+            bytes_read=done.bytes_read + self.bytes_read,
+            bytes_written=done.bytes_written + self.bytes_written,
+            seconds=done.seconds + self.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge: where it lies and what it cost (bytes, seconds, peak resident bytes of the process)."""
+
+    output: Path
+    method: str
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_rss: int
+    resumed: bool
+    warnings: tuple[str, ...]
+
+    def after(self, done: MergeResult) -> MergeResult:
+        """This merge and those `done` before, as one."""
+        return replace(
+            self,
+            tensors=done.tensors + self.tensors,
+            bytes_read=done.bytes_read + self.bytes_read,
+            bytes_written=done.bytes_written + self.bytes_written,
+            seconds=done.seconds + self.seconds,
+            peak_rss=max(done.peak_rss, self.peak_rss),
+            resumed=done.resumed or self.resumed,
+            warnings=(*done.warnings, *self.warnings),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "output": str(self.output), "warnings": list(self.warnings)}
