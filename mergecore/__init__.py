@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mergecore.engine import MergeResult, Progress
+    from mergecore.progress import MergeResult, Progress
     from mergecore.merging import merge
     from mergecore.planning import MergePlan, plan
     from mergecore.spec import MergeSpec, load_spec
@@ -22,8 +22,8 @@ _HOMES = {
     "plan": "mergecore.planning",
     "MergePlan": "mergecore.planning",
     "merge": "mergecore.merging",
-    "MergeResult": "mergecore.engine",
-    "Progress": "mergecore.engine",
+    "MergeResult": "mergecore.progress",
+    "Progress": "mergecore.progress",
 }
 
 __all__ = ["MergePlan", "MergeResult", "MergeSpec", "Progress", "__version__", "load_spec", "merge", "plan"]

@@ -23,7 +23,7 @@ from mergecore import __version__
 from mergecore.errors import Interrupted, MergecoreError, SpecError
 
 if TYPE_CHECKING:
-    from mergecore.engine import Progress
+    from mergecore.progress import Progress
     from mergecore.planning import MergePlan
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from mergecore.device import open_device
-from mergecore.engine import Merge, MergeResult, Progress
+from mergecore.engine import Merge
 from mergecore.inputs import Resolve
 from mergecore.output.stages import Stages, stages_folder
 from mergecore.output.writer import OutputWriter
 from mergecore.planning import MergePlan, plan, with_run
+from mergecore.progress import MergeResult, Progress
 from mergecore.relation import unrelated
 from mergecore.spec import MergeSpec, load_spec
 

@@ -11,7 +11,7 @@ import pytest
 
 import mergecore
 from mergecore.cli import main
-from mergecore.engine import Progress
+from mergecore.progress import Progress
 from mergecore.errors import CheckpointError, InputFault, Interrupted, OutputError
 from mergecore.output.stages import Stages
 from mergecore.spec import parse_spec

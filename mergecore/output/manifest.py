@@ -22,7 +22,7 @@ from mergecore.output.verify import MANIFEST_NAME
 from mergecore.planning import MergePlan
 
 if TYPE_CHECKING:
-    from mergecore.engine import MergeResult
+    from mergecore.progress import MergeResult
     from mergecore.output.writer import OutputWriter
 
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from mergecore.errors import SpecError
+from mergecore.spec.evolve import Evolve
 from mergecore.spec.fields import Dtype, ModelPath, OnNonfinite, Orientation, Seed, Text, refused, table
 from mergecore.spec.parts import Models, Module, OutputSlice, Part, Slices, parts_of
 from mergecore.spec.problems import Keys, Problem
@@ -37,6 +38,7 @@ class MergeSpec(Table):
         "modules": Module,
         "sparsify": Sparsify,
         "tokenizer": Tokenizer,
+        "evolve": Evolve,
         "run": Run,
     }
     ignored_when_empty = frozenset({"slices", "modules", "tokenizer"})
@@ -125,6 +127,18 @@ class MergeSpec(Table):
         title="On non-finite",
         description="What NaN and Inf in an input lead to: error stops the merge, warn lets them through.",
     )
+    evolve: Evolve | None = Field(
+        default=None,
+        title="Evolve",
+        description="A search by CMA-ES for numbers of this spec; the best candidate is the result.",
+        examples=[
+            {
+                "parameters": {"parameters.lambda": [0.0, 2.0]},
+                "score": {"text": ["data/a.txt"]},
+                "generations": 10,
+            }
+        ],
+    )
     run: Run = Field(
         default_factory=Run,
         title="Run",
@@ -205,7 +219,8 @@ class MergeSpec(Table):
 
     def error(self, message: str, *keys: str | int) -> SpecError:
         """A SpecError `FILE:LINE: key.path: message` about what stands at `keys`."""
-        return SpecError(Problem(keys, message, self.line_of(*keys)).worded(self._name))
+        problem = Problem(keys, message, self.line_of(*keys))
+        return SpecError(problem.worded(self._name), problem)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that is in effect, defaults included, as plain JSON values that load_spec accepts."""
