@@ -157,7 +157,9 @@ def _merge(options: argparse.Namespace) -> int:
     with _stop_on_signals() as stopped, _bar() as show:
 
         def progress(now: Progress) -> None:
-            show(f"{now.tensors_done}/{now.tensors_total} tensors", now.bytes_read, now.bytes_read_total)
+            fitting = now.steps_done < now.steps_total
+            what = f"fitting: {now.step} {now.steps_done}/{now.steps_total}, " if fitting else ""
+            show(f"{what}{now.tensors_done}/{now.tensors_total} tensors", now.bytes_read, now.bytes_read_total)
 
         result = merge(
             spec,

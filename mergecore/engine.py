@@ -11,7 +11,7 @@ import math
 import re
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -59,6 +59,17 @@ class _Window:
 _Windows = Iterator[tuple[_Window, list[memoryview]]]
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What was fitted on samples before the merge: coefficients of every merged tensor by its name, and what there is
+    to tell of it (JSON values)."""
+
+    coefficients: Mapping[str, Coefficients]
+    report: Mapping[str, Any]
+    step: str = ""
+    steps: int = 0
+
+
 class Merge:
     """One running merge: `run` takes it from the plan to the published output."""
 
@@ -70,8 +81,11 @@ class Merge:
         device: Device,
         progress: Callable[[Progress], None] | None,
         should_stop: Callable[[], bool] | None,
+        fit: Fit | None = None,
     ) -> None:
         self.plan, self.out, self.writer, self.device = planned, out, writer, device
+        self.fit = fit
+        self.fitted = fit.coefficients if fit is not None else {}
         self.report, self.should_stop = progress, should_stop
         self.warnings = list(planned.warnings)
         self.jobs = [job for job in planned.jobs if job.name not in writer.finished]
@@ -116,7 +130,7 @@ class Merge:
             resumed=self.writer.resumed,
             warnings=tuple(self.warnings),
         )
-        manifest.add_files(self.writer, self.plan, result)
+        manifest.add_files(self.writer, self.plan, result, self.fit.report if self.fit is not None else None)
         self.writer.publish()
         return result
 
@@ -136,7 +150,8 @@ class Merge:
             else:
                 for matrix in range(job.matrices):
                     gram = found.gram if found is not None else None
-                    view = job.view(gram=gram) if gram else statistics.of_matrix(job, matrix, reads, drops)
+                    known = {"gram": gram} if gram else {"fitted": self.fitted.get(job.name)} if self.fitted else {}
+                    view = job.view(**known) if known else statistics.of_matrix(job, matrix, reads, drops)
                     coefficients = self._solve(view, job)
                     if isinstance(coefficients, Dense):
                         self._add(job, matrix, coefficients.delta, counts, reads)
@@ -177,7 +192,7 @@ class Merge:
         values = coefficients.values.to(self.device.torch_device).contiguous()
         axis = ops.Axis.TENSOR
         if values.shape[1] > 1:
-            axis = ops.Axis.ROWS if job.orientation == "rows" else ops.Axis.COLUMNS
+            axis = ops.Axis.ROWS if (coefficients.axis or job.orientation) == "rows" else ops.Axis.COLUMNS
         entry = matrix * job.rows * job.columns
 
         def compute(result: Tensor, part: Part) -> None:
@@ -345,6 +360,9 @@ class Merge:
                 bytes_written=self.written,
                 bytes_written_total=sum(slot.nbytes for slot in self.plan.layout.slots.values()),
                 seconds=time.monotonic() - self.started,
+                step=self.fit.step if self.fit is not None else "",
+                steps_done=self.fit.steps if self.fit is not None else 0,
+                steps_total=self.fit.steps if self.fit is not None else 0,
             )
         )
 

@@ -60,7 +60,7 @@ class Inputs:
     """Opens each model of a spec once, by whatever name it is listed."""
 
     def __init__(self, resolve: Resolve, directory: Path) -> None:
-        self._resolve, self._directory = resolve, directory
+        self.resolve, self._directory = resolve, directory
         self._results: dict[str, Input] = {}
         self._opened: dict[tuple[str, str | None], Input] = {}
 
@@ -73,10 +73,10 @@ class Inputs:
         name, _, adapter_of_result = text.partition("+")
         if name in self._results:
             result = self._results[name]
-            return _adapt(text, result, self._resolve(adapter_of_result, None)) if adapter_of_result else result
+            return _adapt(text, result, self.resolve(adapter_of_result, None)) if adapter_of_result else result
         reference = parse_reference(text, self._directory)
-        path = self._resolve(reference.path, reference.revision)
-        adapter = None if reference.lora is None else self._resolve(*reference.lora)
+        path = self.resolve(reference.path, reference.revision)
+        adapter = None if reference.lora is None else self.resolve(*reference.lora)
         # The base is the base by whatever name it is listed.
         key = (os.path.realpath(path), None if adapter is None else os.path.realpath(adapter))
         if key not in self._opened:

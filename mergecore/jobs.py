@@ -102,7 +102,7 @@ class TensorJob:
     @property
     def passes(self) -> int:
         """How often the inputs are read: for what is kept, for statistics, and for the blend or the copy."""
-        return self.choosing_reads + int(self.statistics is not Statistics.NONE) + 1
+        return self.choosing_reads + int(self.statistics.is_read) + 1
 
     @property
     def bytes_to_read(self) -> int:

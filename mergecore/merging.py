@@ -64,7 +64,12 @@ def merge(
             log.warning(warning)
         planned = replace(planned, warnings=(*planned.warnings, *strangers))
         with OutputWriter(out, planned.layout, planned.identity(), resume=resume) as writer:
-            return Merge(planned, out, writer, computing, show, should_stop).run()
+            fit = None
+            if planned.data:
+                from mergecore.features.fitting import fitted  # and with it transformers
+
+                fit = fitted(planned, writer.scratch, computing.torch_device, show, should_stop)
+            return Merge(planned, out, writer, computing, show, should_stop, fit).run()
 
     with _threads(spec.run.threads):
         if not planned.earlier:

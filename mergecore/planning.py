@@ -21,7 +21,7 @@ from mergecore.architecture import Architecture, is_tied
 from mergecore.budget import held, windowed
 from mergecore.checkpoint import TensorInfo
 from mergecore.embeddings import Embeddings
-from mergecore.errors import SpecError
+from mergecore.errors import CheckpointError, SpecError
 from mergecore.history import Evolved
 from mergecore.inputs import Input, Inputs, Resolve
 from mergecore.jobs import TensorJob, job_of
@@ -64,6 +64,8 @@ class MergePlan:
     """What becomes of the tensors of every input."""
     config: Mapping[str, Any]
     """The output's config.json; empty if the reference has none."""
+    data: tuple[Path, ...] = ()
+    """Of a method that is fitted on samples: where those of each model are drawn from."""
     earlier: tuple[tuple[Path, MergePlan], ...] = ()
     """The merges of the same spec whose results this one reads, and where those lie meanwhile; in order."""
     evolved: Evolved | None = None
@@ -101,7 +103,12 @@ class MergePlan:
     def identity(self) -> str:
         """Equal exactly when the output's tensors are equal: spec, inputs and version (hex, 128 bits)."""
         rows = None if self.vocabulary is None else self.vocabulary.digest()
-        what = [self.spec.identity(), [model.fingerprint() for model in self.inputs], rows, __version__]
+        what: list[Any] = [self.spec.identity(), [model.fingerprint() for model in self.inputs], rows, __version__]
+        if self.data:
+            states = [path.stat() for path in self.data]
+            what.append(
+                [(str(path), found.st_size, found.st_mtime_ns) for path, found in zip(self.data, states, strict=True)]
+            )
         return xxhash.xxh3_128_hexdigest(json.dumps(what, sort_keys=True).encode())
 
 
@@ -179,6 +186,7 @@ def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePl
     for job in jobs:
         _check_coefficients(job, spec)
     _check_scope(jobs, spec)
+    data = _data(spec, sections, inputs) if method.statistics is Statistics.FITTED else ()
     layout = plan_layout([(job.name, job.dtype, job.shape) for job in jobs], spec.run.shard_size)
     untied_head = matching.head in matching.names and is_tied(reference.config, reference.tensors)
     config = output_config(reference.config, spec, sections, untied_head=untied_head)
@@ -204,6 +212,7 @@ def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePl
         warnings=(*matching.warnings, *unused),
         accounts=inventory,
         config=config if embeddings.vocabulary is None else embeddings.vocabulary.configured(config),
+        data=data,
         earlier=tuple(earlier),
     )
 
@@ -248,6 +257,31 @@ def _check_coefficients(job: TensorJob, spec: MergeSpec) -> None:
             raise spec.error(f"{job.name}: {error}", "parameters") from None
         if not coefficients.finite:
             raise spec.error(f"{job.name}: the weights are too large, their products overflow", "parameters")
+
+
+def _data(spec: MergeSpec, sections: Sequence[Section], inputs: Inputs) -> tuple[Path, ...]:
+    """Where the samples of each model are drawn from."""
+    if len(sections) > 1 or sections[0].layers is not None:
+        raise spec.error(f"{spec.merge_method} runs whole models: write models, not slices or modules", "merge_method")
+    if spec.sparsify is not None:
+        raise spec.error(f"{spec.merge_method} is fitted on the models as they are: remove sparsify", "sparsify")
+    found = []
+    for member in sections[0].members:
+        source = sections[0].part.sources[member.source] if member.source is not None else None
+        if source is None or source.data is None:
+            keys = ("models",) if source is None else source.keys[:-1]
+            raise spec.error(
+                f"{spec.merge_method} is fitted on samples: {member.model.name} needs data, a JSONL or text file", *keys
+            )
+        keys = (*source.keys[:-1], "data")
+        try:
+            path = inputs.resolve(source.data, None)
+        except CheckpointError as error:
+            raise spec.error(str(error), *keys) from None
+        if not path.is_file():
+            raise spec.error(f"{path} is not a file; expected JSONL or text", *keys)
+        found.append(path)
+    return tuple(found)
 
 
 def _check_scope(jobs: Sequence[TensorJob], spec: MergeSpec) -> None:

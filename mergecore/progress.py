@@ -34,7 +34,18 @@ class Progress:
     bytes_written: int
     bytes_written_total: int
     seconds: float
+    step: str = ""
+    """What is fitted on samples before the first tensor is written: layers, or steps of an optimisation."""
+    steps_done: int = 0
+    steps_total: int = 0
     search: SearchProgress | None = None
+
+    @property
+    def ratio(self) -> float:
+        """From 0 to 1; a fit counts as much as the merge."""
+        moved = self.bytes_read + self.bytes_written
+        merged = moved / max(1, self.bytes_read_total + self.bytes_written_total)
+        return (self.steps_done / self.steps_total + merged) / 2 if self.steps_total else merged
 
     @classmethod
     def start(cls, merges: Sequence[MergePlan]) -> Progress:

@@ -48,6 +48,9 @@ def fingerprint(spec: MergeSpec, resolve: Callable[[str, str | None], Path]) -> 
             for place in places:
                 path = resolve(*place)
                 models[str(path)] = _files(path)
+        for data, _ in merge.data():
+            path = resolve(data, None)
+            models[str(path)] = _files(path)
     identities = [merge.identity() for merge in merges]
     what = [__version__, identities, spec.run.output, spec.run.shard_size, sorted(models.items())]
     return str(xxhash.xxh3_128_hexdigest(json.dumps(what).encode()))

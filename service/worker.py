@@ -116,9 +116,7 @@ class Reporter:
             # A resumed merge reports what earlier attempts did along with its first window.
             counts = dataclasses.asdict(progress) if progress.tensors_done else {}
             self._before = {f"{key}_before": counts.get(key, 0) for key in COUNTED}
-        moved = progress.bytes_read + progress.bytes_written
-        total = max(1, progress.bytes_read_total + progress.bytes_written_total)
-        now = {"ratio": round(moved / total, 6), **dataclasses.asdict(progress), **self._before, "updated": utc_now()}
+        now = {"ratio": round(progress.ratio, 6), **dataclasses.asdict(progress), **self._before, "updated": utc_now()}
         with self._lock:
             self._status.progress = now
 

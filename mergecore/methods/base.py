@@ -82,6 +82,13 @@ class Statistics(Enum):
     """The deltas of a matrix, whole."""
     SUM = "sum of the deltas"
     """The sum of w_n d_n of a matrix, whole; w is the parameter `weight`."""
+    FITTED = "a fit on samples of text"
+    """Coefficients that are fitted before the first tensor is written (mergecore/features)."""
+
+    @property
+    def is_read(self) -> bool:
+        """Whether it takes a read of the tensor."""
+        return self not in (Statistics.NONE, Statistics.FITTED)
 
     @property
     def is_whole(self) -> bool:
@@ -235,6 +242,8 @@ class TensorView:
     """Where the tensor's layer stands: 0 is the first, 1 the last; 0 outside the layers."""
     is_linear: bool = False
     """Whether it is a linear layer or a convolution: neither a vector nor an embedding nor the head."""
+    fitted: Coefficients | None = None
+    """Statistics.FITTED."""
     deltas: Tensor | None = None
     """Statistics.DELTAS or SUM of one matrix, float64 (models, rows, columns) or (1, rows, columns)."""
 
@@ -263,10 +272,11 @@ class Election:
 @dataclass(frozen=True)
 class Coefficients:
     """out = base * a + sum_n values[n] * d_n; `values` is float64 (models, 1), or (models, n) with one per
-    stored column or row, whichever the statistics are of. Without a base out = sum_n values[n] * W_n."""
+    stored column or row, whichever the statistics are of or `axis` says. Without a base out = sum_n values[n] * W_n."""
 
     values: Tensor
     base: float = 1.0
+    axis: Literal["rows", "columns"] | None = None
 
     @property
     def finite(self) -> bool:

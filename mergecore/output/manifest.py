@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from mergecore.output.writer import OutputWriter
 
 
-def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> None:
-    """Adds everything but the weights to an output whose tensors are complete."""
+def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult, fit: Mapping[str, Any] | None = None) -> None:
+    """Adds everything but the weights to an output whose tensors are complete. `fit`: what a fit on samples reports."""
     reference = plan.reference
     if plan.config:
         writer.add_file("config.json", _json(plan.config))
@@ -42,7 +43,9 @@ def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult) -> Non
         if path.name not in plan.tokenizer:
             writer.add_file(path.name, path)
     writer.add_file("README.md", _model_card(plan).encode(errors="replace"))
-    writer.add_file(MANIFEST_NAME, _json(_manifest(writer, plan, result)))
+    writer.add_file(
+        MANIFEST_NAME, _json({**_manifest(writer, plan, result), **({"fit": fit} if fit is not None else {})})
+    )
 
 
 def _json(value: Any) -> bytes:

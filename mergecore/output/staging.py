@@ -5,6 +5,7 @@ Not for what is written into it (writer.py). The staging folder `.NAME.partial` 
     lock             flock'ed while a merge writes; its content says who
     journal.jsonl    which tensors are complete and on disk
     output/          what becomes NAME
+    scratch/         of a method that is fitted on samples: what it resumes from
 
 Publishing renames `output/` to NAME and removes the rest afterwards. So NAME is complete in the moment it appears and
 never holds a journal or a lock; a crash before the rename leaves a staging folder that resumes, a crash right after it
@@ -39,6 +40,7 @@ class Staging:
         self.folder = self.out.parent / f".{self.out.name}.partial"
         self.output = self.folder / "output"
         self.journal = Journal(self.folder / "journal.jsonl")
+        self.scratch = self.folder / "scratch"
         self._lock = -1
         self._lock_path = self.folder / "lock"
         self._made: list[Path] = []  # parents of `out` that did not exist, outermost first
@@ -98,7 +100,9 @@ class Staging:
         self.journal.close()
         if self._lock >= 0:
             if not keep:
-                remove_all([self.journal.path, self.output])  # the journal first: without files it would be a lie
+                remove_all(
+                    [self.journal.path, self.output, self.scratch]
+                )  # the journal first: without files it would be a lie
             remove_all([self._lock_path])
         with suppress(OSError):  # not empty: kept, or the next merge to this output is in it already
             self.folder.rmdir()

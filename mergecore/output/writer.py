@@ -100,6 +100,13 @@ class OutputWriter:
         self._thread.start()
 
     @property
+    def scratch(self) -> Path:
+        """A folder for what a merge keeps until it is published, over interruptions too."""
+        with reporting("create", self._staging.scratch):
+            self._staging.scratch.mkdir(exist_ok=True)
+        return self._staging.scratch
+
+    @property
     def finished(self) -> frozenset[str]:
         """Names of the tensors that are complete and on disk, those of an earlier run included."""
         return frozenset(self.checksums.copy())
@@ -245,7 +252,7 @@ class OutputWriter:
                 self.checksums = {record["name"]: record["xxh3_128"] for record in records[1:]}
                 remove_all(set(staging.output.iterdir()) - set(paths))  # what the earlier run had put beside the shards
             else:
-                remove_all([staging.journal.path, staging.output])
+                remove_all([staging.journal.path, staging.output, staging.scratch])
                 staging.output.mkdir()
             free = shutil.disk_usage(staging.output).free
         if not self.resumed and free < self.layout.nbytes:

@@ -178,6 +178,17 @@ Dtype = Annotated[
     choice("bfloat16", "float16", "float32", also=_SHORT_DTYPES | _TORCH_DTYPES),
     WithJsonSchema({"enum": ["bfloat16", "float16", "float32", *_SHORT_DTYPES, *_TORCH_DTYPES]}),
 ]
+Computed = Annotated[Literal["float32", "float64", "bfloat16"], choice("float32", "float64", "bfloat16")]
+Count = Annotated[
+    int,
+    integer(1, 1_000_000, "a whole number from 1 to 1000000"),
+    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": 1_000_000}),
+]
+Length = Annotated[
+    int,
+    integer(2, 1 << 20, "a whole number from 2 to 1048576"),
+    WithJsonSchema({"type": "integer", "minimum": 2, "maximum": 1 << 20}),
+]
 Sparsifier = Annotated[
     Literal["dare", "magnitude", "breadcrumbs", "della"], choice("dare", "magnitude", "breadcrumbs", "della")
 ]

@@ -114,6 +114,7 @@ class Source(NamedTuple):
     keys: Keys
     parameters: Parameters
     layers: tuple[int, int] | None = None
+    data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -169,13 +170,14 @@ def parts_of(
     """The parts of one `models` or `slices` that stands below `keys`."""
     if models is not None:
         sources = tuple(
-            Source(entry.model, (*keys, "models", i, "model"), entry.parameters) for i, entry in enumerate(models)
+            Source(entry.model, (*keys, "models", i, "model"), entry.parameters, None, entry.data)
+            for i, entry in enumerate(models)
         )
         yield Part((*keys, "models"), module, sources, base_model, ("base_model",), levels)
     for i, part in enumerate(slices or ()):
         here = (*keys, "slices", i)
         sources = tuple(
-            Source(entry.model, (*here, "sources", j, "model"), entry.parameters, entry.layer_range)
+            Source(entry.model, (*here, "sources", j, "model"), entry.parameters, entry.layer_range, entry.data)
             for j, entry in enumerate(part.sources)
         )
         base_keys = ("base_model",) if part.base_model is None else (*here, "base_model")

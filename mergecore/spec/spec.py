@@ -20,7 +20,7 @@ from mergecore.spec.evolve import Evolve
 from mergecore.spec.fields import Dtype, ModelPath, OnNonfinite, Orientation, Seed, Text, refused, table
 from mergecore.spec.parts import Models, Module, OutputSlice, Part, Slices, parts_of
 from mergecore.spec.problems import Keys, Problem
-from mergecore.spec.tables import ModelEntry, Parameters, Run, Sparsify, Table
+from mergecore.spec.tables import Calibration, ModelEntry, Parameters, Run, Sparsify, Table
 from mergecore.spec.tokenizer import Tokenizer, TokenOf
 from mergecore.spec.yaml_lines import Document
 
@@ -37,6 +37,7 @@ class MergeSpec(Table):
         "slices": OutputSlice,
         "modules": Module,
         "sparsify": Sparsify,
+        "calibration": Calibration,
         "tokenizer": Tokenizer,
         "evolve": Evolve,
         "run": Run,
@@ -87,6 +88,13 @@ class MergeSpec(Table):
         title="Sparsify",
         description="Drop delta entries in front of the method: at random (DARE, DELLA) or by magnitude.",
         examples=[{"method": "dare", "drop_rate": 0.1}],
+    )
+    calibration: Calibration = Field(
+        default_factory=Calibration,
+        title="Calibration",
+        description="Methods that are fitted on samples: how many are drawn from each model's data, and how they are "
+        "read.",
+        examples=[{"samples": 30, "length": 512}],
     )
     dtype: Dtype | None = Field(
         default=None,
@@ -195,6 +203,13 @@ class MergeSpec(Table):
                 named = entry.source.model if isinstance(entry.source, TokenOf) else entry.source
                 if named is not None:
                     yield named, ("tokenizer", "tokens", token, "source")
+
+    def data(self) -> Iterator[tuple[str, Keys]]:
+        """Every file of samples that the spec names, and where."""
+        for part in self.parts():
+            yield from (
+                (source.data, (*source.keys[:-1], "data")) for source in part.sources if source.data is not None
+            )
 
     @property
     def path(self) -> Path | None:

@@ -11,9 +11,12 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mergecore.spec.fields import (
+    Computed,
+    Count,
     Density,
     Device,
     DropRate,
+    Length,
     Memory,
     ModelPath,
     Priority,
@@ -71,6 +74,25 @@ class ModelEntry(Table):
         title="Parameters of this model",
         description="Method parameters for this model; they win over those at the top of the spec.",
         examples=[{"weight": 0.5}],
+    )
+    data: Text | None = Field(
+        default=None,
+        title="Data",
+        description="Methods that are fitted on samples: a JSONL or text file of what this model is good at.",
+        examples=["/data/math.jsonl"],
+    )
+
+
+class Calibration(Table):
+    """The samples that a method is fitted on, drawn from the `data` of each model."""
+
+    looks_like = "a mapping such as {samples: 30, length: 512}"
+
+    samples: Count = Field(default=30, title="Samples", description="Texts drawn from each model's data.")
+    length: Length = Field(default=512, title="Length", description="Tokens of a text at most; the rest is cut off.")
+    field: Text = Field(default="text", title="Field", description="In JSONL objects: the key of the text.")
+    dtype: Computed = Field(
+        default="float32", title="Dtype", description="In what the models are run: float32, float64 or bfloat16."
     )
 
 
