@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mergecore.progress import MergeResult, Progress
     from mergecore.merging import merge
     from mergecore.planning import MergePlan, plan
+    from mergecore.progress import MergeResult, Progress
     from mergecore.spec import MergeSpec, load_spec
 
 _HOMES = {

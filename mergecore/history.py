@@ -1,4 +1,4 @@
-"""What a search for parameters has found: the trials, and the files that lie beside the model (evolve.json, .csv, .svg).
+"""What a search for parameters has found: the trials, and the files beside the model (evolve.json, .csv, .svg).
 
 Not for searching: evolve.py does that.
 """
@@ -35,6 +35,8 @@ class Evolved:
     """A finished search: the spec that asked for it, all trials in order, and the best of them."""
 
     spec: MergeSpec
+    search: str
+    """Identity of the search: spec, inputs, texts and versions."""
     trials: Sequence[Trial]
     best: Trial
 
@@ -45,6 +47,7 @@ class Evolved:
             "spec_text": self.spec.text,
             "parameters": dict(self.best.values),
             "score": self.best.score,
+            "search": self.search,
         }
 
     def files(self) -> dict[str, bytes]:

@@ -128,7 +128,7 @@ def plan(spec: MergeSpec, *, resolve: Resolve | None = None, stages: Path = Path
 
 
 def _plan_candidate(spec: MergeSpec, evolve: Evolve, place: float, inputs: Inputs, stages: Path) -> MergePlan:
-    """The merge with every parameter at this place of its range; an error names the parameter at fault, if it is one."""
+    """The merge with every parameter at this place of its range; an error names the parameter that is at fault."""
     values = {path: low + place * (high - low) for path, (low, high) in evolve.parameters.items()}
     keys = {path: keys_of(spec, path) for path in values}
     try:

@@ -22,6 +22,11 @@ class SearchProgress:
     population: int
     best: float | None
 
+    def __str__(self) -> str:
+        """In words."""
+        at = f"candidate {self.candidate}/{self.population}" if self.candidate else "the best"
+        return f"generation {self.generation}/{self.generations}, {at}"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -39,6 +44,13 @@ class Progress:
     steps_done: int = 0
     steps_total: int = 0
     search: SearchProgress | None = None
+
+    def __str__(self) -> str:
+        """In words, without bytes."""
+        words = [] if self.search is None else [str(self.search)]
+        if self.steps_done < self.steps_total:
+            words.append(f"fitting: {self.step} {self.steps_done}/{self.steps_total}")
+        return ", ".join([*words, f"{self.tensors_done}/{self.tensors_total} tensors"])
 
     @property
     def ratio(self) -> float:

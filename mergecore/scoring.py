@@ -72,7 +72,7 @@ def texts(spec: MergeSpec, resolve: Resolve) -> list[Path]:
         except CheckpointError as error:
             raise spec.error(str(error), *keys) from None
         if not path.is_file():
-            raise spec.error(f"{name!r} is not a plain file; expected a text file", *keys)
+            raise spec.error(f"{path} is not a file; expected JSONL or text", *keys)
         found.append(path)
     return found
 

@@ -11,9 +11,9 @@ import pytest
 
 import mergecore
 from mergecore.cli import main
-from mergecore.progress import Progress
 from mergecore.errors import CheckpointError, InputFault, Interrupted, OutputError
 from mergecore.output.stages import Stages
+from mergecore.progress import Progress
 from mergecore.spec import parse_spec
 from tests.models import LLAMA, llama, load_tensors, moved, tensor_bytes, write_model
 

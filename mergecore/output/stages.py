@@ -9,6 +9,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from mergecore.errors import Interrupted, OutputError, OutputExistsError
 from mergecore.output.staging import reporting
@@ -21,15 +22,14 @@ def stages_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.stages"
 
 
-class Stages:
-    """The folder while a merge uses it. It goes when the merge is done or has failed; what is complete stays for
-    `resume` if the merge was interrupted. Raises OutputError if another merge has it."""
+class LockedFolder:
+    """A folder that one merge at a time uses. Raises OutputError if another one has it."""
 
-    def __init__(self, out: Path, *, resume: bool) -> None:
-        self.folder, self._resume = stages_folder(out), resume
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._lock = -1
 
-    def __enter__(self) -> Stages:
+    def __enter__(self) -> Self:
         with reporting("create", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -39,6 +39,24 @@ class Stages:
             os.close(self._lock)
             raise OutputError(f"another merge is using {self.folder}") from error
         return self
+
+    def remove(self) -> None:
+        """Removes it with all that it holds, as far as possible."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+
+class Stages(LockedFolder):
+    """The folder while a merge uses it. It goes when the merge is done or has failed; what is complete stays for
+    `resume` if the merge was interrupted."""
+
+    def __init__(self, out: Path, *, resume: bool) -> None:
+        super().__init__(stages_folder(out))
+        self._resume = resume
 
     def is_done(self, name: str, identity: str) -> bool:
         """Whether an interrupted attempt has finished this merge; what else lies there is removed."""
@@ -65,5 +83,5 @@ class Stages:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not isinstance(error, (Interrupted, OutputExistsError)):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+            self.remove()
+        super().__exit__(kind, error, trace)

@@ -168,7 +168,7 @@ class Journal:
                 self._good += len(line)
         return records
 
-    def start(self, head: dict[str, str]) -> None:
+    def start(self, head: dict[str, Any]) -> None:
         """Begins a new journal with one record. Raises OSError."""
         self._good = 0
         self.go_on()
@@ -179,7 +179,7 @@ class Journal:
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         os.ftruncate(self._descriptor, self._good)
 
-    def append(self, records: Iterable[dict[str, str]]) -> None:
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Adds records; they are on disk when this returns. Raises OSError."""
         data = b"".join(map(_line, records))
         while data:

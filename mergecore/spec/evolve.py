@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from mergecore.spec.fields import Text, choice, expected, integer, refused, table
+from mergecore.spec.fields import Count, Length, Text, choice, expected, integer, refused, table
 from mergecore.spec.tables import Table
 
 MOST_CANDIDATES = 1_000_000
@@ -59,20 +59,10 @@ Range = Annotated[
     BeforeValidator(_range),
     WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}),
 ]
-Count = Annotated[
-    int,
-    integer(1, MOST_CANDIDATES, f"a whole number from 1 to {MOST_CANDIDATES}"),
-    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MOST_CANDIDATES}),
-]
 Population = Annotated[
     int,
     integer(3, 10_000, "a whole number from 3 to 10000"),
     WithJsonSchema({"type": "integer", "minimum": 3, "maximum": 10_000}),
-]
-Length = Annotated[
-    int,
-    integer(2, 1 << 20, "a whole number of tokens, 2 or more"),
-    WithJsonSchema({"type": "integer", "minimum": 2, "maximum": 1 << 20}),
 ]
 SearchSeed = Annotated[
     int,

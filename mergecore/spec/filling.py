@@ -56,8 +56,8 @@ def _place(spec: MergeSpec, what: dict[str, Any], path: str) -> tuple[Any, Keys]
     for i, part in enumerate(parts):
         last, around = i == len(parts) - 1, ".".join(parts[:i]) or "the spec"
         if isinstance(holder, list):
-            if not (part.isascii() and part.isdigit() and int(part[:9]) < len(holder)):
-                raise wrong(f"{around} is a list: expected a number from 0 to {len(holder) - 1} after it, found {part!r}")
+            if part not in map(str, range(len(holder))):
+                raise wrong(f"{around} is a list: found {part!r}, expected a number from 0 to {len(holder) - 1}")
             keys.append(int(part))
         elif not isinstance(holder, dict):
             raise wrong(f"{around} is {show(holder)}, which has nothing below it")
@@ -71,7 +71,8 @@ def _place(spec: MergeSpec, what: dict[str, Any], path: str) -> tuple[Any, Keys]
         if last:
             break
         holder = holder[keys[-1]]
-    found = holder[keys[-1]] if isinstance(holder, list) else holder.get(keys[-1], 0.0)
+    here: Any = keys[-1]
+    found = holder[here] if isinstance(holder, list) else holder.get(here, 0.0)
     if isinstance(found, bool) or not isinstance(number_or_same(found), int | float):
         raise wrong(f"found {show(found)} there, expected a number")
     return holder, tuple(keys)

@@ -205,11 +205,14 @@ class MergeSpec(Table):
                     yield named, ("tokenizer", "tokens", token, "source")
 
     def data(self) -> Iterator[tuple[str, Keys]]:
-        """Every file of samples that the spec names, and where."""
+        """Every file of samples and texts that the spec names, and where."""
         for part in self.parts():
             yield from (
                 (source.data, (*source.keys[:-1], "data")) for source in part.sources if source.data is not None
             )
+        if self.evolve is not None:
+            for number, text in enumerate(self.evolve.score.text or ()):
+                yield text, ("evolve", "score", "text", number)
 
     @property
     def path(self) -> Path | None:
