@@ -76,7 +76,7 @@ def evolve(
     folder = LockedFolder(out.parent / f".{out.name}.evolve")
     planned = plan(spec, resolve=resolve, stages=folder.folder / "stages")
     strategy = _Strategy(spec)
-    search = _Search(spec, out, folder.folder, planned, run, open_scorer(spec, resolve), progress, should_stop)
+    search = _Search(spec, out, folder.folder, planned, run, open_scorer(spec, resolve, planned), progress, should_stop)
     identity = _identity(spec, planned, resolve)
     _refuse_taken(out, folder, identity)
     with folder:
@@ -297,13 +297,15 @@ class _Strategy:
         for path, (low, high) in self._ranges.items():
             value = written(spec, path)
             start.append(0.5 if value is None or not low <= value <= high else (value - low) / (high - low))
-        options = {
+        options: dict[str, Any] = {
             "bounds": [0, 1],
             "popsize": spec.evolve.candidates,
             "randn": RandomState(spec.evolve.seed).randn,
             "seed": math.nan,  # the library's word for: leave NumPy's own generator alone
             "verbose": -9,
         }
+        if len(start) == 1:
+            options["maxstd_boundrange"] = math.inf  # cma 4.5 fails where a single parameter reaches this limit
         self._strategy = cma.CMAEvolutionStrategy(start, spec.evolve.sigma, options)
         self._asked: list[Any] = []
 

@@ -18,10 +18,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergecore.errors import CheckpointError, MergecoreError
 from mergecore.inputs import Resolve
 from mergecore.spec import MergeSpec
+
+if TYPE_CHECKING:
+    from mergecore.planning import MergePlan
 
 Scorer = Callable[[Path, Callable[[], None]], float]
 """(model directory, called a few times a second and may raise Interrupted) -> finite score; raises ScoreError."""
@@ -77,20 +81,28 @@ def texts(spec: MergeSpec, resolve: Resolve) -> list[Path]:
     return found
 
 
-def open_scorer(spec: MergeSpec, resolve: Resolve) -> Scorer:
-    """What scores the candidates of a spec. Raises SpecError."""
+def open_scorer(spec: MergeSpec, resolve: Resolve, planned: MergePlan) -> Scorer:
+    """What scores the candidates of a spec, which are like the `planned` one. Raises SpecError, and CheckpointError if
+    they will be no causal language models with a tokenizer."""
     assert spec.evolve is not None
     wanted = spec.evolve.score
     if wanted.command is not None:
         words, timeout, place = _command(spec), wanted.timeout or TIMEOUT, spec.directory
         return lambda model, tick: run_command(words, model, place, timeout, tick)
+    from mergecore.features.passes import Network
     from mergecore.features.perplexity import bits_per_byte
+    from mergecore.features.samples import read_samples, tokenizer_in
 
-    files, samples, length, seed = texts(spec, resolve), wanted.samples or SAMPLES, wanted.length or LENGTH, spec.seed
+    files, samples, length = texts(spec, resolve), wanted.samples or SAMPLES, wanted.length or LENGTH
+    seed = spec.evolve.seed
+    tokenizer = tokenizer_in(None, planned.tokenizer)
+    for path in files:
+        read_samples(path, tokenizer, count=samples, length=length, seed=seed)
+    Network(planned.config, {job.name: job.shape for job in planned.jobs})
 
     def score(model: Path, tick: Callable[[], None]) -> float:
         found = bits_per_byte(model, files, samples=samples, length=length, seed=seed, tick=tick)
-        return _finite(math.fsum(found) / len(found), "the texts")
+        return _finite(math.fsum(found) / len(found), "bits per byte of the texts")
 
     return score
 
@@ -148,8 +160,9 @@ def _followed(process: subprocess.Popen[bytes], tick: Callable[[], None], until:
                 break  # a process that it has left behind may hold the pipes open
             if time.monotonic() >= until:
                 break
-            if not selector.get_map() and not ended:
-                time.sleep(PAUSE)
+            if not selector.get_map():
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(PAUSE)
             tick()
     return tails[process.stdout.fileno()], tails[process.stderr.fileno()]
 

@@ -4,7 +4,8 @@
 
 Exit codes: 0 done, 1 the merge failed, 2 the spec or an input is wrong, 3 stopped by SIGTERM or SIGINT and resumable.
 A dropped spec is untrusted: it can name models only below the --models folders (if any are given) and an output only
-below the outputs folder, and it runs no command unless the daemon's configuration allows that. The only part of service/ that imports torch.
+below the outputs folder, and its commands are run only with --allow-commands. The only part of service/ that imports
+torch.
 """
 
 from __future__ import annotations
@@ -265,9 +266,7 @@ def published_by(spec: MergeSpec, out: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(manifest, dict):
         return None
-    given = manifest.get(
-        "evolve", manifest
-    )  # the spec of a merge whose parameters were searched for is that with the search
+    given = manifest.get("evolve", manifest)  # of a search: the spec that asked for it
     if not isinstance(given, dict) or given.get("spec") != spec.as_dict() or given.get("spec_text") != spec.text:
         return None
     return {**manifest.get("result", {}), "output": str(out)}

@@ -36,9 +36,9 @@ def _paths(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sigma(value: Any) -> float:
-    if _number(value) and 0 < value <= 1:
+    if _number(value) and 0 < value <= 0.33:
         return float(value)
-    raise expected(value, "a number above 0, up to 1")
+    raise expected(value, "a number above 0, up to 0.33")
 
 
 def _seconds(value: Any) -> float:
@@ -70,7 +70,7 @@ SearchSeed = Annotated[
     WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 2**32 - 1}),
 ]
 Sigma = Annotated[
-    float, BeforeValidator(_sigma), WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1})
+    float, BeforeValidator(_sigma), WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 0.33})
 ]
 Seconds = Annotated[float, BeforeValidator(_seconds), WithJsonSchema({"type": "number", "exclusiveMinimum": 0})]
 Texts = Annotated[
