@@ -57,7 +57,7 @@ def search_dict(folder: Path, **evolve: Any) -> dict[str, Any]:
     """The spec: task arithmetic over two weights, 3 generations of 4 if not told otherwise."""
     command = f"{sys.executable} -I -S {folder}/score.py {{model}}"
     search = {
-        "parameters": dict.fromkeys(WEIGHTS, [0.0, 1.5]),
+        "parameters": {path: [0.0, 1.5] for path in WEIGHTS},
         "score": {"command": command},
         "population": 4,
         "generations": 3,

@@ -13,17 +13,15 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import mergecore
 from mergecore.cli import main
-from mergecore.errors import Interrupted, MergecoreError, OutputError, OutputExistsError, SpecError
+from mergecore.errors import Interrupted, MergecoreError, OutputError, OutputExistsError
 from mergecore.output.staging import Journal
 from mergecore.progress import Progress
-from mergecore.scoring import ScoreError, run_command
-from mergecore.spec import filled, load_spec, parse_spec
+from mergecore.spec import load_spec, parse_spec
 from tests.models import load_tensors, moved, tensor_bytes, write_model
 from tests.searches import OPTIMUM, WEIGHTS, calls, exists, history, hold, release, search_dict, write_search
 from tests.service_support import ROOT, wait_until
@@ -126,7 +124,7 @@ def test_the_highest_score_wins_where_it_is_to_be_maximised(folder: Path, tmp_pa
     mergecore.merge(load_spec(spec), tmp_path / "out")
     told = json.loads((tmp_path / "out" / "evolve.json").read_text())
     assert told["score"] == max(calls(folder))
-    assert told["parameters"][WEIGHTS[0]] in (0.0, pytest.approx(1.5, abs=0.3))
+    assert not 0.2 < told["parameters"][WEIGHTS[0]] < 1.3
 
 
 def test_a_search_begins_at_the_values_of_the_spec(folder: Path, tmp_path: Path) -> None:
@@ -138,24 +136,14 @@ def test_a_search_begins_at_the_values_of_the_spec(folder: Path, tmp_path: Path)
         assert float(row[WEIGHTS[1]]) == pytest.approx(0.75, abs=1e-3)  # absent: the middle of its range
 
 
-def test_entries_of_gradients_and_of_filters_are_parameters_too(folder: Path) -> None:
-    spec = search_dict(folder)
-    spec["models"][0]["parameters"] = {"weight": [0.1, 0.2]}
-    spec["parameters"] = {"lambda": [{"filter": "mlp", "value": 0.5}, {"value": "1"}]}
-    spec["sparsify"] = {"method": "dare", "drop_rate": 0.1}
-    values = {
-        "models.0.parameters.weight.1": 0.9,
-        "parameters.lambda.1.value": 0.7,
-        "sparsify.drop_rate": 0.3,
-        "models.1.parameters.weight": 0.6,
-    }
-    made = filled(load_spec(spec), values)
-    assert made.evolve is None
-    assert made.models is not None
-    assert [entry.parameters["weight"] for entry in made.models] == [[0.1, 0.9], 0.6]
-    assert made.parameters == {"lambda": [{"filter": "mlp", "value": 0.5}, {"value": 0.7}]}
-    assert made.sparsify is not None
-    assert made.sparsify.drop_rate == 0.3
+def test_a_search_over_merges_that_read_each_other(folder: Path, tmp_path: Path) -> None:
+    spec = search_dict(folder, generations=1, population=3)
+    mean = {"name": "mean", "merge_method": "linear", "models": spec["models"], "parameters": {"weight": 0.5}}
+    spec["models"] = [{"model": "mean"}, spec["models"][1]]
+    (tmp_path / "spec.yaml").write_text(f"{json.dumps(mean)}\n---\n{json.dumps(spec)}\n")
+    result = mergecore.merge(tmp_path / "spec.yaml", tmp_path / "out")
+    assert result.tensors == 4 * 2 * len(load_tensors(tmp_path / "out"))
+    assert sorted(os.listdir(tmp_path)) == ["out", "spec.yaml"]
 
 
 # ---- What is not scored twice
@@ -341,7 +329,7 @@ def test_a_generation_of_failures_ends_the_search_and_keeps_the_scores_before(tm
 
 def test_a_search_without_any_score_leaves_nothing(tmp_path: Path) -> None:
     spec = write_search(tmp_path, score="'no number'")
-    with pytest.raises(MergecoreError, match="no candidate of generation 1 .* printed no number"):
+    with pytest.raises(MergecoreError, match=r"no candidate of generation 1 .* printed no number"):
         mergecore.merge(spec, tmp_path / "new" / "out")
     assert sorted(os.listdir(tmp_path)) == ["calls", "models", "new", "score.py", "search.json"]
     assert os.listdir(tmp_path / "new") == []
@@ -362,171 +350,6 @@ def test_an_output_that_exists_is_refused_before_the_search(folder: Path) -> Non
     with pytest.raises(OutputExistsError):
         mergecore.merge(folder / "search.json", folder / "out")
     assert calls(folder) == []
-
-
-# ---- Commands
-
-
-@pytest.mark.parametrize(
-    ("code", "score"),
-    [
-        ("print('loss 3.5 after', 2, 'steps:', -1.25e-3)", -1.25e-3),
-        ("print('0.5%\\n')", 0.5),
-        ("print('x' * 300_000, 7)", 7),
-        ("import sys; print(1); print(2, file=sys.stderr)", 1),
-        ("import os, sys; print(int(sys.argv[1] == os.environ['EXPECTED']))", 1),
-        ("import os; print(1 if os.getcwd() == os.environ['PLACE'] else 0)", 1),
-        ("import subprocess; subprocess.Popen(['sleep', '600']); print(4)", 4),
-    ],
-)
-def test_the_last_number_on_standard_output_is_the_score(
-    code: str, score: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tmp_path / "a 'model'; touch x; $(touch y) {model}"
-    monkeypatch.setenv("EXPECTED", str(model))
-    monkeypatch.setenv("PLACE", str(tmp_path))
-    assert run_command([sys.executable, "-S", "-c", code, "{model}"], model, tmp_path, 60, lambda: None) == score
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("code", "told"),
-    [
-        ("print(12); print('nan')", "the score is nan, expected a finite number"),
-        ("print('-inf')", "the score is -inf"),
-        ("print('nothing here')", "printed no number"),
-        ("import sys; print(1); sys.exit('out of\\nluck')", "ended with exit code 1: out of luck"),
-        ("import os; print(1, flush=True); os.kill(os.getpid(), 9)", "ended with signal 9 and said nothing"),
-        ("import time; print(1, flush=True); time.sleep(600)", "was killed after 1 seconds"),
-        ("import os, time; print(1, flush=True); os.close(1); os.close(2); time.sleep(600)", "killed after 1 seconds"),
-    ],
-)
-def test_a_command_without_a_score_is_told(code: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ScoreError, match=told):
-        run_command([sys.executable, "-S", "-c", code], tmp_path, tmp_path, 1 if "1 sec" in told else 60, lambda: None)
-
-
-def test_what_a_command_leaves_behind_is_killed(tmp_path: Path) -> None:
-    code = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
-    process = int(run_command([sys.executable, "-S", "-c", code], tmp_path, tmp_path, 60, lambda: None))
-    wait_until(lambda: not exists(process), "its end")
-
-
-# ---- What is wrong is told before the first merge
-
-TEXT = """\
-merge_method: task_arithmetic
-base_model: {folder}/models/base
-models:
-  - model: {folder}/models/near
-    parameters: {{weight: [0.1, 0.5]}}
-  - model: {folder}/models/far
-parameters: {{lambda: 1}}
-sparsify: {{method: dare, drop_rate: 0.1}}
-evolve:
-  parameters:
-    parameters.lambda: [0.0, 2.0]
-  score: {{command: "true {{model}}"}}
-  generations: 2
-"""
-PATH = "parameters.lambda: [0.0, 2.0]"
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "told"),
-    [
-        (PATH, "parameters.lamda: [0, 1]", ":11: evolve.parameters['parameters.lamda']: at 0: task_arithmetic"),
-        (PATH, "parameters.lambda: [2, 0]", ":11: evolve.parameters['parameters.lambda']: found [2, 0], expected"),
-        (PATH, "parameters.lambda: [0, .nan]", "expected [lower bound, upper bound]"),
-        (PATH, "parameters.lambda: 1", ":11: evolve.parameters['parameters.lambda']: found 1, expected [lower bound"),
-        ("  parameters:\n    parameters.lambda: [0.0, 2.0]", "  parameters: {{}}", "found an empty mapping, expected at least one"),
-        (PATH, "models.2.parameters.weight: [0, 1]", "models is a list: found '2', expected a number from 0 to 1"),
-        (PATH, "models.00.parameters.weight: [0, 1]", "models is a list: found '00'"),
-        (PATH, "models.-1.parameters.weight: [0, 1]", "models is a list: found '-1'"),
-        (PATH, "models.0.parameters.weight: [0, 1]", "found a list there, expected a number"),
-        (PATH, "models.0.parameters.weight.2: [0, 1]", "models.0.parameters.weight is a list: found '2'"),
-        (PATH, "models.0.parameters.weight.1.x: [0, 1]", "weight.1 is 0.5, which has nothing below it"),
-        (PATH, "model.0.parameters.weight: [0, 1]", "the spec has no 'model'; did you mean 'models'?"),
-        (PATH, "parameters.: [0, 1]", "parameters has no ''"),
-        (PATH, "parameters.weights: [0, 1]", "at 0: task_arithmetic has no such parameter; did you mean 'weight'?"),
-        (PATH, "seed: [0, 1]", "not the place of a method parameter"),
-        (PATH, "run.threads: [0, 1]", "not the place of a method parameter"),
-        (PATH, "run.parameters.threads: [0, 1]", "the spec has no 'run'"),
-        (PATH, "evolve.parameters.lambda: [0, 1]", "the spec has no 'evolve'"),
-        (PATH, "sparsify.method: [0, 1]", "['sparsify.method']: found 'dare' there, expected a number"),
-        (PATH, "sparsify.drop_rate: [0.5, 1.0]", ":11: evolve.parameters['sparsify.drop_rate']: at 1: found 1.0"),
-        ("task_arithmetic", "task_arithmetik", "unknown method 'task_arithmetik'"),
-        ("{{model}}", "model", "the command does not say where the model goes: write {model} in it"),
-        ("true {{model}}", "nosuchprogram {{model}}", ":12: evolve.score.command: nosuchprogram is not a program"),
-        ("true {{model}}", "./search.json {{model}}", "./search.json is not a program that can be run"),
-        ("true {{model}}", "true '{{model}}", "evolve.score.command: cannot be split into words: No closing quotation"),
-        ('command: "true {{model}}"', "text: [models]", "evolve.score.text[0]: "),
-        ('command: "true {{model}}"', "text: nowhere.txt", ":12: evolve.score.text[0]: nowhere.txt does not exist"),
-        ('command: "true {{model}}"', "text: []", "found an empty list, expected a list of text files"),
-        ('command: "true {{model}}"', "", "expected one of text and command, found none"),
-        ('command: "true {{model}}"', 'command: "true {{model}}", text: a', "found both"),
-        ('command: "true {{model}}"', 'command: "true {{model}}", samples: 3', "samples has no meaning for command"),
-        ('command: "true {{model}}"', "text: a, direction: maximise", "direction has no meaning for text"),
-        ('command: "true {{model}}"', 'command: "true {{model}}", direction: up', "expected minimise or maximise"),
-        ("generations: 2", "generation: 2", "evolve.generation: unknown key; did you mean 'generations'?"),
-        ("generations: 2", "population: 4", "evolve.generations: missing, expected a value such as 10"),
-        ("generations: 2", "generations: 2\n  population: 2", "found 2, expected a whole number from 3"),
-        ("generations: 2", "generations: 1000000\n  population: 9", "are more than 1000000 merges"),
-        ("generations: 2", "generations: 2\n  sigma: 0", "evolve.sigma: found 0, expected a number above 0"),
-        ("generations: 2", "generations: 2\n  seed: -1", "evolve.seed: found -1, expected a whole number from 0"),
-    ],
-)  # fmt: skip
-def test_a_wrong_section_is_told_with_its_line_before_the_first_merge(
-    folder: Path, tmp_path: Path, old: str, new: str, told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert old in TEXT
-    (tmp_path / "spec.yaml").write_text(TEXT.replace(old, new, 1).format(folder=folder))
-    assert main(["evolve", str(tmp_path / "spec.yaml"), str(tmp_path / "out")]) == 2
-    shown = capsys.readouterr().err
-    assert f"mergecore: {tmp_path}/spec.yaml:" in shown
-    assert told in shown
-    assert os.listdir(tmp_path) == ["spec.yaml"]
-
-
-def test_a_whole_number_cannot_be_searched_for(folder: Path, tmp_path: Path) -> None:
-    spec = search_dict(folder, parameters={"parameters.max_iter": [1, 10]})
-    spec["merge_method"] = "karcher"
-    del spec["base_model"]
-    with pytest.raises(SpecError, match=r"evolve.parameters\['parameters.max_iter'\]: at 4.4.*expected a whole number"):
-        mergecore.merge(load_spec(spec), tmp_path / "out")
-
-
-def test_only_the_last_merge_of_a_file_can_search(folder: Path, tmp_path: Path) -> None:
-    first = {**search_dict(folder), "name": "first"}
-    second = {"merge_method": "linear", "models": [{"model": "first"}]}
-    (tmp_path / "spec.yaml").write_text(f"{json.dumps(first)}\n---\n{json.dumps(second)}\n")
-    with pytest.raises(SpecError, match="evolve: only the last merge of a file can search"):
-        mergecore.merge(tmp_path / "spec.yaml", tmp_path / "out")
-
-
-def test_a_search_over_merges_that_read_each_other(folder: Path, tmp_path: Path) -> None:
-    spec = search_dict(folder, generations=1, population=3)
-    mean = {"name": "mean", "merge_method": "linear", "models": spec["models"], "parameters": {"weight": 0.5}}
-    spec["models"] = [{"model": "mean"}, spec["models"][1]]
-    (tmp_path / "spec.yaml").write_text(f"{json.dumps(mean)}\n---\n{json.dumps(spec)}\n")
-    result = mergecore.merge(tmp_path / "spec.yaml", tmp_path / "out")
-    assert result.tensors == 4 * 2 * len(load_tensors(tmp_path / "out"))
-    assert sorted(os.listdir(tmp_path)) == ["out", "spec.yaml"]
-
-
-def test_a_spec_without_the_section_is_no_search(folder: Path, tmp_path: Path, capsys: Any) -> None:
-    spec = search_dict(folder)
-    del spec["evolve"]
-    (tmp_path / "plain.json").write_text(json.dumps(spec))
-    assert main(["evolve", str(tmp_path / "plain.json"), str(tmp_path / "out")]) == 2
-    assert "has no section evolve" in capsys.readouterr().err
-
-
-def test_the_plan_tells_how_many_merges_a_search_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(folder / "search.json")]) == 0
-    assert "search    3 generations of 4 candidates; one merge is:" in capsys.readouterr().out
-    assert main(["plan", str(folder / "search.json"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["candidates"] == 12
 
 
 def test_a_missing_library_is_told_before_anything_is_written(
