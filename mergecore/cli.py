@@ -91,6 +91,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("model", type=Path, metavar="MODEL")
     sub.add_argument("--json", action="store_true", help="print the list as JSON")
 
+    sub = command("linearity", _linearity, "measure how linear MODELs and their submodules are in the weights")
+    sub.add_argument("base", metavar="BASE")
+    sub.add_argument("models", metavar="MODEL", nargs="+")
+    sub.add_argument("--data", action="append", required=True, metavar="FILE", help="samples, one file for each MODEL")
+    sub.add_argument("--level", default="attn_mlp", choices=("layer", "attn_mlp", "head_mlp", "model"))
+    sub.add_argument("--samples", type=int, default=30, metavar="N", help="texts drawn from each file (30)")
+    sub.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a text at most (512)")
+    sub.add_argument("--field", default="text", help="key of the text in JSONL objects (text)")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
+    sub.add_argument("--seed", type=int, default=0, metavar="N")
+    sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    sub.add_argument("--json", action="store_true", help="print the measures as JSON")
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="draw them into an SVG, PNG or PDF file")
+
     command("methods", _methods, "list the merge methods and their parameters")
     command("schema", _schema, "print the JSON Schema of specs, for editors")
 
@@ -272,6 +286,10 @@ def _plan(options: argparse.Namespace) -> int:
             for path, merge in planned.earlier
         ],
     }  # fmt: skip
+    if planned.data:
+        from mergecore.features.fitting import kept_bytes
+
+        facts["fit_bytes"] = kept_bytes(planned)
     if options.json:
         print(json.dumps({**facts, "jobs": _jobs(planned)}, indent=2))
         return 0
@@ -287,6 +305,8 @@ def _plan(options: argparse.Namespace) -> int:
     print(f"read      {_gb(facts['bytes_read'])} in {facts['passes']} pass(es) over {facts['tensors']} tensors")
     print(f"write     {_gb(facts['bytes_written'])} in {len(facts['shards'])} file(s)")
     print(f"hold      {facts['memory_held'] / 2**20:.0f} MiB beside the process itself")
+    for what, nbytes in facts.get("fit_bytes", {}).items():
+        print(f"fit       {_gb(nbytes)} of {what} at most; beyond --memory in a file beside the output")
     print(f"compute   {facts['compute_seconds']:.1f} s at the speed of this machine's memory; slow disks come on top")
     for warning in planned.warnings:
         print(f"warning   {warning}")
@@ -307,6 +327,12 @@ def _jobs(planned: MergePlan) -> list[dict[str, Any]]:
         }
         for job in planned.jobs
     ]
+
+
+def _linearity(options: argparse.Namespace) -> int:
+    from mergecore.features.commands import linearity_command
+
+    return linearity_command(options)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from tests.models import load_tensors, moved, tensor_bytes, write_model
 from tests.searches import OPTIMUM, WEIGHTS, calls, exists, history, hold, release, search_dict, write_search
 from tests.service_support import ROOT, wait_until
 
-LARGE = {"population": 6, "generations": 8}
+LARGE: dict[str, Any] = {"population": 6, "generations": 8}
 
 
 @pytest.fixture(scope="module")
@@ -220,14 +219,9 @@ def test_a_result_whose_search_died_right_after_is_left_alone_and_what_remains_g
 
 
 def test_a_stop_ends_a_scorer_at_once_with_what_it_has_started(folder: Path, tmp_path: Path) -> None:
-    held, stop = hold(folder), threading.Event()
-    waiting = threading.Thread(
-        target=lambda: (wait_until(lambda: held.exists() and held.read_text(), "the scorer"), stop.set())
-    )
-    waiting.start()
+    held = hold(folder)
     with pytest.raises(Interrupted, match="the scores so far are kept"):
-        mergecore.merge(folder / "search.json", tmp_path / "out", should_stop=stop.is_set)
-    waiting.join()
+        mergecore.merge(folder / "search.json", tmp_path / "out", should_stop=held.exists)
     assert not exists(int(held.read_text()))
     assert os.listdir(tmp_path) == [".out.evolve"]
     release(folder)

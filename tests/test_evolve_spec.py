@@ -1,4 +1,4 @@
-"""The section evolve of a spec: where its parameters may stand, and what is wrong with it, told before the first merge."""
+"""The section evolve of a spec: where its parameters may stand; what is wrong is told before the first merge."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ WORDS = {
     Statistics.SHARED: "counts of shared deltas",
     Statistics.DELTAS: "the deltas of a matrix",
     Statistics.SUM: "the sum of the deltas of a matrix",
+    Statistics.FITTED: "a fit on samples of text",
 }
 README = {name: cells for cells in rows(ROOT / "README.md") for name in re.findall(NAMES, cells[0]) if len(cells) == 5}
 PAGE = {name: cells for cells in rows(ROOT / "docs" / "methods.md") for name in re.findall(NAMES, cells[0])}
@@ -44,6 +45,11 @@ def planned(method: Method, models: list[Path], count: int, *, based: bool) -> T
     spec["parameters"] = {name: value for name, value in wanted.items() if method.parameter(name) is not None}
     if based:
         spec["base_model"] = str(models[0])
+    if method.statistics is Statistics.FITTED:
+        samples = models[0] / "samples.txt"
+        samples.write_text("A text.\n")
+        for entry in spec["models"]:
+            entry["data"] = str(samples)
     return next(job for job in mergecore.plan(mergecore.load_spec(spec)).jobs if job.name == NAME)
 
 

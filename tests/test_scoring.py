@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 
+import mergecore
+from mergecore.errors import CheckpointError, Interrupted, SpecError
+from mergecore.features.samples import read_samples, tokenizer_in
 from mergecore.scoring import ScoreError, run_command
+from mergecore.spec import filled, load_spec
+from tests.models import spec_dict
+from tests.running import checkpoints, texts, twin
 from tests.searches import exists
 from tests.service_support import wait_until
 
@@ -56,3 +66,91 @@ def test_what_a_command_leaves_behind_is_killed(tmp_path: Path) -> None:
     code = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid)"
     process = int(run_command([sys.executable, "-S", "-c", code], tmp_path, tmp_path, 60, lambda: None))
     wait_until(lambda: not exists(process), "its end")
+
+
+# ---- Texts
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base and two models moved from it, with a tokenizer, and texts beside them."""
+    folder = tmp_path_factory.mktemp("text")
+    texts(folder)
+    return checkpoints(folder, "qwen2", 3)
+
+
+def text_search(models: list[Path], *files: str, **score: int) -> mergecore.MergeSpec:
+    search = {
+        "parameters": {"parameters.lambda": [0.0, 2.0]},
+        "score": {"text": [str(models[0].parent / file) for file in files], **score},
+        "population": 3,
+        "generations": 1,
+        "seed": 3,
+    }
+    return load_spec(spec_dict("task_arithmetic", *models, evolve=search, run={"device": "cpu"}))
+
+
+def bits_per_byte(folder: Path, file: Path, seed: int) -> float:
+    """By transformers with the whole model."""
+    model = twin(folder, "qwen2", torch.float32)
+    nats, nbytes = 0.0, 0
+    for sample in read_samples(file, tokenizer_in(folder, {}), count=4, length=32, seed=seed):
+        with torch.no_grad():
+            logits = model(sample.tokens.unsqueeze(0)).logits[0, :-1].double()
+        nats += float(cross_entropy(logits, sample.tokens[1:], reduction="sum"))
+        nbytes += sample.nbytes
+    return nats / math.log(2) / nbytes
+
+
+def test_the_score_of_texts_is_the_mean_of_bits_per_byte_of_the_merged_model(
+    models: list[Path], tmp_path: Path
+) -> None:
+    spec = text_search(models, "plain.txt", "records.jsonl", samples=4, length=32)
+    mergecore.merge(spec, tmp_path / "out")
+    with (tmp_path / "out" / "evolve.csv").open() as file:
+        trials = list(csv.DictReader(file))
+    assert len(trials) == 3
+    for number, trial in enumerate(trials):
+        merged = tmp_path / f"merged{number}"
+        mergecore.merge(filled(spec, {"parameters.lambda": float(trial["parameters.lambda"])}), merged)
+        found = [
+            bits_per_byte(merged, models[0].parent / name, 3 + n)
+            for n, name in enumerate(("plain.txt", "records.jsonl"))
+        ]
+        assert float(trial["score"]) == pytest.approx(sum(found) / 2, rel=1e-4)
+
+
+def test_a_stop_ends_the_scoring_of_texts(models: list[Path], tmp_path: Path) -> None:
+    asked_while_scoring = 0
+
+    def stop() -> bool:
+        nonlocal asked_while_scoring
+        asked_while_scoring += (tmp_path / ".out.evolve" / "candidate").exists()
+        return asked_while_scoring > 2
+
+    with pytest.raises(Interrupted, match="the scores so far are kept"):
+        mergecore.merge(text_search(models, "plain.txt", samples=4, length=32), tmp_path / "out", should_stop=stop)
+    assert asked_while_scoring == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"\xff" * 100, "not UTF-8"), (b"", "has no text of two or more tokens")]
+)
+def test_texts_that_cannot_be_read_are_told_before_the_first_merge(
+    models: list[Path], tmp_path: Path, content: bytes, told: str
+) -> None:
+    (models[0].parent / "wrong.txt").write_bytes(content)
+    with pytest.raises(SpecError, match=told):
+        mergecore.merge(text_search(models, "wrong.txt"), tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_model_without_a_tokenizer_cannot_be_scored_by_texts(models: list[Path], tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.rename(models[0] / name, tmp_path / name)
+    try:
+        with pytest.raises(CheckpointError, match="no tokenizer"):
+            mergecore.merge(text_search(models, "plain.txt"), tmp_path / "out")
+    finally:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            os.rename(tmp_path / name, models[0] / name)

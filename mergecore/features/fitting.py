@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 
 from mergecore.engine import Fit
 from mergecore.errors import Interrupted
-from mergecore.features.passes import Network
+from mergecore.features.passes import Network, States
 from mergecore.features.samples import Sample, read_samples, tokenizer_in
 from mergecore.features.weights import Reader, Stored, members, sources_of
 from mergecore.methods.base import Coefficients
@@ -53,6 +53,11 @@ class Fitting:
     scratch: Path
     step: Step
 
+    def states(self, lengths: Sequence[int], width: int) -> States:
+        """Room for states of the samples: in memory, or in a scratch file if they are larger than run.memory."""
+        nbytes = States.nbytes(sum(lengths), width, self.dtype)
+        return States(lengths, width, self.dtype, self.scratch if nbytes > self.plan.spec.run.memory else None)
+
     def parameter(self, name: str) -> Any:
         """A parameter that is one for the whole model; it may be a tuple of one value per model."""
         job = next(job for job in self.plan.jobs if job.parameters is not None and name in job.parameters)
@@ -81,17 +86,34 @@ def fitted(
         if progress is not None:
             progress(_progress(plan, done, total, what))
 
-    dtype = DTYPES[plan.spec.calibration.dtype]
-    with Reader(sources_of(plan), plan.spec.run.read) as reader:
-        base, models = members(plan, reader, dtype, device)
-        network = Network(plan.config or plan.reference.config, models[0].shapes, dtype, device)
-        fitting = Fitting(plan, network, base, models, draw(plan), dtype, device, scratch, step)
+    with opened(plan, scratch, device, step) as fitting:
         fit: Fit = import_module(FITS[plan.method.name]).fit(fitting)
     missing = [job.name for job in plan.jobs if job.merges and job.name not in fit.coefficients]
     assert not missing, missing
     fit = replace(fit, step=last[0], steps=last[1])
     _keep(scratch, fit)
     return fit
+
+
+@contextmanager
+def opened(plan: MergePlan, scratch: Path, device: torch.device, step: Step) -> Iterator[Fitting]:
+    """A plan's models and samples, ready to be run."""
+    dtype = DTYPES[plan.spec.calibration.dtype]
+    with Reader(sources_of(plan), plan.spec.run.read) as reader:
+        base, models = members(plan, reader, dtype, device)
+        network = Network(plan.config or plan.reference.config, models[0].shapes, dtype, device)
+        yield Fitting(plan, network, base, models, draw(plan), dtype, device, scratch, step)
+
+
+def kept_bytes(plan: MergePlan) -> dict[str, int]:
+    """What a fit keeps beside one layer's weights, at most, by what it is: in memory as far as run.memory allows."""
+    found: dict[str, int] = import_module(FITS[plan.method.name]).kept_bytes(plan)
+    return found
+
+
+def sample_tokens(plan: MergePlan) -> int:
+    """Tokens of all samples, at most."""
+    return len(plan.data) * plan.spec.calibration.samples * plan.spec.calibration.length
 
 
 def draw(plan: MergePlan) -> list[list[Sample]]:
@@ -129,7 +151,7 @@ def _keep(scratch: Path, fit: Fit) -> None:
     """The report last: with it the fit is complete."""
     about = {name: [found.base, found.axis] for name, found in fit.coefficients.items()}
     report = {"report": fit.report, "step": fit.step, "steps": fit.steps, "coefficients": about}
-    tensors = {name: found.values.contiguous() for name, found in fit.coefficients.items()}
+    tensors = {name: found.values.clone() for name, found in fit.coefficients.items()}
     replace_file(scratch / _COEFFICIENTS, save(tensors))
     replace_file(scratch / _REPORT, json.dumps(report).encode())
 

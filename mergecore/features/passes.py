@@ -5,6 +5,8 @@ Binds a skeleton to the names that a merge has for its tensors. Not for what is 
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch.nn.functional import linear
 from mergecore.features.samples import Sample
 from mergecore.features.skeleton import OUTSIDE, Skeleton, stored_names
 from mergecore.features.weights import Weights, some_rows, whole
+from mergecore.output.staging import reporting
 
 HEAD_BYTES = 64 << 20
 """Of the head's weights, held at once."""
@@ -81,15 +84,20 @@ class Network:
 
 
 class States:
-    """Hidden states of several samples, each (1, n, width): in memory, or in a scratch file that is mapped."""
+    """Hidden states of several samples, each (1, n, width): in memory, or in a mapped file without a name in the folder
+    `scratch`. OutputError if the disk is too full."""
 
     def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype, scratch: Path | None = None) -> None:
         entries = sum(lengths) * width
         if scratch is None:
             flat = torch.empty(entries, dtype=dtype)
         else:
-            scratch.touch(mode=0o600)
-            flat = torch.from_file(str(scratch), shared=True, size=entries, dtype=dtype)
+            with (
+                reporting("make room in", scratch),
+                tempfile.NamedTemporaryFile(dir=scratch) as file,
+            ):  # its space is given back with the mapping
+                os.posix_fallocate(file.fileno(), 0, entries * dtype.itemsize)
+                flat = torch.from_file(file.name, shared=True, size=entries, dtype=dtype)
         parts = flat.view(-1, width).split(list(lengths))
         self._parts = [part.unsqueeze(0) for part in parts]
 

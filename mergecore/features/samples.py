@@ -62,7 +62,8 @@ def read_samples(
     """
     samples: list[Sample] = []
     try:
-        with path.open("rb") as file:
+        # A pipe without a writer would be waited for.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise SpecError(f"{path} is not a plain file; expected a JSONL or text file with samples")
             if path.suffix == ".jsonl":

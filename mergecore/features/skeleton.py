@@ -97,6 +97,10 @@ class Skeleton:
         found = {name.removeprefix(prefix): tensor for name, tensor in self._converted(tensors).items()}
         return self._complete(found, self.layers[number], f"layer {number}")
 
+    def name_in_layer(self, name: str, number: int) -> str:
+        """What a stored tensor of a layer is (a part of) there."""
+        return self._target(name)[0].removeprefix(f"{self._prefix}.{number}.")
+
     def outside_parameters(self, tensors: Tensors) -> dict[str, Tensor]:
         """The parameters outside of the layers by their names in the model."""
         return self._converted(tensors)

@@ -132,12 +132,10 @@ def members(
     plan: MergePlan, reader: Reader, dtype: torch.dtype, device: torch.device
 ) -> tuple[Stored | None, list[Stored]]:
     """The base of a plan (None: it reads none) and its models, as far as all of them have a tensor."""
-    jobs = [job for job in plan.jobs if job.merges and len(job.models) == len(plan.models)]
+    count = len(plan.sections[0].members)
+    jobs = [job for job in plan.jobs if job.merges and len(job.models) == count]
     shapes = {job.name: job.shape for job in jobs}
-    models = [
-        Stored(reader, {job.name: job.models[n] for job in jobs}, shapes, dtype, device)
-        for n in range(len(plan.models))
-    ]
+    models = [Stored(reader, {job.name: job.models[n] for job in jobs}, shapes, dtype, device) for n in range(count)]
     has_base = bool(jobs) and all(job.has_base for job in jobs)
     base = Stored(reader, {job.name: job.base for job in jobs}, shapes, dtype, device) if has_base else None
     return base, models

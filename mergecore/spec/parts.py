@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from mergecore.spec.fields import ModelPath, expected, refused
 from mergecore.spec.problems import Keys
 from mergecore.spec.settings import evaluate, number_or_same
-from mergecore.spec.tables import ModelEntry, Parameters, Table
+from mergecore.spec.tables import ModelEntry, ModelUse, Parameters, Table
 
 MODELS_LOOK_LIKE = "a list of models such as [{model: /models/A}, {model: /models/B}]"
 SOURCES_LOOK_LIKE = "a list of sources such as [{model: /models/A, layer_range: [0, 16]}]"
@@ -48,7 +48,7 @@ LayerRange = Annotated[
 ]
 
 
-class SliceSource(ModelEntry):
+class SliceSource(ModelUse):
     """Some layers of one model."""
 
     looks_like = "a mapping such as {model: /models/A, layer_range: [0, 16]}"
@@ -177,7 +177,7 @@ def parts_of(
     for i, part in enumerate(slices or ()):
         here = (*keys, "slices", i)
         sources = tuple(
-            Source(entry.model, (*here, "sources", j, "model"), entry.parameters, entry.layer_range, entry.data)
+            Source(entry.model, (*here, "sources", j, "model"), entry.parameters, entry.layer_range)
             for j, entry in enumerate(part.sources)
         )
         base_keys = ("base_model",) if part.base_model is None else (*here, "base_model")

@@ -59,10 +59,8 @@ class Table(BaseModel):
         }
 
 
-class ModelEntry(Table):
-    """One model of the merge."""
-
-    looks_like = "a mapping such as {model: /models/A, parameters: {weight: 0.5}}"
+class ModelUse(Table):
+    """A model, or some layers of it, with parameters of its own."""
 
     model: ModelPath = Field(
         title="Model",
@@ -75,6 +73,13 @@ class ModelEntry(Table):
         description="Method parameters for this model; they win over those at the top of the spec.",
         examples=[{"weight": 0.5}],
     )
+
+
+class ModelEntry(ModelUse):
+    """One model of the merge."""
+
+    looks_like = "a mapping such as {model: /models/A, parameters: {weight: 0.5}}"
+
     data: Text | None = Field(
         default=None,
         title="Data",
