@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import mergecore
 from mergecore.cli import main
 from mergecore.errors import SpecError
-from mergecore.spec import filled, load_spec
+from mergecore.spec import filled, load_spec, parse_spec
 from tests.searches import search_dict, write_search
+
+DOCS = Path(__file__).parents[1] / "docs" / "spec.md"
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +25,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
     write_search(folder)
     return folder
+
+
+def test_the_example_of_the_documentation_can_be_filled_in() -> None:
+    (text,) = (text for text in re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL) if "evolve:" in text)
+    spec = parse_spec(text)
+    assert spec.evolve is not None
+    assert (spec.evolve.candidates, spec.evolve.generations, spec.evolve.sigma) == (8, 10, 0.3)
+    made = filled(spec, dict.fromkeys(spec.evolve.parameters, 0.25))
+    assert made.parameters == {"lambda": 0.25}
+    assert [entry.parameters["weight"] for entry in made.models or ()] == [0.25, [0.5, 0.5, 0.25]]
 
 
 def test_entries_of_gradients_and_of_filters_are_parameters_too(folder: Path) -> None:
