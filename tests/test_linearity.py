@@ -41,37 +41,39 @@ def expected(output: Any, tasks: Sequence[int]) -> tuple[list[float], float, flo
     scores = []
     for model in range(count):
         line = [output(unit[model] * k / steps) for k in range(steps + 1)]
-        of_samples = []
+        squares: list[float] = []
         for s in (s for s, task in enumerate(owner) if task == model):
             d = lambda i, j, s=s, line=line: np.linalg.norm(line[i][s] - line[j][s])  # noqa: E731
-            of_samples.append(
-                sum(
+            squares.append(
+                math.fsum(
                     (d(i, j) / d(steps, 0) - abs(i - j) / steps) ** 2
                     for i in range(steps + 1)
                     for j in range(steps + 1)
                 )
             )
-        scores.append(float(np.mean(of_samples)))
+        scores.append(float(np.mean(squares)))
     zero, whole = output(np.zeros(count)), [output(unit[model]) for model in range(count)]
 
     def cosine(a: Any, b: Any) -> float:
         return float(np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b))
 
-    distances, cosines = [], []
+    distances: list[float] = []
+    cosines: list[float] = []
     for size, values in ((2, PAIR), (3, TRIPLE)):
         for chosen in itertools.combinations(range(count), size):
             for some in itertools.product(values, repeat=size):
                 weights = np.zeros(count)
                 weights[list(chosen)] = some
                 merged = output(weights)
-                ratios, of_samples = [], []
+                ratios: list[float] = []
+                of_samples: list[float] = []
                 for s in range(len(owner)):
                     found = merged[s] - zero[s]
                     wanted = sum(weights[t] * (whole[t][s] - zero[s]) for t in range(count))
                     of_samples.append(cosine(found, wanted))
-                    ratios.append(np.linalg.norm(found) * of_samples[-1] / np.linalg.norm(wanted))
-                distances.append(abs(1 - np.mean(ratios)))
-                cosines.append(np.mean(of_samples))
+                    ratios.append(float(np.linalg.norm(found) * of_samples[-1] / np.linalg.norm(wanted)))
+                distances.append(float(abs(1 - np.mean(ratios))))
+                cosines.append(float(np.mean(of_samples)))
     between = [
         np.mean(
             [cosine(whole[a][s] - zero[s], whole[b][s] - zero[s]) for a, b in itertools.combinations(range(count), 2)]

@@ -20,7 +20,7 @@ from mergecore.spec import MergeSpec, Part, evaluate, json_schema, load_spec, pa
 
 MINIMAL = "merge_method: linear\nmodels: [{model: A}]\n"
 DOCS = Path(__file__).parents[1] / "docs" / "spec.md"
-FULL, SLICED, *OTHERS = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+FULL, FITTED, SLICED, *OTHERS = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
 
 ANY_SPEED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -58,6 +58,7 @@ def test_example_of_the_documentation_has_the_meaning_that_it_shows() -> None:
 
 def test_slices_and_modules_become_parts_with_their_parameters_nearest_first() -> None:
     assert [source.layers for part in parse_spec(SLICED).parts() for source in part.sources] == [(0, 16), (8, 24)]
+    assert [text for text, _ in parse_spec(FITTED).data()] == ["/data/math.jsonl", "/data/code.txt"]
     text = """\
 merge_method: linear
 base_model: base
@@ -151,6 +152,7 @@ def test_documentation_names_every_key_and_the_schema_describes_it() -> None:
     tables |= {"evolve.": schema["$defs"]["Evolve"], "evolve.score.": schema["$defs"]["Score"]}
     inner = ("ModelEntry", "SliceSource", "OutputSlice", "Module", "Token", "TokenOf", "Condition")
     tables |= {f"{name}'s ": schema["$defs"][name] for name in inner}
+    children = ("run", "sparsify", "tokenizer", "evolve", "score")
     for prefix, table in tables.items():
         assert table["additionalProperties"] is False
         for key, described in table["properties"].items():
