@@ -18,7 +18,7 @@ import pytest
 
 import mergecore
 from mergecore.cli import main
-from mergecore.errors import Interrupted, MergecoreError, OutputError, OutputExistsError
+from mergecore.errors import InputFault, Interrupted, MergecoreError, OutputError, OutputExistsError
 from mergecore.output.staging import Journal
 from mergecore.progress import Progress
 from mergecore.spec import load_spec, parse_spec
@@ -253,17 +253,31 @@ def test_another_spec_or_input_is_searched_from_zero(small: Path, tmp_path: Path
     assert len(calls(tmp_path)) == before + 8
 
 
-def test_an_input_that_changes_meanwhile_ends_the_search(tmp_path: Path) -> None:
+def test_an_input_that_changes_while_a_candidate_is_scored_ends_the_search(tmp_path: Path) -> None:
     spec = write_search(tmp_path)
     far = tmp_path / "models" / "far" / "model.safetensors"
 
-    def change(now: Progress) -> None:
-        if now.search is not None and now.search.candidate == 3:
+    def change() -> bool:
+        if len(calls(tmp_path)) == 2 and (tmp_path / ".out.evolve" / "candidate").exists():
             far.write_bytes(far.read_bytes())
+        return False
 
-    with pytest.raises(MergecoreError, match="far"):
-        mergecore.merge(spec, tmp_path / "out", progress=change)
-    assert len(calls(tmp_path)) <= 3
+    with pytest.raises(InputFault, match="far"):
+        mergecore.merge(spec, tmp_path / "out", should_stop=change)
+    assert len(calls(tmp_path)) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_there_is_one_model_at_a_time_beside_the_inputs(folder: Path, tmp_path: Path) -> None:
+    candidate, seen = tmp_path / ".out.evolve" / "candidate", set()
+
+    def look(now: Progress) -> None:
+        assert now.search is not None
+        if now.search.candidate == 0 or (tmp_path / ".out.evolve" / ".candidate.partial" / "output").exists():
+            seen.add(candidate.exists())
+
+    mergecore.merge(folder / "search.json", tmp_path / "out", progress=look)
+    assert seen == {False}
 
 
 def test_what_another_machine_has_scored_counts_where_it_lies(folder: Path, tmp_path: Path) -> None:

@@ -124,10 +124,11 @@ def test_a_wrong_section_is_told_with_its_line_before_the_first_merge(
 ) -> None:
     assert old in TEXT
     (tmp_path / "spec.yaml").write_text(TEXT.replace(old, new, 1).format(folder=folder))
-    assert main(["evolve", str(tmp_path / "spec.yaml"), str(tmp_path / "out")]) == 2
-    shown = capsys.readouterr().err
-    assert f"mergecore: {tmp_path}/spec.yaml:" in shown
-    assert told in shown
+    for command in (["plan"], ["evolve", str(tmp_path / "out")]):
+        assert main([command[0], str(tmp_path / "spec.yaml"), *command[1:]]) == 2
+        shown = capsys.readouterr().err
+        assert f"mergecore: {tmp_path}/spec.yaml:" in shown
+        assert told in shown
     assert os.listdir(tmp_path) == ["spec.yaml"]
 
 
