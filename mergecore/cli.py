@@ -26,6 +26,7 @@ from mergecore.printable import printable, printable_lines
 if TYPE_CHECKING:
     from mergecore.planning import MergePlan
     from mergecore.progress import Progress
+    from mergecore.spec import MergeSpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,12 +69,16 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("merge", _merge, "merge the models of SPEC into the new model directory OUT")
-    sub.add_argument("spec", type=Path, metavar="SPEC")
-    sub.add_argument("out", type=Path, metavar="OUT")
-    _add_run_options(sub)
-    sub.add_argument("--resume", action="store_true", help="continue an interrupted merge of the same spec and inputs")
-    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    for name, run, summary in (
+        ("merge", _merge, "merge the models of SPEC into the new model directory OUT"),
+        ("evolve", _evolve, "search for the parameters that SPEC's evolve names, and merge with the best into OUT"),
+    ):
+        sub = command(name, run, summary)
+        sub.add_argument("spec", type=Path, metavar="SPEC")
+        sub.add_argument("out", type=Path, metavar="OUT")
+        _add_run_options(sub)
+        sub.add_argument("--resume", action="store_true", help="continue what was interrupted: same spec, same inputs")
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
     sub = command("plan", _plan, "show what SPEC would read, write and hold in memory; no tensor is read")
     sub.add_argument("spec", type=Path, metavar="SPEC")
@@ -185,17 +190,28 @@ def _count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
 
 
-def _merge(options: argparse.Namespace) -> int:
-    from mergecore.merging import merge
+def _evolve(options: argparse.Namespace) -> int:
     from mergecore.spec import load_spec
 
     spec = load_spec(options.spec)
+    if spec.evolve is None:
+        raise SpecError(f"{options.spec} has no section evolve; docs/spec.md describes it, or run `mergecore merge`")
+    return _merge_spec(spec, options)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from mergecore.spec import load_spec
+
+    return _merge_spec(load_spec(options.spec), options)
+
+
+def _merge_spec(spec: MergeSpec, options: argparse.Namespace) -> int:
+    from mergecore.merging import merge
+
     with _stop_on_signals() as stopped, _bar() as show:
 
         def progress(now: Progress) -> None:
-            fitting = now.steps_done < now.steps_total
-            what = f"fitting: {now.step} {now.steps_done}/{now.steps_total}, " if fitting else ""
-            show(f"{what}{now.tensors_done}/{now.tensors_total} tensors", now.bytes_read, now.bytes_read_total)
+            show(str(now), now.bytes_read, now.bytes_read_total)
 
         result = merge(
             spec,
@@ -285,6 +301,7 @@ def _plan(options: argparse.Namespace) -> int:
         "shards": [shard.filename for shard in planned.layout.shards],
         "compute_seconds": round(estimate.seconds(planned), 3),
         "warnings": list(planned.warnings),
+        "candidates": spec.evolve.generations * spec.evolve.candidates if spec.evolve is not None else 0,
         "earlier": [
             {"name": path.name, "method": merge.method.name, "bytes_read": merge.bytes_to_read,
              "bytes_written": merge.bytes_to_write, "warnings": list(merge.warnings)}
@@ -298,6 +315,8 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({**facts, "jobs": _jobs(planned)}, indent=2))
         return 0
+    if spec.evolve is not None:
+        print(f"search    {spec.evolve.generations} generations of {spec.evolve.candidates} candidates; one merge is:")
     for merge in facts["earlier"]:
         print(f"before    {merge['name']} by {merge['method']}: read {_gb(merge['bytes_read'])}, write "
               f"{_gb(merge['bytes_written'])}")  # fmt: skip

@@ -5,6 +5,11 @@ Codes: 1 the merge failed, 2 the spec, an input or an argument is wrong, 3 inter
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mergecore.spec.problems import Problem
+
 
 class MergecoreError(Exception):
     """Base of all errors whose message is meant for users: what is wrong, where, and what to do."""
@@ -13,9 +18,13 @@ class MergecoreError(Exception):
 
 
 class SpecError(MergecoreError):
-    """The spec cannot be understood or asks for something impossible."""
+    """The spec cannot be understood or asks for something impossible; `problem` is the first one, if it has a place."""
 
     exit_code = 2
+
+    def __init__(self, message: str, problem: Problem | None = None) -> None:
+        super().__init__(message)
+        self.problem = problem
 
 
 class CheckpointError(MergecoreError):

@@ -1,12 +1,12 @@
 """Merges a spec into a model directory: plan, device, output, and the loop; or several merges that need each other.
 
-How one merge runs is in engine.py.
+How one merge runs is in engine.py, how parameters are searched for in evolve.py.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from mergecore.device import open_device
 from mergecore.engine import Merge
+from mergecore.history import Evolved
 from mergecore.inputs import Resolve
 from mergecore.output.stages import Stages, stages_folder
 from mergecore.output.writer import OutputWriter
@@ -42,6 +43,7 @@ def merge(
     resolve: Resolve | None = None,
 ) -> MergeResult:
     """Merges `spec` into the model directory `out`, which must not exist yet (an empty folder may).
+    With `evolve` in the spec its parameters are searched for first.
 
     `device` (cpu, cuda, cuda:N, auto), `memory` (bytes) and `threads` override the spec's `run`;
     `progress` is called after every window; when `should_stop` returns True the merge ends with
@@ -51,17 +53,38 @@ def merge(
     """
     spec = spec if isinstance(spec, MergeSpec) else load_spec(spec)
     spec = with_run(spec, device=device, memory=memory, threads=threads)
-    out = Path(out)
-    planned = plan(spec, resolve=resolve, stages=stages_folder(out))
-    for warning in (*(text for _, earlier in planned.earlier for text in earlier.warnings), *planned.warnings):
-        log.warning(warning)
+
+    def run(
+        spec: MergeSpec, out: Path, *, resume: bool, progress: Show | None, evolved: Evolved | None = None
+    ) -> MergeResult:
+        planned = replace(plan(spec, resolve=resolve, stages=stages_folder(out)), evolved=evolved)
+        return _merge(planned, out, resume, progress, should_stop, told)
+
+    told: set[str] = set()
+    with _threads(spec.run.threads):
+        if spec.evolve is None:
+            return run(spec, Path(out), resume=resume, progress=progress)
+        from mergecore.evolve import evolve
+
+        return evolve(spec, Path(out), run, resume=resume, resolve=resolve, progress=progress, should_stop=should_stop)
+
+
+def _merge(
+    planned: MergePlan,
+    out: Path,
+    resume: bool,
+    progress: Show | None,
+    should_stop: Callable[[], bool] | None,
+    told: set[str],
+) -> MergeResult:
+    """A planned merge, after the earlier ones that it needs; warnings that were `told` before are not told again."""
+    _warn([*(text for _, earlier in planned.earlier for text in earlier.warnings), *planned.warnings], told)
     # Before the writer: a device that is missing must not cost the work that `resume` would continue.
-    computing = open_device(spec.run.device)
+    computing = open_device(planned.spec.run.device)
 
     def run(planned: MergePlan, out: Path, show: Show | None) -> MergeResult:
         strangers = unrelated(planned)
-        for warning in strangers:
-            log.warning(warning)
+        _warn(strangers, told)
         planned = replace(planned, warnings=(*planned.warnings, *strangers))
         with OutputWriter(out, planned.layout, planned.identity(), resume=resume) as writer:
             fit = None
@@ -71,11 +94,17 @@ def merge(
                 fit = fitted(planned, writer.scratch, computing.torch_device, show, should_stop)
             return Merge(planned, out, writer, computing, show, should_stop, fit).run()
 
-    with _threads(spec.run.threads):
-        if not planned.earlier:
-            return run(planned, out, progress)
-        with Stages(out, resume=resume) as stages:
-            return _run_all(planned, out, stages, run, progress)
+    if not planned.earlier:
+        return run(planned, out, progress)
+    with Stages(out, resume=resume) as stages:
+        return _run_all(planned, out, stages, run, progress)
+
+
+def _warn(warnings: Iterable[str], told: set[str]) -> None:
+    for warning in warnings:
+        if warning not in told:
+            log.warning(warning)
+            told.add(warning)
 
 
 @contextmanager
@@ -92,15 +121,7 @@ def _threads(count: int) -> Iterator[None]:
 def _run_all(planned: MergePlan, out: Path, stages: Stages, run: Run, progress: Show | None) -> MergeResult:
     """The merges that `planned` needs, then itself; progress and the result count all of them."""
     merges = [*planned.earlier, (out, planned)]
-    total = Progress(
-        tensors_done=0,
-        tensors_total=sum(len(merge.jobs) for _, merge in merges),
-        bytes_read=0,
-        bytes_read_total=sum(merge.bytes_to_read for _, merge in merges),
-        bytes_written=0,
-        bytes_written_total=sum(merge.bytes_to_write for _, merge in merges),
-        seconds=0.0,
-    )
+    total = Progress.start([merge for _, merge in merges])
     done = MergeResult(out, planned.method.name, 0, 0, 0, 0.0, 0, False, ())
     left = [merge for path, merge in merges if path == out or not stages.is_done(path.name, merge.identity())]
     stages.check_room(sum(merge.bytes_to_write for merge in left))

@@ -23,6 +23,7 @@ from mergecore.checkpoint import TensorInfo
 from mergecore.embeddings import Embeddings
 from mergecore.errors import CheckpointError, SpecError
 from mergecore.gathered import Statistics as GatheredStatistics
+from mergecore.history import Evolved
 from mergecore.inputs import Input, Inputs, Resolve
 from mergecore.jobs import TensorJob, job_of
 from mergecore.matching import Matching, listed
@@ -32,11 +33,15 @@ from mergecore.output.config import output_config
 from mergecore.output.layout import OutputLayout, plan_layout
 from mergecore.parameters import check_parameters
 from mergecore.references import local_folder
+from mergecore.scoring import check_score
 from mergecore.sections import Section, models_of, open_sections
 from mergecore.sources import Source, Stored, files_of
-from mergecore.spec import MergeSpec, Run
+from mergecore.spec import Evolve, MergeSpec, Run, filled, keys_of
 from mergecore.spec.problems import near
 from mergecore.vocabulary import Vocabulary
+
+PLACES = (0.0, 1.0, 0.381966)
+"""Where in their ranges parameters of a search are planned: at the bounds, and at one that is no whole number."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class MergePlan:
     """Of a method that takes statistics from files: those files."""
     earlier: tuple[tuple[Path, MergePlan], ...] = ()
     """The merges of the same spec whose results this one reads, and where those lie meanwhile; in order."""
+    evolved: Evolved | None = None
+    """The search that found the spec's parameters, if there was one."""
 
     @property
     def passes(self) -> int:
@@ -114,13 +121,40 @@ class MergePlan:
 def plan(spec: MergeSpec, *, resolve: Resolve | None = None, stages: Path = Path(".stages")) -> MergePlan:
     """Plans a merge. `resolve` turns a model's path or name, and its revision, in the spec into where it lies.
 
-    The results of earlier merges of the same spec shall lie below `stages`. Raises SpecError (method, parameters)
+    The results of earlier merges of the same spec shall lie below `stages`. A spec that searches is planned at the
+    bounds and within; the plan is that of one candidate. Raises SpecError (method, parameters)
     and CheckpointError (inputs that are missing or do not fit).
     """
-    inputs = Inputs(resolve or partial(local_folder, directory=spec.directory), spec.directory)
+    resolve = resolve or partial(local_folder, directory=spec.directory)
+    inputs = Inputs(resolve, spec.directory)
+    if spec.evolve is None:
+        return _plan_all(spec, inputs, stages)
+    check_score(spec, resolve)
+    return [_plan_candidate(spec, spec.evolve, place, inputs, stages) for place in PLACES][-1]
+
+
+def _plan_candidate(spec: MergeSpec, evolve: Evolve, place: float, inputs: Inputs, stages: Path) -> MergePlan:
+    """The merge with every parameter at this place of its range; an error names the parameter that is at fault."""
+    values = {path: low + place * (high - low) for path, (low, high) in evolve.parameters.items()}
+    keys = {path: keys_of(spec, path) for path in values}
+    try:
+        return _plan_all(filled(spec, values), inputs, stages)
+    except SpecError as error:
+        about = error.problem.keys if error.problem is not None else ()
+        faulty = [path for path in values if len(about) > 1 and about == keys[path][: len(about)]]
+        if error.problem is None or len(faulty) != 1:
+            raise
+        message = f"at {values[faulty[0]]:g}: {error.problem.message}"
+        raise spec.error(message, "evolve", "parameters", faulty[0]) from error
+
+
+def _plan_all(spec: MergeSpec, inputs: Inputs, stages: Path) -> MergePlan:
+    """A merge after those that it needs."""
     earlier = []
     for needed in spec.earlier:
         assert needed.name is not None
+        if needed.evolve is not None:
+            raise needed.error("only the last merge of a file can search for parameters", "evolve")
         path = stages / needed.name
         planned = _plan(needed, inputs, [])
         inputs.add(needed.name, _result(planned, path))
@@ -194,8 +228,10 @@ def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePl
 def with_run(spec: MergeSpec, **settings: Any) -> MergeSpec:
     """`spec` with some of its `run` replaced (None: as it is), checked as in a spec; raises SpecError."""
     given = {name: value for name, value in settings.items() if value is not None}
+    if not given:
+        return spec
     try:
-        run = Run.model_validate({**spec.run.model_dump(), **given})
+        run = Run.model_validate({**spec.run.model_dump(exclude_unset=True), **given})
     except ValidationError as error:
         raise SpecError("; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())) from None
     return spec.model_copy(update={"run": run})

@@ -1,10 +1,31 @@
-"""What a merge tells while it runs, and when it is done. Nothing is computed or written here."""
+"""How far a merge is, and what a finished one cost: alone, after others of the same file, or in a search."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergecore.planning import MergePlan
+
+
+@dataclass(frozen=True)
+class SearchProgress:
+    """How far a search for parameters is: candidate number `candidate` of generation number `generation` is at work,
+    both from 1; `best` is the best score so far. At the end the best candidate is merged: `candidate` is 0."""
+
+    generation: int
+    generations: int
+    candidate: int
+    population: int
+    best: float | None
+
+    def __str__(self) -> str:
+        """In words."""
+        at = f"candidate {self.candidate}/{self.population}" if self.candidate else "the best"
+        return f"generation {self.generation}/{self.generations}, {at}"
 
 
 @dataclass(frozen=True)
@@ -22,6 +43,14 @@ class Progress:
     """What is fitted on samples before the first tensor is written: layers, or steps of an optimisation."""
     steps_done: int = 0
     steps_total: int = 0
+    search: SearchProgress | None = None
+
+    def __str__(self) -> str:
+        """In words, without bytes."""
+        words = [] if self.search is None else [str(self.search)]
+        if self.steps_done < self.steps_total:
+            words.append(f"fitting: {self.step} {self.steps_done}/{self.steps_total}")
+        return ", ".join([*words, f"{self.tensors_done}/{self.tensors_total} tensors"])
 
     @property
     def ratio(self) -> float:
@@ -29,6 +58,19 @@ class Progress:
         moved = self.bytes_read + self.bytes_written
         merged = moved / max(1, self.bytes_read_total + self.bytes_written_total)
         return (self.steps_done / self.steps_total + merged) / 2 if self.steps_total else merged
+
+    @classmethod
+    def start(cls, merges: Sequence[MergePlan]) -> Progress:
+        """Nothing done yet of these merges."""
+        return cls(
+            tensors_done=0,
+            tensors_total=sum(len(merge.jobs) for merge in merges),
+            bytes_read=0,
+            bytes_read_total=sum(merge.bytes_to_read for merge in merges),
+            bytes_written=0,
+            bytes_written_total=sum(merge.bytes_to_write for merge in merges),
+            seconds=0.0,
+        )
 
     def after(self, done: MergeResult, total: Progress) -> Progress:
         """This progress where other merges were `done` before; of them all together `total` tells the totals."""

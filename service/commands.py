@@ -231,6 +231,9 @@ def _figures(one: JobStatus) -> tuple[str, str]:
     ratio = one.progress.get("ratio")
     ended_early = ENDED.get(one.state) == "failed"
     part = f"{100 * ratio:.0f}%" if isinstance(ratio, int | float) and not ended_early else ""
+    search = one.progress.get("search")
+    if part and one.state not in ENDED and isinstance(search, dict):
+        part += f", generation {search.get('generation')}/{search.get('generations')}"
     return part, f"{one.seconds:.1f} s" if one.seconds else ""
 
 
@@ -272,7 +275,8 @@ def _print_job(spool: Spool, one: JobStatus) -> None:
         if value and not isinstance(value, dict):
             print(f"{key}: {printable(str(value))}")
     for key, value in {**one.progress, **one.result}.items():
-        print(f"  {key}: {printable(str(value))}")
+        if value is not None:
+            print(f"  {key}: {printable(str(value))}")
     if ENDED.get(one.state) == "failed":
         with contextlib.suppress(OSError):
             text = (spool.failed / one.job / ERROR).read_text(encoding="utf-8", errors="replace")

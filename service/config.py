@@ -33,6 +33,7 @@ _WHAT = {
     "attempts": "a whole number, at least 1",
     "retry_delay": "a number of seconds, at least 0",
     "stall_seconds": "a number of seconds above 0",
+    "allow_commands": "true or false",
     "keep_done": '"all", a number of jobs, or days such as "30d"',
     "keep_failed": '"all", a number of jobs, or days such as "30d"',
     "worker_command": "a list of strings: a program and its arguments",
@@ -76,11 +77,13 @@ class ServeConfig:
     """Seconds before the second attempt; twice as many before each further one."""
     stall_seconds: float = 600.0
     """Seconds without a finished window, CPU time and reading after which a worker counts as hung and is aborted."""
+    allow_commands: bool = False
+    """Whether a spec may name a command that scores its candidates: it runs with the daemon's rights."""
     keep_done: Keep = KEEP_ALL
     """Which jobs stay in done/; outputs are never removed."""
     keep_failed: Keep = KEEP_ALL
     worker_command: tuple[str, ...] = WORKER_COMMAND
-    """Gets JOB_DIR --outputs DIR [--models DIR]... appended."""
+    """Gets JOB_DIR --outputs DIR [--models DIR]... [--allow-commands] appended."""
 
 
 def load_config(file: Path | None, overrides: Mapping[str, Any] | None = None) -> ServeConfig:
@@ -151,6 +154,10 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
             raise problem from None
     if key == "host":
         if not isinstance(value, str) or not value:
+            raise problem
+        return value
+    if key == "allow_commands":
+        if not isinstance(value, bool):
             raise problem
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -430,7 +430,7 @@ class Daemon:
         command = [*self.config.worker_command, str(job.folder), "--outputs", str(self.config.outputs)]
         for folder in self.config.models:
             command += ["--models", str(folder)]
-        return command
+        return [*command, "--allow-commands"] if self.config.allow_commands else command
 
     def _reap(self) -> bool:
         """Deal with the workers that have ended; whether there was one."""

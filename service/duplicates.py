@@ -31,8 +31,11 @@ UNLIKE_ANY = "none"
 def fingerprint(spec: MergeSpec, resolve: Callable[[str, str | None], Path]) -> str:
     """What decides the result and its place: the spec, run.output and run.shard_size, the models' files, our version.
 
-    A file counts by name, size and mtime. Raises SpecError, CheckpointError and OSError for models that are not there.
+    A file counts by name, size and mtime. A spec whose candidates a command scores is UNLIKE_ANY: who knows what the
+    command does. Raises SpecError, CheckpointError and OSError for models that are not there.
     """
+    if spec.evolve is not None and spec.evolve.score.command is not None:
+        return UNLIKE_ANY
     merges = [*spec.earlier, spec]
     results = {merge.name for merge in spec.earlier}
     models: dict[str, list[tuple[str, int, int]]] = {}

@@ -1,10 +1,11 @@
 """One job in a process of its own: running/JOB/spec.yaml -> a merged model below the outputs folder.
 
-    python -m service.worker JOB_DIR --outputs DIR [--models DIR ...]
+    python -m service.worker JOB_DIR --outputs DIR [--models DIR ...] [--allow-commands]
 
 Exit codes: 0 done, 1 the merge failed, 2 the spec or an input is wrong, 3 stopped by SIGTERM or SIGINT and resumable.
 A dropped spec is untrusted: it can name models only below the --models folders (if any are given) and an output only
-below the outputs folder. The only part of service/ that imports torch.
+below the outputs folder, and its commands are run only with --allow-commands. The only part of service/ that imports
+torch.
 """
 
 from __future__ import annotations
@@ -164,6 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("job", type=Path, help="the job's folder, with its spec.yaml")
     parser.add_argument("--outputs", type=Path, required=True, help="merged models appear below it")
     parser.add_argument("--models", type=Path, nargs="+", action="extend", default=[], help="where models may lie")
+    parser.add_argument("--allow-commands", action="store_true", help="specs may name commands that score candidates")
     options = parser.parse_args(arguments)
 
     handler = logging.StreamHandler(sys.stdout)
@@ -177,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     reporter = Reporter(options.job)
     reporter.start()
     try:
-        return run(options.job, options.outputs, options.models, reporter, stop)
+        return run(options.job, options.outputs, options.models, options.allow_commands, reporter, stop)
     except Interrupted as error:
         log.info("%s", error)
         return error.exit_code
@@ -193,9 +195,12 @@ def main(arguments: list[str] | None = None) -> int:
             reporter.stop()
 
 
-def run(folder: Path, outputs: Path, models: list[Path], reporter: Reporter, stop: Stop) -> int:
+def run(folder: Path, outputs: Path, models: list[Path], allow_commands: bool, reporter: Reporter, stop: Stop) -> int:
     """Merge; 0. Raises MergecoreError."""
     spec = load(folder / SPEC, reporter.spec_name)
+    if spec.evolve is not None and spec.evolve.score.command is not None and not allow_commands:
+        message = "this server runs no commands of specs (allow_commands in its configuration); score by text"
+        raise spec.error(message, "evolve", "score", "command")
     reporter.record(method=printable(spec.merge_method)[:100])
     out = output_path(spec, folder.name, outputs)
     begun = reporter.output == str(out)
@@ -270,7 +275,10 @@ def published_by(spec: MergeSpec, out: Path) -> dict[str, Any] | None:
             manifest = read_object(out / "mergecore_manifest.json")
     except CheckpointError:
         return None
-    if manifest.get("spec") != spec.as_dict() or manifest.get("spec_text") != spec.text:
+    if not isinstance(manifest, dict):
+        return None
+    given = manifest.get("evolve", manifest)  # of a search: the spec that asked for it
+    if not isinstance(given, dict) or given.get("spec") != spec.as_dict() or given.get("spec_text") != spec.text:
         return None
     return {**manifest.get("result", {}), "output": str(out)}
 

@@ -20,7 +20,7 @@ from mergecore.spec import MergeSpec, Part, evaluate, json_schema, load_spec, pa
 
 MINIMAL = "merge_method: linear\nmodels: [{model: A}]\n"
 DOCS = Path(__file__).parents[1] / "docs" / "spec.md"
-FULL, FITTED, SLICED = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+FULL, FITTED, SLICED, *OTHERS = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
 
 ANY_SPEED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -149,12 +149,14 @@ def test_documentation_names_every_key_and_the_schema_describes_it() -> None:
     schema, text = json_schema(), DOCS.read_text()
     tables = {"": schema, "run.": schema["$defs"]["Run"], "sparsify.": schema["$defs"]["Sparsify"]}
     tables |= {"tokenizer.": schema["$defs"]["Tokenizer"]}
+    tables |= {"evolve.": schema["$defs"]["Evolve"], "evolve.score.": schema["$defs"]["Score"]}
     inner = ("ModelEntry", "SliceSource", "OutputSlice", "Module", "Token", "TokenOf", "Condition")
     tables |= {f"{name}'s ": schema["$defs"][name] for name in inner}
+    children = ("run", "sparsify", "tokenizer", "evolve", "score")
     for prefix, table in tables.items():
         assert table["additionalProperties"] is False
         for key, described in table["properties"].items():
-            assert f"`{prefix}{key}" in text or key in ("run", "sparsify", "tokenizer") or "'s " in prefix
+            assert f"`{prefix}{key}" in text or key in children or "'s " in prefix
             assert described["title"]
             assert described["description"]
     assert set(schema["properties"]) == set(MergeSpec.model_fields)

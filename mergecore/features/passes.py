@@ -125,8 +125,12 @@ def run(
     states: States,
     before_layer: Callable[[int], None] = lambda number: None,
     after_layer: Callable[[int], None] = lambda number: None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Tensors:
-    """Runs all samples through the layers; `states` end as what the last layer gives. Returns what lies outside."""
+    """Runs all samples through the layers; `states` end as what the last layer gives. Returns what lies outside.
+
+    `tick` is called before each sample of each layer, and may raise Interrupted.
+    """
     with torch.no_grad():
         outside = network.outside(weights)
         for number, sample in enumerate(samples):
@@ -135,6 +139,7 @@ def run(
             before_layer(layer)
             parameters = network.layer(weights, layer)
             for number in range(len(samples)):
+                tick()
                 here = states[number].to(weights.device)
                 states[number] = network.skeleton.layer(layer, parameters, here)
             after_layer(layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,10 +25,12 @@ def bits_per_byte(
     field: str = "text",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """Of each file of texts, bits per byte under the model in `folder`, which is streamed layer by layer.
 
-    The first token of a sample is given, the others are predicted. CheckpointError, SpecError, InputFault.
+    The first token of a sample is given, the others are predicted. `tick` is called again and again and may raise
+    Interrupted. CheckpointError, SpecError, InputFault.
     """
     model = Inputs(lambda path, revision: local_folder(path, revision), Path()).open(str(folder))
     tokenizer = tokenizer_in(model.folder, {})
@@ -39,7 +41,7 @@ def bits_per_byte(
     together = [sample for each in drawn for sample in each]
     with Reader(list(model.tensors.values()), "map") as reader:
         weights = of_model(model, reader, dtype, torch.device("cpu"))
-        nats = iter(negative_log_likelihoods(Network(model.config, weights.shapes, dtype), weights, together))
+        nats = iter(negative_log_likelihoods(Network(model.config, weights.shapes, dtype), weights, together, tick))
     return [
         math.fsum(next(nats) for _ in each) / math.log(2) / max(1, sum(sample.nbytes for sample in each))
         for each in drawn
@@ -52,14 +54,17 @@ def of_model(model: Input, reader: Reader, dtype: torch.dtype, device: torch.dev
     return Stored(reader, dict(model.tensors), shapes, dtype, device)
 
 
-def negative_log_likelihoods(network: Network, weights: Weights, samples: Sequence[Sample]) -> list[float]:
+def negative_log_likelihoods(
+    network: Network, weights: Weights, samples: Sequence[Sample], tick: Callable[[], None] = lambda: None
+) -> list[float]:
     """Of each sample, -log p of its tokens after the first, in nats."""
     lengths = [len(sample.tokens) for sample in samples]
     states = States(lengths, network.skeleton.hidden_size, weights.dtype)
-    outside = run(network, weights, samples, states)
+    outside = run(network, weights, samples, states, tick=tick)
     found = []
     with torch.no_grad():
         for number, sample in enumerate(samples):
+            tick()
             features = network.skeleton.end(states[number].to(weights.device), outside)
             logits = network.logits(features, weights, outside)[0, :-1].double()
             found.append(float(cross_entropy(logits, sample.tokens[1:].to(weights.device), reduction="sum")))

@@ -44,10 +44,12 @@ def add_files(writer: OutputWriter, plan: MergePlan, result: MergeResult, fit: M
     for path in _code_files(plan):
         if path.name not in plan.tokenizer:
             writer.add_file(path.name, path)
+    for name, content in ({} if plan.evolved is None else plan.evolved.files()).items():
+        writer.add_file(name, content)
     writer.add_file("README.md", _model_card(plan).encode(errors="replace"))
-    writer.add_file(
-        MANIFEST_NAME, _json({**_manifest(writer, plan, result), **({"fit": fit} if fit is not None else {})})
-    )
+    found = {"fit": fit, "evolve": None if plan.evolved is None else plan.evolved.as_dict()}
+    told = {name: value for name, value in found.items() if value is not None}
+    writer.add_file(MANIFEST_NAME, _json({**_manifest(writer, plan, result), **told}))
 
 
 def _json(value: Any) -> bytes:
@@ -69,6 +71,7 @@ def _model_card(plan: MergePlan) -> str:
         f"# Merge by {plan.method.name}\n\n"
         f"Made with mergecore {__version__}: {plan.method.summary} ({plan.method.reference}).\n\n"
         f"{base}Models:\n\n{models}\n\n"
+        f"{'' if plan.evolved is None else plan.evolved.card()}"
         f"```yaml\n{plan.spec.text.strip()}\n```\n"
     )
 

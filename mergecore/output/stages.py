@@ -8,6 +8,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from mergecore.confined import OutputFolder
 from mergecore.errors import CheckpointError, Interrupted, OutputError, OutputExistsError
@@ -22,14 +23,16 @@ def stages_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.stages"
 
 
-class Stages:
-    """The folder while a merge uses it. It goes when the merge is done or has failed; what is complete stays for
-    `resume` if the merge was interrupted. Raises OutputError if another merge has it."""
+class LockedFolder:
+    """A folder that one merge at a time uses. Raises OutputError if another one has it."""
 
-    def __init__(self, out: Path, *, resume: bool) -> None:
-        self.folder, self._resume = stages_folder(out), resume
+    inside: OutputFolder
+    """The folder itself, while it is used."""
 
-    def __enter__(self) -> Stages:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Self:
         with reporting("create", self.folder):
             made: list[tuple[OutputFolder, str]] = []
             self._parent = OutputFolder.at(self.folder.parent, made)
@@ -37,13 +40,35 @@ class Stages:
                 folder.close()
             with suppress(FileExistsError):
                 os.mkdir(self.folder.name, dir_fd=self._parent.descriptor)
-            self._inside = self._parent.enter(self.folder.name)
+            self.inside = self._parent.enter(self.folder.name)
         try:
-            fcntl.flock(self._inside.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.inside.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._close()
             raise OutputError(f"another merge is using {self.folder}") from error
         return self
+
+    def remove(self) -> None:
+        """Removes it with all that it holds, as far as possible."""
+        self._parent.remove([self.folder.name])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self.inside.close()
+        self._parent.close()
+
+
+class Stages(LockedFolder):
+    """The folder while a merge uses it. It goes when the merge is done or has failed; what is complete stays for
+    `resume` if the merge was interrupted."""
+
+    def __init__(self, out: Path, *, resume: bool) -> None:
+        super().__init__(stages_folder(out))
+        self._resume = resume
 
     def is_done(self, name: str, identity: str) -> bool:
         """Whether an interrupted attempt has finished this merge; what else lies there is removed."""
@@ -51,12 +76,12 @@ class Stages:
             with suppress(CheckpointError, KeyError):
                 if read_object(self.folder / name / MANIFEST_NAME)["identity"] == identity:
                     return True
-        self._inside.remove([name])
+        self.inside.remove([name])
         return False
 
     def check_room(self, nbytes: int) -> None:
         """OutputError unless the results of all merges fit the disk together: the first must not be made in vain."""
-        free = shutil.disk_usage(self._inside.descriptor).free
+        free = shutil.disk_usage(self.inside.descriptor).free
         if free < nbytes:
             raise OutputError(
                 f"not enough disk space beside {self.folder}: the merges of this spec need {nbytes:,} bytes together, "
@@ -67,9 +92,5 @@ class Stages:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not isinstance(error, (Interrupted, OutputExistsError)):
-            self._parent.remove([self.folder.name])
-        self._close()
-
-    def _close(self) -> None:
-        self._inside.close()
-        self._parent.close()
+            self.remove()
+        super().__exit__(kind, error, trace)

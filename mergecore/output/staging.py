@@ -247,7 +247,7 @@ class Journal:
                 self._good += len(line)
         return records
 
-    def start(self, head: dict[str, str]) -> None:
+    def start(self, head: dict[str, Any]) -> None:
         """Begins a new journal with one record. Raises OSError."""
         self._good = 0
         self.go_on()
@@ -258,7 +258,7 @@ class Journal:
         self._descriptor = self.folder.open(self.path.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.ftruncate(self._descriptor, self._good)
 
-    def append(self, records: Iterable[dict[str, str]]) -> None:
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Adds records; they are on disk when this returns. Raises OSError."""
         data = b"".join(map(_line, records))
         while data:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from mergecore.spec.evolve import Evolve
 from mergecore.spec.fields import parse_size
+from mergecore.spec.filling import filled, keys_of, written
 from mergecore.spec.parts import Part
 from mergecore.spec.reading import json_schema, load_spec, parse_spec
 from mergecore.spec.settings import Setting, evaluate
@@ -10,6 +12,7 @@ from mergecore.spec.spec import MergeSpec
 from mergecore.spec.tables import ModelEntry, Run, Sparsify
 
 __all__ = [
+    "Evolve",
     "MergeSpec",
     "ModelEntry",
     "Part",
@@ -17,8 +20,11 @@ __all__ = [
     "Setting",
     "Sparsify",
     "evaluate",
+    "filled",
     "json_schema",
+    "keys_of",
     "load_spec",
     "parse_size",
     "parse_spec",
+    "written",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,16 @@ def _ordered(specs: list[MergeSpec]) -> MergeSpec:
     return final
 
 
+def validated(value: Mapping[str, Any], like: MergeSpec, text: str) -> MergeSpec:
+    """The spec `like` with another value and text, but with the places of its own. Raises SpecError."""
+    places = like._document or Document()
+    spec, problems = _validated(replace(places, value=dict(value), problems=[]), like._name, text, like.path)
+    _raise(problems, like._name)
+    assert spec is not None
+    spec._earlier = like.earlier
+    return spec
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a spec, for editors."""
     schema = MergeSpec.model_json_schema()
@@ -157,7 +168,7 @@ def _raise(problems: list[Problem], name: str | None) -> None:
     if problems:
         lines = [problem.worded(name) for problem in sorted(problems, key=lambda problem: problem.line or 0)]
         more = [f"... and {len(lines) - MAX_PROBLEMS} more"] if len(lines) > MAX_PROBLEMS else []
-        raise SpecError("\n".join(lines[:MAX_PROBLEMS] + more))
+        raise SpecError("\n".join(lines[:MAX_PROBLEMS] + more), problems[0])
 
 
 def _worded(error: ValidationError, document: Document) -> list[Problem]:
@@ -206,7 +217,7 @@ def _table_at(keys: Keys) -> type[Table] | None:
         child = here.children.get(str(key))
         if child is None:
             return None
-        if key in ("sparsify", "calibration", "tokenizer", "run"):
+        if key in ("sparsify", "calibration", "tokenizer", "evolve", "score", "run"):
             here = child
         elif rest:  # of a list or a mapping: its number or name
             rest.pop(0)

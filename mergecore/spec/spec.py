@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from mergecore.errors import SpecError
+from mergecore.spec.evolve import Evolve
 from mergecore.spec.fields import Dtype, ModelPath, OnNonfinite, Orientation, Seed, Text, refused, table
 from mergecore.spec.parts import Models, Module, OutputSlice, Part, Slices, parts_of
 from mergecore.spec.problems import Keys, Problem
@@ -38,6 +39,7 @@ class MergeSpec(Table):
         "sparsify": Sparsify,
         "calibration": Calibration,
         "tokenizer": Tokenizer,
+        "evolve": Evolve,
         "run": Run,
     }
     ignored_when_empty = frozenset({"slices", "modules", "tokenizer"})
@@ -133,6 +135,18 @@ class MergeSpec(Table):
         title="On non-finite",
         description="What NaN and Inf in an input lead to: error stops the merge, warn lets them through.",
     )
+    evolve: Evolve | None = Field(
+        default=None,
+        title="Evolve",
+        description="A search by CMA-ES for numbers of this spec; the best candidate is the result.",
+        examples=[
+            {
+                "parameters": {"parameters.lambda": [0.0, 2.0]},
+                "score": {"text": ["data/a.txt"]},
+                "generations": 10,
+            }
+        ],
+    )
     run: Run = Field(
         default_factory=Run,
         title="Run",
@@ -191,11 +205,14 @@ class MergeSpec(Table):
                     yield named, ("tokenizer", "tokens", token, "source")
 
     def data(self) -> Iterator[tuple[str, Keys]]:
-        """Every file of samples and folder of statistics that the spec names, and where."""
+        """Every file of samples and texts, and folder of statistics, that the spec names, and where."""
         for part in self.parts():
             for source in part.sources:
                 named = {"data": source.data, "statistics": source.statistics}
                 yield from ((path, (*source.keys[:-1], key)) for key, path in named.items() if path is not None)
+        if self.evolve is not None:
+            for number, text in enumerate(self.evolve.score.text or ()):
+                yield text, ("evolve", "score", "text", number)
 
     @property
     def path(self) -> Path | None:
@@ -220,7 +237,8 @@ class MergeSpec(Table):
 
     def error(self, message: str, *keys: str | int) -> SpecError:
         """A SpecError `FILE:LINE: key.path: message` about what stands at `keys`."""
-        return SpecError(Problem(keys, message, self.line_of(*keys)).worded(self._name))
+        problem = Problem(keys, message, self.line_of(*keys))
+        return SpecError(problem.worded(self._name), problem)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything that is in effect, defaults included, as plain JSON values that load_spec accepts."""
