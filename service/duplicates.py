@@ -16,7 +16,7 @@ import xxhash
 
 from mergecore import __version__
 from mergecore.references import parse_reference
-from service.spool import JobStatus, ServiceError, Spool, read_status
+from service.spool import JobStatus, ServiceError, Spool
 
 if TYPE_CHECKING:
     from mergecore.spec import MergeSpec
@@ -60,17 +60,9 @@ def fingerprint(spec: MergeSpec, resolve: Callable[[str, str | None], Path]) -> 
 
 
 def done_before(spool: Spool, wanted: str) -> JobStatus | None:
-    """A job in done/ with this fingerprint whose output is still there."""
-    for folder in spool.done.iterdir():
-        try:
-            if wanted.encode() not in (folder / "status.json").read_bytes():
-                continue  # thousands of jobs: most need no parsing
-        except OSError:
-            continue
-        status = read_status(folder)
-        if status.fingerprint == wanted and status.success == "done" and (Path(status.output) / MANIFEST).is_file():
-            return status
-    return None
+    """The last job in done/ with this fingerprint, if its output is still there."""
+    status = spool.remembered(wanted)
+    return status if status is not None and (Path(status.output) / MANIFEST).is_file() else None
 
 
 def running_before(spool: Spool, own: JobStatus) -> JobStatus | None:

@@ -57,7 +57,9 @@ def apply(spool: Spool, done: Keep, failed: Keep, now: datetime) -> list[Path]:
         for folder in _superfluous(parent, keep, now):
             going = folder.with_name(_GOING + folder.name)
             with contextlib.suppress(FileNotFoundError):  # retried, or removed by another daemon, meanwhile
+                status = read_status(folder)
                 os.rename(folder, going)
+                spool.forget(status)
                 shutil.rmtree(going, ignore_errors=True)
                 removed.append(folder)
         sync_folder(parent)

@@ -38,6 +38,9 @@ FOLDERS = ("incoming", "running", "done", "failed")
 SPEC, STATUS, LOCK, ERROR, LOG, CANCEL = "spec.yaml", "status.json", "lock", "error.txt", "log", "cancel"
 ENDED = {"done": "done", "duplicate": "done", "failed": "failed", "cancelled": "failed"}
 """The final states, and in which folder jobs of this state lie."""
+KNOWN = ".fingerprints"
+"""The folder in done/ that tells the job of a fingerprint."""
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 DAEMON_PID = "MERGECORE_DAEMON_PID"
 """Environment variable that tells a worker whose death to follow."""
 
@@ -226,7 +229,9 @@ class Job:
         """
         target = self.spool.root / ENDED[state] / self.name
         if not target.exists():
-            self.update(**{"state": state, "finished": utc_now(), **changes})
+            status = self.update(**{"state": state, "finished": utc_now(), **changes})
+            if state == "done":
+                self.spool.remember(status)
             os.rename(self.folder, target)
         sync_folder(target.parent)
         sync_folder(self.spool.running)
@@ -378,6 +383,35 @@ class Spool:
                 found.pop(status.job, None)  # it moved while this list was made
         current = sorted(found.values(), key=lambda status: (status.state == "interrupted", status.created, status.job))
         return current + sorted(ended, key=lambda status: (status.finished, status.job), reverse=True)
+
+    def remember(self, status: JobStatus) -> None:
+        """Note which job a fingerprint is of, before it lies in done/: `remembered` looks whether it does."""
+        if _FINGERPRINT.fullmatch(status.fingerprint):
+            known = self.done / KNOWN
+            if not known.exists():
+                make_folder(known)
+            write_atomic(known / status.fingerprint, status.job)
+
+    def forget(self, status: JobStatus) -> None:
+        """A job is removed from done/."""
+        if _FINGERPRINT.fullmatch(status.fingerprint):
+            note = self.done / KNOWN / status.fingerprint
+            with contextlib.suppress(OSError):
+                if note.read_text() == status.job:
+                    note.unlink()
+
+    def remembered(self, fingerprint: str) -> JobStatus | None:
+        """The last job in done/ that had this fingerprint, if it is still there."""
+        if not _FINGERPRINT.fullmatch(fingerprint):
+            return None
+        try:
+            job = (self.done / KNOWN / fingerprint).read_text()
+        except (OSError, ValueError):
+            return None
+        if job.startswith(".") or "/" in job:
+            return None
+        found = read_status(self.done / job)
+        return found if found.fingerprint == fingerprint and found.success == "done" else None
 
     def running_jobs(self) -> list[JobStatus]:
         """The jobs in running/: running, cancelling and interrupted ones."""

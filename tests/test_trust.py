@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.trust import bad, bad_specs, clear
+from benchmarks.trust.bad import bad, bad_specs, clear
+from benchmarks.trust.soak import Look, rise, soak
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,3 +38,19 @@ def test_what_nobody_foresaw_is_no_clear_error() -> None:
     assert clear("a.yaml: line 3: unknown key modles")
     for text in ("", "unexpected error: KeyError: 'a'", "worker was killed by signal 9", "worker ended with no report"):
         assert not clear(text)
+
+
+def test_a_short_soak_tells_what_the_daemon_holds(tmp_path: Path) -> None:
+    figures = soak(tmp_path, 0.3, 1)
+    assert figures["jobs"] > 3
+    assert figures["daemon restarts"] == 0
+    assert figures["looks"] >= 3
+
+
+def test_what_grows_is_seen_and_noise_is_not() -> None:
+    even = [Look(5.0 * i, 30_000_000 + 4096 * (i % 3), 20 + i % 2, 5) for i in range(200)]
+    assert abs(rise(even, "resident")) < 5000
+    assert abs(rise(even, "descriptors")) < 0.1
+    leak = [Look(5.0 * i, 30_000_000 + 20_000 * i, 20 + i // 50, 5) for i in range(200)]
+    assert rise(leak, "resident") > 3e6
+    assert rise(leak, "descriptors") > 2

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.trust import clear
+from benchmarks.trust.bad import clear
 from service.config import WORKER_COMMAND
 from service.spool import ERROR
 from tests.fuzz.mutations import mutated

@@ -1,0 +1,1 @@
+"""Whether operators can trust the daemon, measured on the real one: `python -m benchmarks.trust`."""
