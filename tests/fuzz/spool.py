@@ -41,8 +41,8 @@ def fuzz(work: Path, jobs: int, seed: int, deadline: float) -> Counter[str]:
         wait_until(lambda: set(ended()) == set(specs), "the end of all jobs", deadline)
         for one in daemon.spool.jobs():
             if one.state == "failed":
-                text = (daemon.spool.failed / one.job / ERROR).read_text()
-                assert clear(text.partition("\n\n")[0]), f"{one.spec}: {text}\n{specs[one.spec]!r}"
+                told = (daemon.spool.failed / one.job / ERROR).read_text()
+                assert clear(told.partition("\n\n")[0]), f"{one.spec}: {told}\n{specs[one.spec]!r}"
         assert ended()["job-0.yaml"] == "done", "the sound one"
         return Counter(ended().values())
 
