@@ -438,7 +438,8 @@ class Spool:
 
     def _folders(self, parent: Path) -> list[Path]:
         try:
-            return [Path(e.path) for e in os.scandir(parent) if not e.name.startswith(".") and e.is_dir()]
+            with os.scandir(parent) as entries:
+                return [Path(e.path) for e in entries if not e.name.startswith(".") and e.is_dir()]
         except FileNotFoundError:
             return []
 

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 

@@ -5,7 +5,9 @@ Not for making the bytes (mutations.py) or for running (__main__.py, tests/test_
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,6 +41,7 @@ def folder(name: str) -> Path:
     """A folder of this process for a target, in memory where there is such a disk."""
     place = "/dev/shm" if Path("/dev/shm").is_dir() else None
     path = Path(tempfile.mkdtemp(prefix=f"mergecore-fuzz-{name}-", dir=place))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
     write_model(path / "model", llama(layers=1, hidden=8, vocabulary=8), LLAMA)
     save(path / "model", words("one", "two"), eos_token="two")
     write_model(path / "other", llama(layers=1, hidden=8, vocabulary=8), LLAMA)
