@@ -260,7 +260,9 @@ def exact_moments(made: Inputs, kept: Sequence[oracle.Floats]) -> tuple[list[lis
         whole = [p + q for p, q in zip(aa, dg, strict=True)]
         size = np.abs(keep * (oracle.floats(model) - a)) * (2 * np.abs(a) + np.abs(keep * (oracle.floats(model) - a)))
         moments += [dd, dg, whole]
-        sizes += [dd, [Fraction(value) for value in size.sum(axis=0).tolist()], whole]
+        # x = a + d cancels where a rescaled d points against a: its rounding is that of the terms.
+        reach = (np.abs(a) + np.abs(keep * (oracle.floats(model) - a))) ** 2
+        sizes += [dd, *([Fraction(value) for value in each.sum(axis=0).tolist()] for each in (size, reach))]
     return moments, sizes
 
 

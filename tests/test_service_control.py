@@ -48,8 +48,11 @@ def test_a_running_job_is_stopped_and_lies_cancelled_in_failed(tmp_path: Path) -
         assert daemon.record()[-1].startswith("stop a.yaml"), "it was asked, not killed"
         assert re.match(r"cancelled by \S+ on \S+ at 20\d\d-", status.error)
         assert folders_with(daemon.spool, job) == ["failed"]
-        files = {path.name for path in (daemon.spool.failed / job).iterdir()}
-        assert files == {"spec.yaml", "status.json", "log", "error.txt"}
+        left = {"spec.yaml", "status.json", "log", "error.txt"}
+        # The lock and the request go right after the move.
+        wait_until(
+            lambda: {path.name for path in (daemon.spool.failed / job).iterdir()} == left, "the files of the job"
+        )
         assert "mergecore retry" in (daemon.spool.failed / job / "error.txt").read_text()
         assert daemon.metric('mergecore_jobs_total{method="linear",state="cancelled"}') == 1
         daemon.drop("next.yaml")
