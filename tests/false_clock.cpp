@@ -1,5 +1,5 @@
-// A wall clock that jumps: preloaded, it adds the seconds in the file FALSE_CLOCK (int64) to what the kernel says.
-// The monotonic clocks stay true, as they do when somebody sets the date.
+// A wall clock that jumps: preloaded, it adds the seconds in the file FALSE_CLOCK (int64) to what
+// the kernel says. The monotonic clocks stay true, as they do when somebody sets the date.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <stdint.h>
@@ -24,7 +24,8 @@ extern "C" int clock_gettime(clockid_t clock, struct timespec* found) noexcept {
   using Real = int (*)(clockid_t, struct timespec*);
   static const Real real = reinterpret_cast<Real>(dlsym(RTLD_NEXT, "clock_gettime"));
   const int code = real(clock, found);
-  if (code == 0 && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE)) found->tv_sec += offset();
+  if (code == 0 && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
+    found->tv_sec += offset();
   return code;
 }
 
