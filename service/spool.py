@@ -39,7 +39,7 @@ SPEC, STATUS, LOCK, ERROR, LOG, CANCEL = "spec.yaml", "status.json", "lock", "er
 ENDED = {"done": "done", "duplicate": "done", "failed": "failed", "cancelled": "failed"}
 """The final states, and in which folder jobs of this state lie."""
 KNOWN = ".fingerprints"
-"""The folder in done/ that tells the job of a fingerprint."""
+"""The folder of the spool that tells the job in done/ of a fingerprint."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 DAEMON_PID = "MERGECORE_DAEMON_PID"
 """Environment variable that tells a worker whose death to follow."""
@@ -387,7 +387,7 @@ class Spool:
     def remember(self, status: JobStatus) -> None:
         """Note which job a fingerprint is of, before it lies in done/: `remembered` looks whether it does."""
         if _FINGERPRINT.fullmatch(status.fingerprint):
-            known = self.done / KNOWN
+            known = self.root / KNOWN
             if not known.exists():
                 make_folder(known)
             write_atomic(known / status.fingerprint, status.job)
@@ -395,7 +395,7 @@ class Spool:
     def forget(self, status: JobStatus) -> None:
         """A job is removed from done/."""
         if _FINGERPRINT.fullmatch(status.fingerprint):
-            note = self.done / KNOWN / status.fingerprint
+            note = self.root / KNOWN / status.fingerprint
             with contextlib.suppress(OSError):
                 if note.read_text() == status.job:
                     note.unlink()
@@ -405,7 +405,7 @@ class Spool:
         if not _FINGERPRINT.fullmatch(fingerprint):
             return None
         try:
-            job = (self.done / KNOWN / fingerprint).read_text()
+            job = (self.root / KNOWN / fingerprint).read_text()
         except (OSError, ValueError):
             return None
         if job.startswith(".") or "/" in job:

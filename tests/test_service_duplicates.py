@@ -128,14 +128,14 @@ def test_only_a_done_job_whose_output_is_there_counts(tmp_path: Path) -> None:
     ended("duplicate", fingerprint="d" * 32, result={"duplicate_of": found.job})
     assert done_before(spool, "d" * 32) is None
     assert done_before(spool, "e" * 32) is None
-    (spool.done / KNOWN / ("e" * 32)).write_text(f"../done/{found.job}")
+    (spool.root / KNOWN / ("e" * 32)).write_text(f"../done/{found.job}")
     assert done_before(spool, "e" * 32) is None, "a note is not believed"
-    (spool.done / KNOWN / ("e" * 32)).write_text(found.job)
+    (spool.root / KNOWN / ("e" * 32)).write_text(found.job)
     assert done_before(spool, "e" * 32) is None
     assert {one.state for one in spool.jobs()} == {"done", "failed", "duplicate"}, "notes are no jobs"
     assert apply(spool, parse_keep(0), parse_keep("all"), datetime.now(UTC))
     assert done_before(spool, "f" * 32) is None
-    assert not (spool.done / KNOWN / ("f" * 32)).exists(), "nor do notes of removed jobs stay"
+    assert not (spool.root / KNOWN / ("f" * 32)).exists(), "nor do notes of removed jobs stay"
 
 
 def test_the_older_of_two_running_jobs_waits_for_none_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
