@@ -72,8 +72,10 @@ def fit(fitting: Fitting) -> Fit:
             coefficients[job.name] = Coefficients(per_model([1 / len(job.models)] * len(job.models)))
             continue
         values = torch.zeros(len(job.models), mixture.coefficients.shape[1], dtype=torch.float64)
-        for model_values, stored in zip(mixture.coefficients.detach().cpu(), mixture.models, strict=True):
-            values[fitting.models.index(stored)] = model_values
+        for number, stored in enumerate(fitting.models):
+            for own, model_values in zip(mixture.models, mixture.coefficients.detach().cpu(), strict=True):
+                if own is stored:  # a model may be listed twice, for two tasks
+                    values[number] = model_values
         axis: Any = {Axis.TENSOR: None, Axis.ROWS: "rows", Axis.COLUMNS: "columns"}[mixture.axis]
         coefficients[job.name] = Coefficients(values, axis=axis)
     spread = {name: [found.mean().item(), found.std(correction=0).item()] for name, found in leaves.items()}
