@@ -136,8 +136,7 @@ class Merge:
     def _run_jobs(self) -> bool:
         """Takes the merge from where it is to its last tensor; False if the device's memory did not suffice."""
         try:
-            files = [str(path) for path in self.file_numbers]
-            with WindowStream(files, self.plan.spec.run.read, READ_AHEAD) as stream:
+            with _stream(self.file_numbers, self.plan.spec.run.read, READ_AHEAD) as stream:
                 windows = self._windows(stream)
                 if self.surveyed:
                     self._survey(windows, stream)
@@ -475,7 +474,7 @@ class _Reads:
 
     def input_grams(self) -> tuple[Tensor, ...]:
         files = self.merge.file_numbers
-        with WindowStream([str(path) for path in files], self.merge.plan.spec.run.read, 0) as stream:
+        with _stream(files, self.merge.plan.spec.run.read, 0) as stream:
             grams = tuple(self._whole(source, stream) for source in self.job.input_grams)
         if not all(bool(gram.isfinite().all()) for gram in grams):
             self.nonfinite()

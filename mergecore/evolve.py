@@ -30,7 +30,7 @@ from mergecore.errors import (
 )
 from mergecore.history import Evolved, Trial
 from mergecore.inputs import Resolve
-from mergecore.output.stages import LockedFolder
+from mergecore.output.stages import LockedFolder, search_folder
 from mergecore.output.staging import Journal, Staging, reporting
 from mergecore.output.verify import MANIFEST_NAME
 from mergecore.planning import MergePlan, plan
@@ -73,7 +73,7 @@ def evolve(
     """
     resolve = resolve or partial(local_folder, directory=spec.directory)
     out = out.absolute()
-    folder = LockedFolder(out.parent / f".{out.name}.evolve")
+    folder = LockedFolder(search_folder(out))
     planned = plan(spec, resolve=resolve, stages=folder.folder / "stages")
     strategy = _Strategy(spec)
     search = _Search(spec, out, folder, planned, run, open_scorer(spec, resolve, planned), progress, should_stop)

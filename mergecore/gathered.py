@@ -7,11 +7,13 @@ make of them.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mergecore.checkpoint import open_checkpoint
+from mergecore.confined import open_input
 from mergecore.errors import CheckpointError
 from mergecore.inputs import Input, Inputs
 from mergecore.matching import Matching, listed
@@ -137,7 +139,7 @@ def _check_model(path: Path, model: Input) -> list[str]:
     """Whether the statistics were gathered from this model; a warning if its files are only as large as they were."""
     manifest = path / MANIFEST_NAME
     try:
-        with manifest.open("rb") as file:
+        with os.fdopen(open_input(manifest), "rb") as file:
             of = json.loads(file.read(LONGEST_MANIFEST))["statistics"]["model"]
         name, then = of["path"], _without_dates(of)
     except OSError as error:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergecore.confined import confined
 from mergecore.errors import CheckpointError, Interrupted, MergecoreError, OutputExistsError, SpecError
-from mergecore.output.stages import stages_folder
+from mergecore.output.stages import search_folder, stages_folder
 from mergecore.printable import PrintableFormatter, printable, printable_lines
 from mergecore.references import local_folder
 from mergecore.small_files import read_object
@@ -345,7 +345,7 @@ def confinement(models: list[Path], outputs: Path, out: Path) -> AbstractContext
     `out` is a real path, from `output_path`: what has become a link since then leads out.
     """
     outputs.mkdir(parents=True, exist_ok=True)  # the daemon has made it, a person who runs a worker may not
-    inputs = [*(root.resolve() for root in models), stages_folder(out)] if models else []
+    inputs = [*(root.resolve() for root in models), stages_folder(out), search_folder(out)] if models else []
     return confined(inputs, [outputs.resolve()])
 
 

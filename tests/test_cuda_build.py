@@ -54,8 +54,8 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # the same with a gradient of float32, and one for any other
         ("column_gradient", 300, 6 * 2 + 1),
         ("row_gradient", 100, 6 * 2),
-        ("gram", 250, 5 * 2 + 1),
-        ("row_gram", 60, 5 * 2),
+        ("gram", 80, 5 * 2 + 1),
+        ("row_gram", 30, 5 * 2),
         ("column_gram", 150, 5 * 2 + 1),
         ("blend", 600, 5 * 2 * 4),  # to four dtypes
         ("rank", 150, 2),

@@ -18,6 +18,7 @@ import pytest
 
 import mergecore
 from mergecore.cli import main
+from mergecore.confined import OutputFolder
 from mergecore.errors import InputFault, Interrupted, MergecoreError, OutputError, OutputExistsError
 from mergecore.output.staging import Journal
 from mergecore.progress import Progress
@@ -285,11 +286,14 @@ def test_what_another_machine_has_scored_counts_where_it_lies(folder: Path, tmp_
     with pytest.raises(Interrupted):
         mergecore.merge(folder / "search.json", tmp_path / "out", should_stop=lambda: len(calls(folder)) > 5)
     journal = tmp_path / ".out.evolve" / "journal.jsonl"
-    records = Journal(journal).read()
+    own = Journal(journal)
+    own.folder = OutputFolder.at(journal.parent, [])
+    records = own.read()
     assert len(records) == 6
     for record in records[1:]:
         record["values"] = {path: value * 0.5 for path, value in record["values"].items()}
     other = Journal(journal)
+    other.folder = own.folder
     other.start(records[0])
     other.append(records[1:])
     other.close()

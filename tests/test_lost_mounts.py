@@ -74,6 +74,7 @@ def test_outputs_that_vanish_fail_the_job_and_a_retry_finishes_it(tmp_path: Path
             assert str(place) in failure(daemon, "a.yaml")
             mount.come_back()
             assert not (daemon.outputs / "out").exists()
+            (place / "go").touch()  # on the disk, for the retry
             retry_command(daemon.spool.root, "a.yaml")
             daemon.wait_for("done", "a.yaml")
     finally:

@@ -252,7 +252,7 @@ def test_folders_may_have_any_name_that_the_file_system_takes(tmp_path: Path) ->
 
 
 def test_a_tokenizer_file_that_cannot_be_read_is_told_and_leaves_nothing(chatty: list[Path], tmp_path: Path) -> None:
-    from mergecore.errors import OutputError
+    from mergecore.errors import MergecoreError
 
     (tmp_path / "outputs").mkdir()
 
@@ -261,6 +261,6 @@ def test_a_tokenizer_file_that_cannot_be_read_is_told_and_leaves_nothing(chatty:
         (chatty[0] / "tokenizer.json").unlink(missing_ok=True)
         (chatty[0] / "tokenizer.json").symlink_to("/proc/self/mem")
 
-    with pytest.raises(OutputError, match=r"tokenizer\.json"):
+    with pytest.raises(MergecoreError, match=r"tokenizer\.json"):
         merge(load_spec(spec_dict("linear", *chatty)), tmp_path / "outputs" / "out", progress=remove)
     assert os.listdir(tmp_path / "outputs") == []

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mergecore.confined import open_input
 from mergecore.errors import CheckpointError, SpecError
+from mergecore.small_files import read_bytes
 from mergecore.tokenizer import ModelTokenizer, read_tokenizer
 
 BYTES_PER_TOKEN = 16
@@ -40,7 +41,7 @@ def tokenizer_in(folder: Path | None, files: Mapping[str, bytes | Path]) -> Mode
     if folder is None:
         with tempfile.TemporaryDirectory() as place:
             for name, content in files.items():
-                (Path(place) / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+                (Path(place) / name).write_bytes(content if isinstance(content, bytes) else read_bytes(content))
             found = read_tokenizer(Path(place))
     else:
         found = read_tokenizer(folder)

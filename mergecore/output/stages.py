@@ -23,6 +23,12 @@ def stages_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.stages"
 
 
+def search_folder(out: Path) -> Path:
+    """Where a search for the parameters of the output `out` keeps its candidates and its journal."""
+    out = Path(os.path.abspath(out))
+    return out.parent / f".{out.name}.evolve"
+
+
 class LockedFolder:
     """A folder that one merge at a time uses. Raises OutputError if another one has it."""
 

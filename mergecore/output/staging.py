@@ -103,6 +103,7 @@ class Staging:
         with reporting("sync", self.output.path):
             self.output.sync()
         self._refuse_taken()
+        self._refuse_moved()
         folder, parent = self._inside.descriptor, self._parent.descriptor
         try:
             # Replaces an empty directory, and nothing else.
@@ -164,6 +165,15 @@ class Staging:
                 raise _exists(self.out)
             if status.st_dev != os.fstat(self._parent.descriptor).st_dev:
                 raise OutputError(f"{self.out} is a mount point and cannot be replaced; give a new directory inside it")
+
+    def _refuse_moved(self) -> None:
+        """Raises where the path of the parent leads elsewhere by now: what has no path has no readers."""
+        with suppress(OSError):
+            if os.path.samestat(os.stat(self.out.parent), os.fstat(self._parent.descriptor)):
+                return
+        raise OutputError(
+            f"{self.out.parent} is no longer the folder that it was when the merge began: moved, replaced or unmounted"
+        )
 
     def _is_left_over(self) -> bool:
         """Whether a crash between rename and removal left the folder."""
