@@ -328,7 +328,8 @@ def _plan(options: argparse.Namespace) -> int:
     print(f"write     {_gb(facts['bytes_written'])} in {len(facts['shards'])} file(s)")
     print(f"hold      {facts['memory_held'] / 2**20:.0f} MiB beside the process itself")
     for what, nbytes in facts.get("fit_bytes", {}).items():
-        print(f"fit       {_gb(nbytes)} of {what} at most; beyond --memory in a file beside the output")
+        where = "" if what.endswith("in memory") else "; beyond --memory in a file beside the output"
+        print(f"fit       {_gb(nbytes)} of {what} at most{where}")
     print(f"compute   {facts['compute_seconds']:.1f} s at the speed of this machine's memory; slow disks come on top")
     for warning in planned.warnings:
         print(f"warning   {printable(warning)}")

@@ -193,6 +193,7 @@ def _plan(spec: MergeSpec, inputs: Inputs, earlier: Sequence[tuple[Path, MergePl
     for job in jobs:
         _check_coefficients(job, spec)
     _check_scope(jobs, spec)
+    _check_fit(jobs, spec)
     data = _data(spec, sections, inputs) if method.statistics is Statistics.FITTED else ()
     layout = plan_layout([(job.name, job.dtype, job.shape) for job in jobs], spec.run.shard_size)
     untied_head = matching.head in matching.names and is_tied(reference.config, reference.tensors)
@@ -294,6 +295,23 @@ def _data(spec: MergeSpec, sections: Sequence[Section], inputs: Inputs) -> tuple
             raise spec.error(f"{path} is not a file; expected JSONL or text", *keys)
         found.append(path)
     return tuple(found)
+
+
+def _check_fit(jobs: Sequence[TensorJob], spec: MergeSpec) -> None:
+    """What says how a fit goes is one for the whole model."""
+    fitted = [job for job in jobs if job.merges and job.statistics is Statistics.FITTED]
+    for job in fitted[1:]:
+        one, other = fitted[0].parameters, job.parameters
+        assert one is not None
+        assert other is not None
+        for parameter in job.method.parameters:
+            if not parameter.per_model and one[parameter.name] != other[parameter.name]:
+                raise spec.error(
+                    f"{parameter.name} of {job.method.name} is one for the whole model, but {fitted[0].name} and "
+                    f"{job.name} differ in theirs; write a single value",
+                    "parameters",
+                    parameter.name,
+                )
 
 
 def _check_scope(jobs: Sequence[TensorJob], spec: MergeSpec) -> None:

@@ -6,22 +6,21 @@ on unlabelled samples of all tasks.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from mergecore.engine import Fit
 from mergecore.features.fitting import Fitting
-from mergecore.features.learning import Mixed, Mixture, Schedule, entropy, leaf, learn
+from mergecore.features.learning import BATCH, Mixed, Mixture, batch_bytes, entropy, leaf, learn, schedule_of
 from mergecore.features.skeleton import OUTSIDE
-from mergecore.methods.base import Coefficients
+from mergecore.methods.base import Coefficients, per_model
 from mergecore.planning import MergePlan
 
 
 def fit(fitting: Fitting) -> Fit:
     """The coefficients of all tensors; steps are those of the optimisation."""
     level, count = fitting.parameter("level"), len(fitting.models)
-    groups = {name: _group(fitting, name, level) for name in fitting.models[0].shapes}
+    names = [name for name in fitting.models[0].shapes if level == "task" or name in fitting.network.names]
+    groups = {name: _group(fitting, name, level) for name in names}
     start = fitting.parameter("start")
     leaves = {group: leaf(count, 1, start, fitting.device) for group in dict.fromkeys(groups.values())}
     mixtures = {name: Mixture(fitting.models, leaves[group], base=fitting.base) for name, group in groups.items()}
@@ -49,13 +48,7 @@ def fit(fitting: Fitting) -> Fit:
 
 def kept_bytes(plan: MergePlan) -> dict[str, int]:
     """Hidden states of one batch only."""
-    return {}
-
-
-def schedule_of(fitting: Fitting) -> Schedule:
-    """What the method's parameters say of the optimisation."""
-    names: Any = {name: fitting.parameter(name) for name in ("learning_rate", "epochs", "batch")}
-    return Schedule(**names, seed=fitting.plan.spec.seed)
+    return {BATCH: batch_bytes(plan)}
 
 
 def _group(fitting: Fitting, name: str, level: str) -> str:
@@ -63,16 +56,17 @@ def _group(fitting: Fitting, name: str, level: str) -> str:
     if level != "layer":
         return "model" if level == "task" else name
     network = fitting.network
-    number = next((number for number, names in network.groups.items() if name in names), None)
-    if number is not None and number != OUTSIDE:
-        return f"layers.{number}"
-    return "embedding" if name == network.embedding else "head" if name.startswith(network.head) else "outside"
+    if name == network.embedding:
+        return "embedding"
+    if name in (network.head, network.head_bias):
+        return "head"
+    number = next(number for number, names in network.groups.items() if name in names)
+    return "outside" if number == OUTSIDE else f"layers.{number}"
 
 
 def _rest(fitting: Fitting, known: dict[str, Coefficients], value: float) -> dict[str, Coefficients]:
-    """Tensors that are merged but that the model does not run: they stay where the optimisation began."""
-    from mergecore.methods.base import per_model
-
+    """Tensors that are merged but that the model does not run, or that some models lack: they stay where the
+    optimisation began."""
     return {
         job.name: Coefficients(per_model([value] * len(job.models)))
         for job in fitting.plan.jobs

@@ -16,12 +16,21 @@ from torch import Tensor
 
 from mergecore.architecture import Architecture, is_embedding, is_linear
 from mergecore.engine import Fit
-from mergecore.features.adamerging import schedule_of
-from mergecore.features.fitting import DTYPES, Fitting, sample_tokens
-from mergecore.features.learning import Mixed, Mixture, entropy, leaf, learn
+from mergecore.features.fitting import DTYPES, Fitting, hidden_bytes, sample_tokens
+from mergecore.features.learning import (
+    BATCH,
+    Mixed,
+    Mixture,
+    batch_bytes,
+    entropy,
+    leaf,
+    learn,
+    mean_over_tokens,
+    schedule_of,
+)
 from mergecore.features.passes import States, run
 from mergecore.features.weights import Stored
-from mergecore.methods.base import Coefficients
+from mergecore.methods.base import Coefficients, per_model
 from mergecore.ops import Axis
 from mergecore.planning import MergePlan
 
@@ -58,10 +67,15 @@ def fit(fitting: Fitting) -> Fit:
     for job in fitting.plan.jobs:
         if not job.merges:
             continue
-        mixture = mixtures.get(job.name) or _fixed(fitting, count)
+        mixture = mixtures.get(job.name)
+        if mixture is None:  # some models lack it
+            coefficients[job.name] = Coefficients(per_model([1 / len(job.models)] * len(job.models)))
+            continue
         values = torch.zeros(len(job.models), mixture.coefficients.shape[1], dtype=torch.float64)
-        for model_values, stored in zip(mixture.coefficients.detach().cpu(), mixture.models, strict=True):
-            values[fitting.models.index(stored)] = model_values
+        for number, stored in enumerate(fitting.models):
+            for own, model_values in zip(mixture.models, mixture.coefficients.detach().cpu(), strict=True):
+                if own is stored:  # a model may be listed twice, for two tasks
+                    values[number] = model_values
         axis: Any = {Axis.TENSOR: None, Axis.ROWS: "rows", Axis.COLUMNS: "columns"}[mixture.axis]
         coefficients[job.name] = Coefficients(values, axis=axis)
     spread = {name: [found.mean().item(), found.std(correction=0).item()] for name, found in leaves.items()}
@@ -69,19 +83,21 @@ def fit(fitting: Fitting) -> Fit:
 
 
 def kept_bytes(plan: MergePlan) -> dict[str, int]:
-    """The models' logits of all samples."""
+    """The models' logits of all samples, and the hidden states of one model's samples or of a batch."""
     parameters = next(job.parameters for job in plan.jobs if job.parameters is not None)
-    if parameters["loss"] == "entropy":
-        return {}
-    text = plan.config.get("text_config") or plan.config
-    vocabulary, top = int(text.get("vocab_size") or 0), parameters["top_k"]
-    dtype = DTYPES[plan.spec.calibration.dtype]
-    each = States.nbytes(sample_tokens(plan), top, dtype) + 8 * sample_tokens(plan) * top
-    return {"logits": each if top else States.nbytes(sample_tokens(plan), vocabulary, dtype)}
+    tokens = sample_tokens(plan)
+    found = {BATCH: batch_bytes(plan)}
+    if parameters["loss"] != "entropy" and parameters["epochs"]:
+        text = plan.config.get("text_config") or plan.config
+        vocabulary, dtype = int(text.get("vocab_size") or 0), DTYPES[plan.spec.calibration.dtype]
+        top = parameters["top_k"] if parameters["top_k"] < vocabulary else 0
+        found["logits"] = States.nbytes(tokens, top + 1 if top else vocabulary, dtype) + 8 * tokens * top
+        found["hidden states"] = hidden_bytes(plan, tokens // len(plan.data))
+    return found
 
 
 def _mixtures(fitting: Fitting, count: int) -> tuple[dict[str, Mixture], dict[str, Tensor]]:
-    """What every tensor is made of, and the coefficients among them that are learned."""
+    """What every tensor is made of, and the coefficients among them that are learned: of tensors that are run."""
     merges_embeddings = fitting.parameter("embeddings") == "merge"
     merges_norms = fitting.parameter("norms") == "merge"
     plan, network = fitting.plan, fitting.network
@@ -96,8 +112,11 @@ def _mixtures(fitting: Fitting, count: int) -> tuple[dict[str, Mixture], dict[st
             if len(shape) > 1
             else merges_norms
         )
+        if learned and name not in network.names:
+            mixtures[name] = _average(fitting, fitting.models[:count])
+            continue
         if not learned:
-            mixtures[name] = _fixed(fitting, count)
+            mixtures[name] = _fixed(fitting)
             continue
         # An input feature of a linear layer is a stored column, or row; of an embedding and a vector, an entry.
         rows = is_linear(name, shape) and architecture.orientation(name, shape) == "rows"
@@ -109,21 +128,29 @@ def _mixtures(fitting: Fitting, count: int) -> tuple[dict[str, Mixture], dict[st
     return mixtures, leaves
 
 
-def _fixed(fitting: Fitting, count: int) -> Mixture:
+def _fixed(fitting: Fitting) -> Mixture:
     """The base's tensor; without a base, the models' average."""
-    taken: Sequence[Stored] = fitting.models[count:] or fitting.models
-    values = torch.full((len(taken), 1), 1 / len(taken), dtype=torch.float64, device=fitting.device)
-    return Mixture(taken, values)
+    section = fitting.plan.sections[0]
+    if section.part.base_model is None:
+        return _average(fitting, fitting.models)
+    based = [member.model is section.reference for member in section.members]  # listed, or else the last
+    return _average(fitting, [fitting.models[based.index(True)]])
+
+
+def _average(fitting: Fitting, models: Sequence[Stored]) -> Mixture:
+    values = torch.full((len(models), 1), 1 / len(models), dtype=torch.float64, device=fitting.device)
+    return Mixture(models, values)
 
 
 class Targets:
-    """Each model's logits of its own samples: whole, or the largest `top_k` of every token."""
+    """Each model's logits of its own samples: whole, or the largest `top_k` of every token and the rest's."""
 
     def __init__(self, fitting: Fitting, total: int) -> None:
-        self.device, top = fitting.device, fitting.parameter("top_k")
+        vocabulary, top = fitting.network.skeleton.vocabulary, fitting.parameter("top_k")
+        self.device, top = fitting.device, top if top < vocabulary else 0
         lengths = [len(sample.tokens) for task in fitting.samples for sample in task]
         network = fitting.network
-        self.logits = fitting.states(lengths, top or network.skeleton.vocabulary)
+        self.logits = fitting.states(lengths, top + 1 if top else vocabulary)
         self.places = [torch.empty(length, top, dtype=torch.int64) for length in lengths] if top else None
         first = 0
         for task, (weights, samples) in enumerate(zip(fitting.models, fitting.samples, strict=False)):
@@ -138,40 +165,41 @@ class Targets:
                     features = network.skeleton.end(states[number].to(self.device), outside)
                     logits = network.logits(features, weights, outside)[0]
                     if self.places is not None:
-                        # What the rest of the vocabulary has is told by the logits being normalised.
-                        logits = torch.log_softmax(logits.double(), dim=-1)
-                        logits, self.places[first + number] = (part.cpu() for part in logits.topk(top, dim=-1))
+                        places = logits.topk(top, dim=-1).indices
+                        logits, self.places[first + number] = with_rest(logits.double(), places), places
                 self.logits[first + number] = logits.unsqueeze(0)
             first += len(samples)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor | None]:
-        """A sample's logits (n, vocabulary) and None; or log-probabilities (n, top_k) and which tokens they are of."""
-        places = None if self.places is None else self.places[number].to(self.device)
-        return self.logits[number][0].to(self.device), places
+    def __getitem__(self, number: int) -> tuple[Tensor, ...]:
+        """A sample's logits (n, vocabulary); or those of `with_rest` (n, top_k + 1) and which tokens they are of."""
+        places = () if self.places is None else (self.places[number].to(self.device),)
+        return self.logits[number][0].to(self.device), *places
 
 
-def distance(kind: str, merged: Tensor, model: Tensor, places: Tensor | None = None) -> Tensor:
+def distance(kind: str, merged: Tensor, model: Tensor, *places: Tensor) -> Tensor:
     """A loss of section 3.3.1 or 5.1, mean over tokens, of logits (n, vocabulary): KL(merged || model), the other way
-    round, or the mean squared difference. With `places`, `model` has log-probabilities of some tokens: divergences
-    count the rest of the vocabulary as one token, squares leave it out."""
-    merged, model = merged.double(), model.double()
-    if kind == "mse":
-        if places is not None:
-            merged = torch.log_softmax(merged, dim=-1).gather(-1, places)
-        return (merged - model).square().mean()
-    ours = torch.log_softmax(merged, dim=-1)
-    theirs = model if places is not None else torch.log_softmax(model, dim=-1)
-    if places is not None:
-        ours, theirs = (_with_rest(part) for part in (ours.gather(-1, places), theirs))
-    weights, gap = (ours, ours - theirs) if kind == "kl" else (theirs, theirs - ours)
-    return (weights.exp() * gap).sum(dim=-1).mean()
+    round, or the mean squared difference. With `places` the model's are those of `with_rest`; squares leave the rest
+    out."""
+
+    def of_tokens(merged: Tensor, model: Tensor, *places: Tensor) -> Tensor:
+        merged, model = merged.double(), model.double()
+        if places:
+            merged = with_rest(merged, *places)
+        if kind == "mse":
+            known = places[0].shape[-1] if places else model.shape[-1]
+            return (merged - model)[:, :known].square().mean(dim=-1)
+        ours, theirs = torch.log_softmax(merged, dim=-1), torch.log_softmax(model, dim=-1)
+        weights, gap = (ours, ours - theirs) if kind == "kl" else (theirs, theirs - ours)
+        return (weights.exp() * gap).sum(dim=-1)
+
+    return mean_over_tokens(of_tokens, merged, model, *places)
 
 
-def _with_rest(logs: Tensor) -> Tensor:
-    """Log-probabilities of some tokens, and of all others together."""
-    least = torch.finfo(logs.dtype).eps
-    rest = (1 - logs.exp().sum(dim=-1, keepdim=True)).clamp(min=least)
-    return torch.cat([logs, rest.log()], dim=-1)
+def with_rest(logits: Tensor, places: Tensor) -> Tensor:
+    """(n, k + 1): of logits (n, vocabulary) those of the tokens at `places`, int64 (n, k), k < vocabulary, and last the
+    logit of all others as one token."""
+    others = logits.scatter(-1, places, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([logits.gather(-1, places), others], dim=-1)
 
 
 def regularisation(coefficients: Sequence[Tensor], *, cosine: float, l1: float, l2: float) -> Tensor:

@@ -116,6 +116,13 @@ def sample_tokens(plan: MergePlan) -> int:
     return len(plan.data) * plan.spec.calibration.samples * plan.spec.calibration.length
 
 
+def hidden_bytes(plan: MergePlan, tokens: int) -> int:
+    """What the hidden states of so many tokens take."""
+    text = plan.config.get("text_config") or plan.config
+    width = int(text.get("hidden_size") or text.get("n_embd") or 0)
+    return States.nbytes(tokens, width, DTYPES[plan.spec.calibration.dtype])
+
+
 def draw(plan: MergePlan) -> list[list[Sample]]:
     """The samples of each model's task, tokenised for the output."""
     how = plan.spec.calibration

@@ -19,17 +19,23 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from mergecore.errors import NonFiniteError
 from mergecore.features.backward import value_and_gradient
 from mergecore.features.columns import scaled_sum
-from mergecore.features.fitting import Step, replace_file
+from mergecore.features.fitting import Fitting, Step, hidden_bytes, replace_file, sample_tokens
 from mergecore.features.passes import HEAD_BYTES, Network, Tensors
 from mergecore.features.samples import Sample
 from mergecore.features.weights import Stored
 from mergecore.ops import Axis
+from mergecore.output.config import COUNTS
+from mergecore.planning import MergePlan
 
 KEEP_STEPS = 10
 """A step is kept so often; what is lost with a crash is done again."""
+LOGITS = 1 << 22
+"""Of so many the loss is computed at once, in float64."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,24 @@ class Schedule:
         return found
 
 
+def schedule_of(fitting: Fitting) -> Schedule:
+    """What the method's parameters say of the optimisation."""
+    names: Any = {name: fitting.parameter(name) for name in ("learning_rate", "epochs", "batch")}
+    return Schedule(**names, seed=fitting.plan.spec.seed)
+
+
+BATCH = "hidden states of a batch, in memory"
+
+
+def batch_bytes(plan: MergePlan) -> int:
+    """What a step keeps of its samples, at most: the states in front of every layer, and behind the last."""
+    batch = next(job.parameters["batch"] for job in plan.jobs if job.parameters is not None)
+    text = plan.config.get("text_config") or plan.config
+    layers = next((int(text[name]) for name in COUNTS if name in text), 0)
+    tokens = min(batch * plan.spec.calibration.length, sample_tokens(plan))
+    return (layers + 1) * hidden_bytes(plan, tokens)
+
+
 SampleLoss = Callable[[int, Tensor], Tensor]
 """(number of the sample, the merged model's logits (1, n, vocabulary)) -> a scalar."""
 
@@ -141,7 +165,7 @@ def learn(
     """Moves the leaves, in place, to less of the mean loss of a batch plus `penalty`; returns the loss of every step.
 
     Goes on from what `scratch` keeps of an earlier run, to the same bytes. `before` is (done, of how many) steps of
-    other work, for the progress.
+    other work, for the progress. NonFiniteError if the loss is not finite.
     """
     optimiser = torch.optim.AdamW(list(leaves.values()), lr=schedule.learning_rate, weight_decay=0.0)
     batches = schedule.batches(len(samples))
@@ -156,13 +180,17 @@ def learn(
             tokens,
             lambda i, logits, batch=batch: loss(batch[i], logits) / len(batch),  # type: ignore[misc]
         )
-        value = math.fsum(losses)
+        value = sum(losses)
         if penalty is not None:
             with torch.enable_grad():
                 added = penalty()
             if added.requires_grad:  # not where all its weights are 0
                 added.backward()
             value += float(added.detach())
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss of step {number + 1} is {value}: lower learning_rate, unless a model is broken"
+            )
         optimiser.step()
         curve.append(value)
         done = number + 1
@@ -211,5 +239,23 @@ def leaf(models: int, length: int, value: float, device: torch.device) -> Tensor
 
 def entropy(logits: Tensor) -> Tensor:
     """Mean over tokens of the entropy, in nats, of what is predicted; logits (1, n, vocabulary)."""
-    logs = torch.log_softmax(logits.double(), dim=-1)
-    return -(logs.exp() * logs).sum(dim=-1).mean()
+
+    def of_tokens(part: Tensor) -> Tensor:
+        logs = torch.log_softmax(part.double(), dim=-1)
+        return -(logs.exp() * logs).sum(dim=-1)
+
+    return mean_over_tokens(of_tokens, logits[0])
+
+
+def mean_over_tokens(loss: Callable[..., Tensor], logits: Tensor, *beside: Tensor) -> Tensor:
+    """The mean of `loss`, (m,) of m tokens, over all tokens: the first dimension of what it is given.
+
+    It is computed for a few tokens at a time, and again for their gradient: in float64 a large vocabulary takes much
+    memory.
+    """
+    count = max(1, LOGITS // logits.shape[-1])
+    sums: list[Any] = [
+        checkpoint(lambda *parts: loss(*parts).sum(), *parts, use_reentrant=False, preserve_rng_state=False)
+        for parts in zip(*(tensor.split(count) for tensor in (logits, *beside)), strict=True)
+    ]
+    return torch.stack(sums).sum() / len(logits)

@@ -49,6 +49,12 @@ class Network:
         self.head, self.head_bias = self.skeleton.head_of(names)
 
     @property
+    def names(self) -> set[str]:
+        """All tensors that are run."""
+        ends = {self.embedding, self.head, *([] if self.head_bias is None else [self.head_bias])}
+        return ends.union(*self.groups.values())
+
+    @property
     def tied(self) -> bool:
         return self.head == self.embedding
 

@@ -69,10 +69,13 @@ class Skeleton:
 
         Embedding and head have groups of their own: they are not in the result (`embedding_of`, `head_of`).
         """
+        known = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         found = {}
         for name in names:
             target = self._target(name)[0]
             if target == self._embedding_name or (self._head_name and target.startswith(self._head_name)):
+                continue
+            if target not in known:
                 continue
             found[name] = self._layer(target)
         return found

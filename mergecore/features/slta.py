@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mergecore.engine import Fit
 from mergecore.errors import NonFiniteError
-from mergecore.features.fitting import DTYPES, Fitting, replace_file, sample_tokens
+from mergecore.features.fitting import Fitting, hidden_bytes, replace_file, sample_tokens
 from mergecore.features.passes import States, Tensors, run
 from mergecore.features.samples import Sample
 from mergecore.features.submodules import ATTENTION, Heads, Submodules
@@ -109,10 +109,7 @@ def fit(fitting: Fitting) -> Fit:
 
 def kept_bytes(plan: MergePlan) -> dict[str, int]:
     """The hidden states: those in front of and behind a layer, the base's, and every model's differences to them."""
-    text = plan.config.get("text_config") or plan.config
-    width = int(text.get("hidden_size") or text.get("n_embd") or 0)
-    each = States.nbytes(sample_tokens(plan), width, DTYPES[plan.spec.calibration.dtype])
-    return {"hidden states": (3 + len(plan.data)) * each}
+    return {"hidden states": (3 + len(plan.data)) * hidden_bytes(plan, sample_tokens(plan))}
 
 
 def _of_model(fitting: Fitting) -> Solution:
