@@ -10,6 +10,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +166,21 @@ def _outputs(fitting: Fitting, level: str) -> Iterator[tuple[str, Output]]:
             if level == "head_mlp" and part == ATTENTION:
                 heads = Heads(submodules)
                 for head in range(heads.count):
-                    yield (
-                        f"layers.{number}.head.{head}",
-                        _of_head(fitting, samples, states, heads, head, parameters, others),
-                    )
+
+                    def of_head(
+                        mixed: Tensors,
+                        hidden: Tensor,
+                        base: Tensors = parameters,
+                        heads: Heads = heads,
+                        head: int = head,
+                    ) -> Tensor:
+                        inputs = heads.inputs(base, mixed, hidden)
+                        return heads.features(head, inputs, mixed[heads.weight_name]).unsqueeze(0)
+
+                    yield f"layers.{number}.head.{head}", _of_states(fitting, states, parameters, others, of_head)
             else:
-                yield (
-                    f"layers.{number}.{part}",
-                    _of_part(fitting, samples, states, submodules, part, parameters, others),
-                )
+                of_part = partial(submodules.output, part, parameters)
+                yield f"layers.{number}.{part}", _of_states(fitting, states, parameters, others, of_part)
         for i in range(len(samples)):
             states[i] = network.skeleton.layer(number, parameters, states[i].to(fitting.device))
         fitting.step(number + 1, network.layers, "layers")
@@ -189,40 +196,20 @@ def _of_model(fitting: Fitting, samples: Sequence[Sample], weights: Sequence[flo
     return states
 
 
-def _of_part(
+def _of_states(
     fitting: Fitting,
-    samples: Sequence[Sample],
     states: States,
-    submodules: Submodules,
-    part: str,
     base: Tensors,
     others: Sequence[Tensors],
+    features: Callable[[Tensors, Tensor], Tensor],
 ) -> Output:
+    """The Output of a submodule: `features` makes them of weights in the place of the base's, and of hidden states."""
+
     def output(weights: Sequence[float]) -> States:
-        found = fitting.states([len(sample.tokens) for sample in samples], fitting.network.skeleton.hidden_size)
+        found = fitting.states([states[i].shape[1] for i in range(len(states))], fitting.network.skeleton.hidden_size)
         mixed = _mixed(base, others, weights)
-        for i in range(len(samples)):
-            found[i] = submodules.output(part, base, mixed, states[i].to(fitting.device))
-        return found
-
-    return output
-
-
-def _of_head(
-    fitting: Fitting,
-    samples: Sequence[Sample],
-    states: States,
-    heads: Heads,
-    head: int,
-    base: Tensors,
-    others: Sequence[Tensors],
-) -> Output:
-    def output(weights: Sequence[float]) -> States:
-        found = fitting.states([len(sample.tokens) for sample in samples], fitting.network.skeleton.hidden_size)
-        mixed = _mixed(base, others, weights)
-        for i in range(len(samples)):
-            inputs = heads.inputs(base, mixed, states[i].to(fitting.device))
-            found[i] = heads.features(head, inputs, mixed[heads.weight_name]).unsqueeze(0)
+        for i in range(len(states)):
+            found[i] = features(mixed, states[i].to(fitting.device))
         return found
 
     return output
