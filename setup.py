@@ -38,7 +38,7 @@ ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 HOST = ["-O3", "-std=c++17", "-g1", "-fvisibility=hidden", "-Wall", "-Wextra", *ARITHMETIC]
 if platform.machine() in ("x86_64", "AMD64"):
     HOST.append("-mprefer-vector-width=512")
-STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030b0000")]
+STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 
 with_cuda = torch.version.cuda is not None and CUDA_HOME is not None and os.environ.get("MERGECORE_CUDA") != "0"
 sources = ["csrc/ops.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]

@@ -14,8 +14,9 @@ struct OnDevice {
   cuda::Stream stream = nullptr;
 
   explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    // The header's macro for this check has another name in every torch.
+    check(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
+          "torch has no current stream on the GPU");
   }
 };
 
