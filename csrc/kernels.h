@@ -60,8 +60,8 @@ MERGECORE_INLINE int64_t first_row_of(const Window& w) {
   return w.columns == 0 ? 0 : w.first_row + w.first_entry / w.columns;
 }
 
-constexpr int kTileRows = 64;  // rows are summed tile by tile (design, section 5)
-constexpr int kLanes = 64;     // a row is summed in this many lanes
+constexpr int kTileRows = 256;  // rows are summed tile by tile (design, section 5)
+constexpr int kLanes = 64;      // a row is summed in this many lanes
 constexpr int kMaxModels = 64;
 
 // Moments per column: rows 0 of `sums` is a.a, rows 1+3n.. are d.d, d.(x+a), x.x of model n.

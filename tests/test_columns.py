@@ -55,8 +55,8 @@ def assert_gradients(found: Tensor, made: Inputs, gradient: Tensor) -> None:
         ends = oracle.column_dots(outer, oracle.floats(model)), oracle.column_dots(outer, start)
         sizes = np.abs(outer * (oracle.floats(model) - start)).sum(axis=0)
         for value, of_model, of_base, size in zip(row, *ends, sizes.tolist(), strict=True):
-            # 64 additions within a tile or lane, a few tiles or halvings; the delta is rounded itself.
-            assert abs(Fraction(value) - (of_model - of_base)) <= 80 * Fraction(1, 2**53) * Fraction(size)
+            # 256 additions at most within a tile or lane, a few tiles or halvings; the delta is rounded itself.
+            assert abs(Fraction(value) - (of_model - of_base)) <= 270 * Fraction(1, 2**53) * Fraction(size)
 
 
 # Kernels ------------------------------------------------------------------------------------------
@@ -95,15 +95,15 @@ def test_float64_gives_the_bits_of_the_same_numbers_in_other_dtypes(made: Inputs
         assert torch.equal(oracle.bits(found), oracle.bits(sums(made, gradient)))
 
 
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 300])
-def test_rows_are_added_one_by_one_in_tiles_of_64_and_tiles_in_order(rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 900])
+def test_rows_are_added_one_by_one_in_tiles_of_256_and_tiles_in_order(rows: int) -> None:
     made = plain(rows, rows, 5, F32, F32, BF16)
     gradient = gradient_of(made, F32)
     outer, start = oracle.floats(gradient), made.start()
     for found, model in zip(by_column(made, gradient), made.models, strict=True):
         delta = oracle.floats(model) - start
         for column, value in enumerate(found.tolist()):
-            tiles = [chain(outer[i : i + 64, column], delta[i : i + 64, column]) for i in range(0, rows, 64)]
+            tiles = [chain(outer[i : i + 256, column], delta[i : i + 256, column]) for i in range(0, rows, 256)]
             total = 0.0
             for tile in tiles:
                 total = total + tile

@@ -49,16 +49,16 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("op", "cases", "kernels"),
     [
-        # bf16, f16, f32, mixed, mixed with f64; 16-byte loads or not; the adding up of tiles
-        ("column_moments", 300, 5 * 2 + 1),
-        ("row_moments", 60, 5 * 2),
-        # the same with a gradient of float32, and one for any other
+        # bf16, f16, f32, mixed, mixed with f64; 16-byte loads or not; drops or none; the adding up of tiles
+        ("column_moments", 300, 5 * 2 * 2 + 1),
+        ("row_moments", 150, 5 * 2 * 2),
+        # without drops, with a gradient of float32, and one for any other
         ("column_gradient", 300, 6 * 2 + 1),
         ("row_gradient", 100, 6 * 2),
         ("gram", 250, 5 * 2 + 1),
         ("row_gram", 60, 5 * 2),
         ("column_gram", 150, 5 * 2 + 1),
-        ("blend", 600, 5 * 2 * 4),  # to four dtypes
+        ("blend", 1000, 5 * 2 * 2 * 4),  # to four dtypes
         ("rank", 150, 2),
         ("selection", 400, 3 + 6),  # elections to three dtypes; sums, magnitudes, kept deltas, three that count
         ("row_divergences", 60, 1),

@@ -129,7 +129,7 @@ def windows(rows: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
 @st.composite
 def inputs(draw: st.DrawFn, *, largest: int = 20_000, dropping: bool = True) -> Inputs:
     """Windows of odd shapes, dtypes mixed, values as in real models or of many magnitudes."""
-    rows = draw(st.sampled_from([1, 2, 3, 8, 63, 64, 65, 127, 129, 200]))
+    rows = draw(st.sampled_from([1, 2, 3, 8, 63, 64, 65, 127, 200, 256, 257, 300]))
     columns = draw(st.sampled_from([1, 2, 7, 63, 64, 65, 255, 256, 257, 2049]))
     rows, columns = (rows, columns) if rows * columns <= largest else (max(1, largest // columns), columns)
     count = draw(st.sampled_from([1, 2, 3, 16]))
@@ -171,7 +171,7 @@ def large() -> Inputs:
     return Inputs(made.base, made.models, drops)
 
 
-cuts = st.lists(st.integers(1, 200), max_size=4)
+cuts = st.lists(st.integers(1, 300), max_size=4)
 
 
 # Registration -------------------------------------------------------------------------------------
@@ -270,8 +270,8 @@ def assert_moments(found: Tensor, made: Inputs, kept: Sequence[oracle.Floats]) -
     wanted, sizes = exact_moments(made, kept)
     for row, exact, size in zip(found.tolist(), wanted, sizes, strict=True):
         for value, right, scale in zip(row, exact, size, strict=True):
-            # 200 rows at most: 64 additions within a tile, a few tiles; x = a + d is itself rounded.
-            assert abs(Fraction(value) - right) <= 80 * Fraction(1, 2**53) * scale
+            # 300 rows at most are added, in two tiles; x = a + d is itself rounded.
+            assert abs(Fraction(value) - right) <= 270 * Fraction(1, 2**53) * scale
 
 
 @few
@@ -308,12 +308,12 @@ def chain(one: oracle.Floats, two: oracle.Floats) -> float:
     return total
 
 
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 300])
-def test_rows_are_added_one_by_one_in_tiles_of_64_and_tiles_in_order(rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 900])
+def test_rows_are_added_one_by_one_in_tiles_of_256_and_tiles_in_order(rows: int) -> None:
     made = plain(rows, rows, 5, F32, F32, BF16)
     for found, (one, two) in zip(made.column_moments(), terms(made), strict=True):
         for column, value in enumerate(found.tolist()):
-            tiles = [chain(one[i : i + 64, column], two[i : i + 64, column]) for i in range(0, rows, 64)]
+            tiles = [chain(one[i : i + 256, column], two[i : i + 256, column]) for i in range(0, rows, 256)]
             total = 0.0
             for tile in tiles:
                 total = total + tile

@@ -1,4 +1,5 @@
 // out = cast( base_coefficient * base + sum_n c_n * d_n ), one pass, float64, one rounding.
+#include "rounding.cuh"
 #include "window.cuh"
 
 namespace mergecore::cuda {
@@ -16,7 +17,9 @@ struct DeviceBlend {
   int64_t stride;
   double base_coefficient;
   void* out;
-  // The entries as the grid walks them: rows of the window, or all of it as one row (Axis::tensor).
+  // The entries as the grid walks them: rows of the window, or any, where one coefficient goes for
+  // all (Axis::tensor); the last one may be shorter.
+  int64_t entries;
   int64_t rows;
   int64_t columns;
   unsigned strips;  // blocks beside each other
@@ -24,26 +27,24 @@ struct DeviceBlend {
 };
 
 // sum[j] += c * delta of model m's entries, whose first lies at `column` of `row`.
-template <class T, bool kVector>
+template <class T, bool kVector, bool kDrops>
 __device__ __forceinline__ void add_model(const DeviceBlend& b, int m, const Entries<T>& model,
                                           const double (&base)[kEntries], int64_t row,
                                           int64_t column, int n, double (&sum)[kEntries]) {
   const Window& w = b.in.window;
-  const Drop& drop = b.in.drops[m];
   const Dtype dtype = b.in.models[m].dtype;
-  const bool dropping = drops_any(drop);
-  const int64_t index = w.first_entry + w.first_row * w.columns + row * b.columns + column;
-  uint32_t numbers[kEntries] = {};
-  if (drop.threshold > 0) random_numbers(drop, static_cast<uint64_t>(index), numbers);
-  auto delta = [&](int j) {
-    const double d = value(model, dtype, j) - base[j];
-    return dropping ? keep(drop, numbers[j], d, index + j) * d : d;
-  };
+  double delta[kEntries];
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) delta[j] = value(model, dtype, j) - base[j];
+  if constexpr (kDrops) {
+    const int64_t index = w.first_entry + w.first_row * w.columns + row * b.columns + column;
+    drop_deltas(b.in.drops[m], index, delta);
+  }
   const double* coefficients = b.coefficients + m * b.stride;
   if (b.axis != Axis::columns) {
     const double c = coefficients[b.axis == Axis::rows ? w.first_row + row : 0];
 #pragma unroll
-    for (int j = 0; j < kEntries; ++j) sum[j] = fma(c, delta(j), sum[j]);
+    for (int j = 0; j < kEntries; ++j) sum[j] = fma(c, delta[j], sum[j]);
     return;
   }
   coefficients += column;
@@ -56,16 +57,21 @@ __device__ __forceinline__ void add_model(const DeviceBlend& b, int m, const Ent
       if (j < n) c.x = coefficients[j];
       if (j + 1 < n) c.y = coefficients[j + 1];
     }
-    sum[j] = fma(c.x, delta(j), sum[j]);
-    sum[j + 1] = fma(c.y, delta(j + 1), sum[j + 1]);
+    sum[j] = fma(c.x, delta[j], sum[j]);
+    sum[j + 1] = fma(c.y, delta[j + 1], sum[j + 1]);
   }
 }
 
-template <class T, bool kVector>
+// Models whose loads are in flight together. Random numbers keep the arithmetic busy, and would
+// come several times over in the code.
+template <class T, bool kDrops>
+constexpr int kTogether = kDrops ? 1 : kInFlight<T>;
+
+template <class T, bool kVector, int kCount>
 __device__ __forceinline__ void load_models(const DeviceInputs& in, int first, int64_t entry, int n,
-                                            Entries<T> (&models)[kInFlight<T>]) {
+                                            Entries<T> (&models)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kInFlight<T>; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (first + i < in.count) models[i] = load<T, kVector>(in.models[first + i], entry, n);
   }
 }
@@ -81,12 +87,15 @@ __device__ __forceinline__ void store(const double (&values)[kEntries], int n, v
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
     if (j >= n) continue;
-    const double result = round_to<Out>(values[j]);
-    const Bits bits = Out::store(static_cast<typename Out::Number>(result));
-    if (!(fabs(values[j]) < HUGE_VAL)) {
-      ++nonfinite;
-    } else if (fabs(result) > Out::largest) {
-      ++overflow;
+    Bits bits;
+    if (!quick_bits<Out>(values[j], bits)) {
+      const double result = round_to<Out>(values[j]);
+      bits = Out::store(static_cast<typename Out::Number>(result));
+      if (!(fabs(values[j]) < HUGE_VAL)) {
+        ++nonfinite;
+      } else if (fabs(result) > Out::largest) {
+        ++overflow;
+      }
     }
     if (!kVector || n != kEntries) {
       to[j] = bits;
@@ -106,13 +115,14 @@ __device__ __forceinline__ void store(const double (&values)[kEntries], int n, v
   }
 }
 
-template <class T, class Out, bool kVector>
+template <class T, class Out, bool kVector, bool kDrops>
 __device__ __forceinline__ void blend_entries(const DeviceBlend& b, int64_t row, int64_t column,
                                               int n, unsigned& nonfinite, unsigned& overflow) {
   const DeviceInputs& in = b.in;
   const int64_t entry = row * b.columns + column;
   const Entries<T> base_bits = load<T, kVector>(in.base, entry, n);
-  Entries<T> models[kInFlight<T>];
+  constexpr int kCount = kTogether<T, kDrops>;
+  Entries<T> models[kCount];
   load_models<T, kVector>(in, 0, entry, n, models);
   double base[kEntries], sum[kEntries];
 #pragma unroll
@@ -122,11 +132,11 @@ __device__ __forceinline__ void blend_entries(const DeviceBlend& b, int64_t row,
   }
   for (int first = 0;;) {
 #pragma unroll
-    for (int i = 0; i < kInFlight<T>; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       if (first + i >= in.count) continue;
-      add_model<T, kVector>(b, first + i, models[i], base, row, column, n, sum);
+      add_model<T, kVector, kDrops>(b, first + i, models[i], base, row, column, n, sum);
     }
-    first += kInFlight<T>;
+    first += kCount;
     if (first >= in.count) break;
     load_models<T, kVector>(in, first, entry, n, models);
   }
@@ -148,20 +158,22 @@ __device__ __forceinline__ void add_count(unsigned count, int64_t* total) {
   }
 }
 
-template <class T, class Out, bool kVector>
-__global__ void __launch_bounds__(kThreads)
+template <class T, class Out, bool kVector, bool kDrops>
+__global__ void __launch_bounds__(kThreads, 4)
     blend_window(const __grid_constant__ DeviceBlend b, int64_t* counts) {
   const int64_t strip = blockIdx.x % b.strips;
   const int64_t column = (strip * b.across + threadIdx.x % b.across) * kEntries;
   const unsigned down = kThreads / b.across;
   const int64_t left = b.columns - column;
-  const int n = static_cast<int>(left < kEntries ? left : kEntries);
   int64_t row =
       static_cast<int64_t>(blockIdx.x / b.strips) * (kRows * down) + threadIdx.x / b.across;
   unsigned nonfinite = 0, overflow = 0;
   for (int i = 0; i < kRows; ++i, row += down) {
-    if (n <= 0 || row >= b.rows) break;
-    blend_entries<T, Out, kVector>(b, row, column, n, nonfinite, overflow);
+    const int64_t last = b.entries - row * b.columns - column;
+    const int64_t run = left < last ? left : last;
+    if (run <= 0) break;
+    const int n = static_cast<int>(run < kEntries ? run : kEntries);
+    blend_entries<T, Out, kVector, kDrops>(b, row, column, n, nonfinite, overflow);
   }
   add_count(nonfinite, counts);
   add_count(overflow, counts + 1);
@@ -170,8 +182,9 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, class Out>
 int launch_blend(const DeviceBlend& b, bool vectors, int64_t blocks, int64_t* counts,
                  Stream stream) {
-  auto* kernel = vectors ? &blend_window<T, Out, true> : &blend_window<T, Out, false>;
-  return launch(kernel, blocks, kThreads, stream, b, counts);
+  auto* plain = vectors ? &blend_window<T, Out, true, false> : &blend_window<T, Out, false, false>;
+  auto* drops = vectors ? &blend_window<T, Out, true, true> : &blend_window<T, Out, false, true>;
+  return launch(drops_any(b.in) ? drops : plain, blocks, kThreads, stream, b, counts);
 }
 
 }  // namespace
@@ -187,8 +200,10 @@ int blend(const Blend& blend, int64_t* counts, Stream stream) {
   b.base_coefficient = blend.base_coefficient;
   b.out = blend.out;
   const bool flat = b.axis == Axis::tensor;
-  b.rows = flat ? 1 : w.rows;
-  b.columns = flat ? w.rows * w.columns : w.columns;
+  constexpr int64_t kBlock = kThreads * kEntries;
+  b.entries = w.rows * w.columns;
+  b.columns = flat ? divide_up(b.entries, kRows * kBlock) * kBlock : w.columns;
+  b.rows = divide_up(b.entries, b.columns);
   const int64_t threads = divide_up(b.columns, kEntries);
   for (b.across = 1; b.across < kThreads && b.across < threads;) b.across *= 2;
   b.strips = static_cast<unsigned>(divide_up(threads, b.across));

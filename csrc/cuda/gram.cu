@@ -46,17 +46,11 @@ __device__ __forceinline__ void vector(const DeviceInputs& in, int v, const Valu
     return;
   }
   const Matrix& matrix = in.models[v - 1];
-  const Drop& drop = in.drops[v - 1];
   const Entries<T> model = load<T, kVector>(matrix, entry, n);
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) out[j] = value(model, matrix.dtype, j) - base[j];
-  if (!drops_any(drop)) return;
   const Window& w = in.window;
-  const int64_t index = w.first_entry + w.first_row * w.columns + entry;
-  uint32_t numbers[kEntries] = {};
-  if (drop.threshold > 0) random_numbers(drop, static_cast<uint64_t>(index), numbers);
-#pragma unroll
-  for (int j = 0; j < kEntries; ++j) out[j] = keep(drop, numbers[j], out[j], index + j) * out[j];
+  drop_deltas(in.drops[v - 1], w.first_entry + w.first_row * w.columns + entry, out);
 }
 
 // Adds the products of eight entries.

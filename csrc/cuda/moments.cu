@@ -16,41 +16,34 @@ struct Lanes {
 };
 
 // Adds the first n entries of one row; `index` is the tensor's index of the first.
-template <class T>
+template <class T, bool kDrops>
 __device__ __forceinline__ void add(const Entries<T>& model, const Entries<T>& base,
-                                    const DeviceInputs& in, int m, uint64_t index, int n,
+                                    const DeviceInputs& in, int m, int64_t index, int n,
                                     Lanes& sums) {
-  const Drop& drop = in.drops[m];
-  const Dtype dtype = in.models[m].dtype;
-  auto add_entry = [&](int j, double a, double d, double x) {
-    if (m == 0) sums.aa[j] = fma(a, a, sums.aa[j]);
-    sums.dd[j] = fma(d, d, sums.dd[j]);
-    sums.dg[j] = fma(d, x + a, sums.dg[j]);
-    sums.xx[j] = fma(x, x, sums.xx[j]);
-  };
-  if (drops_any(drop)) {
-    uint32_t numbers[kEntries] = {};
-    if (drop.threshold > 0) random_numbers(drop, index, numbers);
+  double a[kEntries], x[kEntries], d[kEntries];
 #pragma unroll
-    for (int j = 0; j < kEntries; ++j) {
-      if (j >= n) continue;
-      const double a = value(base, in.base.dtype, j);
-      const double raw = value(model, dtype, j) - a;
-      const double d = keep(drop, numbers[j], raw, static_cast<int64_t>(index) + j) * raw;
-      add_entry(j, a, d, a + d);
-    }
-  } else {
+  for (int j = 0; j < kEntries; ++j) {
+    a[j] = value(base, in.base.dtype, j);
+    x[j] = value(model, in.models[m].dtype, j);
+    d[j] = x[j] - a[j];
+  }
+  if (kDrops && drops_any(in.drops[m])) {
+    drop_deltas(in.drops[m], index, d);
 #pragma unroll
-    for (int j = 0; j < kEntries; ++j) {
-      if (j >= n) continue;
-      const double a = value(base, in.base.dtype, j), x = value(model, dtype, j);
-      add_entry(j, a, x - a, x);
-    }
+    for (int j = 0; j < kEntries; ++j) x[j] = a[j] + d[j];
+  }
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) {
+    if (j >= n) continue;
+    if (m == 0) sums.aa[j] = fma(a[j], a[j], sums.aa[j]);
+    sums.dd[j] = fma(d[j], d[j], sums.dd[j]);
+    sums.dg[j] = fma(d[j], x[j] + a[j], sums.dg[j]);
+    sums.xx[j] = fma(x[j], x[j], sums.xx[j]);
   }
 }
 
 // Adds kSteps runs of n entries, `stride` entries apart; all are loaded before the first is used.
-template <class T, bool kVector, int kSteps>
+template <class T, bool kVector, bool kDrops, int kSteps>
 __device__ __forceinline__ void add_steps(const DeviceInputs& in, int m, int64_t entry,
                                           int64_t stride, int n, Lanes& sums) {
   const Window& w = in.window;
@@ -63,13 +56,12 @@ __device__ __forceinline__ void add_steps(const DeviceInputs& in, int m, int64_t
   }
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
-    add(model[i], base[i], in, m, static_cast<uint64_t>(index + i * stride), kVector ? kEntries : n,
-        sums);
+    add<T, kDrops>(model[i], base[i], in, m, index + i * stride, kVector ? kEntries : n, sums);
   }
 }
 
 // partial[tile][moment][column]; the first tile goes on from `pending`.
-template <class T, bool kVector>
+template <class T, bool kVector, bool kDrops>
 __global__ void __launch_bounds__(kColumnThreads)
     sum_tiles(const __grid_constant__ DeviceInputs in, unsigned groups, int64_t moments,
               const double* pending, double* partial) {
@@ -94,10 +86,10 @@ __global__ void __launch_bounds__(kColumnThreads)
   }
   constexpr int kSteps = kInFlight<T>;
   for (; row + kSteps <= rows.end; row += kSteps) {
-    add_steps<T, kVector, kSteps>(in, m, row * w.columns + column, w.columns, n, sums);
+    add_steps<T, kVector, kDrops, kSteps>(in, m, row * w.columns + column, w.columns, n, sums);
   }
   for (; row < rows.end; ++row) {
-    add_steps<T, kVector, 1>(in, m, row * w.columns + column, w.columns, n, sums);
+    add_steps<T, kVector, kDrops, 1>(in, m, row * w.columns + column, w.columns, n, sums);
   }
   double* to = partial + tile * moments * w.columns + column;
   if (m == 0) store_sums<kVector>(to, sums.aa, n);
@@ -106,7 +98,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   store_sums<kVector>(to + (first + 2) * w.columns, sums.xx, n);
 }
 
-template <class T, bool kVector>
+template <class T, bool kVector, bool kDrops>
 __global__ void __launch_bounds__(kRowThreads)
     sum_rows(const __grid_constant__ DeviceInputs in, int64_t total_rows, double* out) {
   const Window& w = in.window;
@@ -121,12 +113,12 @@ __global__ void __launch_bounds__(kRowThreads)
     const int64_t entry = row * w.columns;
     int64_t column = thread * kEntries;
     for (; column + (kSteps - 1) * kLanes + kEntries <= w.columns; column += kSteps * kLanes) {
-      add_steps<T, kVector, kSteps>(in, m, entry + column, kLanes, kEntries, sums);
+      add_steps<T, kVector, kDrops, kSteps>(in, m, entry + column, kLanes, kEntries, sums);
     }
     for (; column < w.columns; column += kLanes) {
       const int64_t left = w.columns - column;
       const int n = static_cast<int>(left < kEntries ? left : kEntries);
-      add_steps<T, kVector, 1>(in, m, entry + column, kLanes, n, sums);
+      add_steps<T, kVector, kDrops, 1>(in, m, entry + column, kLanes, n, sums);
     }
   }
   // Threads without a row take part, so that the whole warp meets in every shuffle.
@@ -158,9 +150,12 @@ int column_moments(const Inputs& in, double* sums, double* pending, void* scratc
   double* partial = static_cast<double*>(scratch);
   int error = with_storage(in, [&](auto type) {
     using T = decltype(type);
-    auto* kernel = vectors(inputs) && aligned(scratch) ? &sum_tiles<T, true> : &sum_tiles<T, false>;
-    return launch(kernel, tiles.count * groups * in.count, kColumnThreads, stream, inputs,
-                  static_cast<unsigned>(groups), moments, pending, partial);
+    const bool wide = vectors(inputs) && aligned(scratch);
+    auto* plain = wide ? &sum_tiles<T, true, false> : &sum_tiles<T, false, false>;
+    auto* drops = wide ? &sum_tiles<T, true, true> : &sum_tiles<T, false, true>;
+    return launch(drops_any(inputs) ? drops : plain, tiles.count * groups * in.count,
+                  kColumnThreads, stream, inputs, static_cast<unsigned>(groups), moments, pending,
+                  partial);
   });
   if (error != cudaSuccess) return error;
   return launch(&add_tiles, divide_up(size, kRowThreads), kRowThreads, stream, partial, size,
@@ -174,8 +169,11 @@ int row_moments(const Inputs& in, double* sums, int64_t total_rows, Stream strea
   const int64_t blocks = divide_up(w.rows, kRowThreads / kThreadsPerRow) * in.count;
   return with_storage(in, [&](auto type) {
     using T = decltype(type);
-    auto* kernel = vectors(inputs) ? &sum_rows<T, true> : &sum_rows<T, false>;
-    return launch(kernel, blocks, kRowThreads, stream, inputs, total_rows, sums);
+    const bool wide = vectors(inputs);
+    auto* plain = wide ? &sum_rows<T, true, false> : &sum_rows<T, false, false>;
+    auto* drops = wide ? &sum_rows<T, true, true> : &sum_rows<T, false, true>;
+    return launch(drops_any(inputs) ? drops : plain, blocks, kRowThreads, stream, inputs,
+                  total_rows, sums);
   });
 }
 

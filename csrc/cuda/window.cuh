@@ -218,4 +218,28 @@ __device__ __forceinline__ double keep(const Drop& drop, uint32_t number, double
   return number >= drop.threshold && selected(drop, fabs(d), index) ? drop.scale : 0.0;
 }
 
+// Multiplies the deltas of entries `index`, `index` + 1, ... of the tensor with what `drop` says.
+__device__ __forceinline__ void drop_deltas(const Drop& drop, int64_t index,
+                                            double (&delta)[kEntries]) {
+  if (!drops_any(drop)) return;
+  uint32_t numbers[kEntries] = {};
+  if (drop.threshold > 0) random_numbers(drop, static_cast<uint64_t>(index), numbers);
+  if (!selects(drop)) {
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      delta[j] = (numbers[j] >= drop.threshold ? drop.scale : 0.0) * delta[j];
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) {
+    delta[j] = keep(drop, numbers[j], delta[j], index + j) * delta[j];
+  }
+}
+
+inline bool drops_any(const DeviceInputs& in) {
+  return std::any_of(in.drops, in.drops + in.count,
+                     [](const Drop& drop) { return mergecore::drops_any(drop); });
+}
+
 }  // namespace mergecore::cuda

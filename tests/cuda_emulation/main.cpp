@@ -89,7 +89,7 @@ struct Case {
     if (one_column > 0) rows = one_column, columns = 1;
     models = static_cast<int>(draw(1, 5));
     if (chance(5)) models = static_cast<int>(draw(60, kMaxModels)), rows = draw(1, 3);
-    first_row = chance(30) ? 0 : draw(1, 200);
+    first_row = chance(30) ? 0 : draw(1, 600);
     first_entry = chance(50) ? 0 : draw(0, 1) == 0 ? 4 * draw(0, 1 << 20) : draw(1, 1 << 20);
     if (chance(5)) first_entry += int64_t{1} << 40;
     wild = chance(30);
@@ -193,7 +193,7 @@ void equal(const char* what, const T* cpu, const T* cuda, int64_t count) {
 }
 
 std::string column_moments() {
-  const Case c(200);
+  const Case c(600);
   const int64_t size = moment_count(c.models) * c.columns;
   const int64_t offset = chance(20) ? 8 : 0;
   const Memory sums = numbers(size, false), pending = numbers(size, false, offset);
@@ -259,7 +259,7 @@ struct Gradient {
 };
 
 std::string column_gradient() {
-  const Case c(200);
+  const Case c(600);
   const Gradient gradient(c);
   const int64_t size = c.models * c.columns, offset = chance(20) ? 8 : 0;
   const Memory sums = numbers(size, false), pending = numbers(size, false, offset);
