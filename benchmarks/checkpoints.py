@@ -134,23 +134,32 @@ class _Shards:
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def names() -> list[str]:
+    """Of the three checkpoints: a base and two models."""
+    return list(DELTA_STDS)
+
+
+def make_one(folder: Path, geometry: Geometry, name: str) -> Path:
+    """Writes one of them under `folder` unless it is there; returns its path."""
+    target, std = folder / name, DELTA_STDS[name]
+    if (target / "config.json").is_file():
+        return target
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    weights, deltas, shards = _Pool(0), _Pool(names().index(name) + 1), _Shards(target)
+    for tensor_name, shape in geometry.shapes().items():
+        tensor = weights.take(shape).mul_(WEIGHT_STD)
+        if std:
+            tensor += deltas.take(shape).mul_(std)
+        shards.add(tensor_name, tensor.to(torch.bfloat16))
+    shards.finish()
+    (target / "config.json").write_text(json.dumps(geometry.config()))  # last: it marks a whole model
+    return target
+
+
 def make(folder: Path, geometry: Geometry) -> list[Path]:
     """Writes base, tuned and pretrained under `folder` unless they are there; returns their paths."""
-    for seed, (name, std) in enumerate(DELTA_STDS.items()):
-        target = folder / name
-        if (target / "config.json").is_file():
-            continue
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        weights, deltas, shards = _Pool(0), _Pool(seed + 1), _Shards(target)
-        for tensor_name, shape in geometry.shapes().items():
-            tensor = weights.take(shape).mul_(WEIGHT_STD)
-            if std:
-                tensor += deltas.take(shape).mul_(std)
-            shards.add(tensor_name, tensor.to(torch.bfloat16))
-        shards.finish()
-        (target / "config.json").write_text(json.dumps(geometry.config()))  # last: it marks a whole model
-    return [folder / name for name in DELTA_STDS]
+    return [make_one(folder, geometry, name) for name in names()]
 
 
 if __name__ == "__main__":

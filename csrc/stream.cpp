@@ -1,4 +1,4 @@
-// mergecore._stream: windows over files in a known order, read ahead by a thread of its own; early
+// mergecore._stream: windows over files in a known order, read ahead by threads of its own; early
 // write-back for the writer. Knows bytes, pages and faults; knows nothing of tensors or
 // safetensors.
 //
@@ -29,6 +29,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -267,11 +268,79 @@ struct View {  // what a memoryview of a window is taken from
   uint64_t nbytes;
 };
 
+// The stream's thread and its helpers, who share the parts of a window.
+class Crew {
+ public:
+  // Called by the stream's thread: helpers inherit which signals it blocks.
+  explicit Crew(int64_t helpers) {
+    for (int64_t i = 0; i < helpers; ++i) threads_.emplace_back([this] { help(); });
+  }
+
+  ~Crew() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  // Calls work(0) ... work(count - 1), each once, in any order; returns when all are done.
+  void share(size_t count, const std::function<void(size_t)>& work) {
+    if (threads_.empty() || count < 2) {
+      for (size_t i = 0; i < count; ++i) work(i);
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      work_ = &work;
+      next_ = 0;
+      count_ = count;
+      busy_ = threads_.size();
+      ++round_;
+    }
+    wake_.notify_all();
+    take_all();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return busy_ == 0; });
+  }
+
+ private:
+  void take_all() {
+    for (size_t i; (i = next_.fetch_add(1)) < count_;) (*work_)(i);
+  }
+
+  void help() {
+    uint64_t seen = 0;
+    for (;;) {
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return stop_ || round_ != seen; });
+        if (stop_) return;
+        seen = round_;
+      }
+      take_all();
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  const std::function<void(size_t)>* work_ = nullptr;
+  std::atomic<size_t> next_{0};
+  size_t count_ = 0, busy_ = 0;
+  uint64_t round_ = 0;
+  bool stop_ = false;
+  std::vector<std::thread> threads_;
+};
+
 class WindowStream {
  public:
   WindowStream(std::vector<std::string> paths, const std::string& mode, int64_t depth,
-               bool populate, py::object opener)
-      : populate_(populate), opener_(std::move(opener)) {
+               int64_t threads, bool populate, py::object opener)
+      : threads_(threads), populate_(populate), opener_(std::move(opener)) {
+    if (threads < 1) throw py::value_error("threads must be 1 or more");
     if (mode != "map" && mode != "pread") {
       throw py::value_error("mode is '" + mode + "'; it must be 'map' or 'pread'");
     }
@@ -483,6 +552,7 @@ class WindowStream {
   // -- the thread
 
   void run() {
+    Crew crew(threads_ - 1);
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       wake_.wait(lock, [this] {
@@ -491,7 +561,7 @@ class WindowStream {
       });
       if (stop_) return;
       if (dropped_ < released_) {  // first, so that no more than depth + 1 windows are resident
-        if (map_ && !windows_.front().keep) drop_front(lock);
+        if (map_ && !windows_.front().keep) drop_front(lock, crew);
         windows_.pop_front();
         ++dropped_;
         continue;
@@ -506,7 +576,7 @@ class WindowStream {
       std::exception_ptr failure;
       lock.unlock();  // submit() and next() leave this window alone until it is filled
       try {
-        fault = map_ ? populate(window) : read(window);
+        fault = fill(window, crew);
       } catch (...) {
         failure = std::current_exception();
       }
@@ -527,62 +597,80 @@ class WindowStream {
     }
   }
 
-  // Makes the pages of a window resident; returns what prevents it.
-  std::optional<Fault> populate(const Window& window) {
+  struct Chunk {
+    Piece piece;
+    uint64_t wanted;  // the first byte that was asked for
+    uint8_t* to;      // pread only
+  };
+
+  // Makes a window resident; returns what prevents it, at the first place where something does.
+  std::optional<Fault> fill(Window& window, Crew& crew) {
+    uint64_t total = 0;
+    for (const Piece& piece : window.pieces) total += page_up(piece.nbytes);
+    if (!map_ && (!window.buffer || window.buffer->length() < total)) {
+      window.buffer.reset();  // the old one first: both at once would break the bound
+      window.buffer = Buffer::make(std::max(total, kPage));
+    }
+    std::vector<Chunk> chunks;
+    uint64_t at = 0;  // within the buffer
     for (const Piece& piece : window.pieces) {
       if (piece.nbytes == 0) continue;
-      const File& file = files_[piece.file];
-      for (uint64_t at = page_down(piece.offset); at < piece.end(); at += kChunk) {
-        if (stop_) return std::nullopt;
-        uint8_t* begin = file.mapping->data() + at;
-        const uint64_t length = page_up(std::min(kChunk, piece.end() - at));
-        while (populate_ && madvise(begin, length, MADV_POPULATE_READ) != 0) {
-          if (errno == EINTR || errno == EAGAIN) continue;
-          if (errno == EINVAL) {  // a kernel before 5.14
-            populate_ = false;
-            break;
-          }
-          const int error = errno;
-          const std::string reason =
-              error == EFAULT ? "I/O error" : std::string("cannot be mapped: ") + strerror(error);
-          return Fault{file.path, std::max(at, piece.offset), changed(file).value_or(reason)};
-        }
-        if (!populate_) {
-          madvise(begin, length, MADV_WILLNEED);
-          for (uint64_t i = 0; i < length; i += kPage) {
-            static_cast<void>(*const_cast<volatile uint8_t*>(begin + i));
-          }
-        }
+      const uint64_t first = map_ ? page_down(piece.offset) : piece.offset;
+      for (uint64_t begin = first; begin < piece.end(); begin += kChunk) {
+        const uint64_t nbytes = std::min(kChunk, piece.end() - begin);
+        uint8_t* to = map_ ? nullptr : window.buffer->data() + at + (begin - first);
+        chunks.push_back({{piece.file, begin, nbytes}, std::max(begin, piece.offset), to});
+      }
+      at += page_up(piece.nbytes);
+    }
+    std::vector<std::optional<Fault>> faults(chunks.size());
+    crew.share(chunks.size(), [&](size_t i) {
+      if (!stop_) faults[i] = map_ ? populate(chunks[i]) : read(chunks[i]);
+    });
+    for (std::optional<Fault>& fault : faults) {
+      if (fault) return std::move(fault);
+    }
+    return std::nullopt;
+  }
+
+  std::optional<Fault> populate(const Chunk& chunk) {
+    const File& file = files_[chunk.piece.file];
+    const uint64_t at = chunk.piece.offset;
+    uint8_t* begin = file.mapping->data() + at;
+    const uint64_t length = page_up(chunk.piece.nbytes);
+    while (populate_ && madvise(begin, length, MADV_POPULATE_READ) != 0) {
+      if (errno == EINTR || errno == EAGAIN) continue;
+      if (errno == EINVAL) {  // a kernel before 5.14
+        populate_ = false;
+        break;
+      }
+      const int error = errno;
+      const std::string reason =
+          error == EFAULT ? "I/O error" : std::string("cannot be mapped: ") + strerror(error);
+      return Fault{file.path, chunk.wanted, changed(file).value_or(reason)};
+    }
+    if (!populate_) {
+      madvise(begin, length, MADV_WILLNEED);
+      for (uint64_t i = 0; i < length; i += kPage) {
+        static_cast<void>(*const_cast<volatile uint8_t*>(begin + i));
       }
     }
     return std::nullopt;
   }
 
-  std::optional<Fault> read(Window& window) {
-    uint64_t total = 0;
-    for (const Piece& piece : window.pieces) total += page_up(piece.nbytes);
-    if (!window.buffer || window.buffer->length() < total) {
-      window.buffer.reset();  // the old one first: both at once would break the bound
-      window.buffer = Buffer::make(std::max(total, kPage));
-    }
-    uint64_t at = 0;
-    for (const Piece& piece : window.pieces) {
-      const File& file = files_[piece.file];
-      for (uint64_t done = 0; done < piece.nbytes;) {
-        if (stop_) return std::nullopt;
-        const uint64_t offset = piece.offset + done;
-        const ssize_t got = pread(file.fd, window.buffer->data() + at + done,
-                                  static_cast<size_t>(std::min(kChunk, piece.nbytes - done)),
-                                  static_cast<off_t>(offset));
-        if (got > 0) {
-          done += static_cast<uint64_t>(got);
-        } else if (got == 0) {
-          return Fault{file.path, offset, changed(file).value_or("truncated")};
-        } else if (errno != EINTR) {
-          return Fault{file.path, offset, std::string("I/O error: ") + std::strerror(errno)};
-        }
+  std::optional<Fault> read(const Chunk& chunk) {
+    const File& file = files_[chunk.piece.file];
+    for (uint64_t done = 0; done < chunk.piece.nbytes && !stop_;) {
+      const uint64_t offset = chunk.piece.offset + done;
+      const ssize_t got =
+          pread(file.fd, chunk.to + done, chunk.piece.nbytes - done, static_cast<off_t>(offset));
+      if (got > 0) {
+        done += static_cast<uint64_t>(got);
+      } else if (got == 0) {
+        return Fault{file.path, offset, changed(file).value_or("truncated")};
+      } else if (errno != EINTR) {
+        return Fault{file.path, offset, std::string("I/O error: ") + std::strerror(errno)};
       }
-      at += page_up(piece.nbytes);
     }
     return std::nullopt;
   }
@@ -590,7 +678,7 @@ class WindowStream {
   // Drops the pages of the front window, outwards to whole pages, but for those that a window
   // filled after it shows as well: consecutive windows share their edge pages, and faulting one in
   // again would bring its neighbours with it.
-  void drop_front(std::unique_lock<std::mutex>& lock) {
+  void drop_front(std::unique_lock<std::mutex>& lock, Crew& crew) {
     struct Range {
       uint64_t begin, end;
     };
@@ -618,15 +706,17 @@ class WindowStream {
         dropped.emplace_back(files_[piece.file].mapping.get(), range);
     }
     lock.unlock();
-    for (const auto& [mapping, range] : dropped) {
+    crew.share(dropped.size(), [&](size_t i) {
+      const auto& [mapping, range] = dropped[i];
       madvise(mapping->data() + range.begin, range.end - range.begin, MADV_DONTNEED);
-    }
+    });
     lock.lock();
   }
 
   bool map_ = true;
   uint64_t depth_ = 1;
-  bool populate_;                  // the thread's alone after construction
+  int64_t threads_;
+  std::atomic<bool> populate_;
   py::object opener_;              // path -> descriptor, or None
   std::atomic<bool> stop_{false};  // set with the lock held
 
@@ -709,14 +799,14 @@ PYBIND11_MODULE(_stream, module) {
   py::class_<WindowStream>(module, "WindowStream",
                            "Windows over files in a known order, read ahead by a thread.")
       .def(py::init([](const std::vector<py::object>& files, const std::string& mode, int64_t depth,
-                       bool populate, py::object opener) {
+                       int64_t threads, bool populate, py::object opener) {
              std::vector<std::string> paths;
              for (const py::object& file : files) paths.push_back(file_path(file));
-             return std::make_unique<WindowStream>(std::move(paths), mode, depth, populate,
+             return std::make_unique<WindowStream>(std::move(paths), mode, depth, threads, populate,
                                                    std::move(opener));
            }),
            py::arg("files"), py::arg("mode") = "map", py::arg("depth") = 1, py::kw_only(),
-           py::arg("populate") = true, py::arg("opener") = py::none())
+           py::arg("threads") = 1, py::arg("populate") = true, py::arg("opener") = py::none())
       .def("submit", &WindowStream::submit, py::arg("pieces"), py::arg("keep") = false)
       .def("next",
            [](WindowStream& stream) {

@@ -14,7 +14,7 @@ class ReadFault(OSError):
     reason: str
 
 class WindowStream:
-    """Windows over files in a known order, read ahead by a thread of its own.
+    """Windows over files in a known order, read ahead by threads of its own.
 
     A window is a list of pieces (file index, offset, bytes). At most `depth + 1` windows that are not kept are
     resident: the one that is out, and `depth` after it.
@@ -29,11 +29,13 @@ class WindowStream:
         mode: str = "map",
         depth: int = 1,
         *,
+        threads: int = 1,
         populate: bool = True,
         opener: Callable[[str], int] | None = None,
     ) -> None:
-        """No file is opened yet; ValueError for an unknown mode or a negative depth.
+        """No file is opened yet; ValueError for an unknown mode, a negative depth or less than one thread.
 
+        `threads` share the parts of a window.
         `opener` returns a descriptor to read a path with, which the stream then owns; without one os.open does.
         """
 

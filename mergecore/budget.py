@@ -96,6 +96,11 @@ def windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
     return kept if kept.keep and held(kept) <= memory else windowed
 
 
+def device_bytes(job: TensorJob) -> int:
+    """Bytes of all inputs of a tensor as they lie on a device."""
+    return _row_bytes(job)[0] * job.rows * job.matrices
+
+
 def window_bytes(job: TensorJob) -> int:
     """Bytes of the inputs and the output of one window."""
     return job.window_rows * sum(_row_bytes(job))

@@ -5,6 +5,7 @@ Not for arithmetic (ops.py) and not for reading or writing files.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mergecore.errors import MergecoreError
+from mergecore.output.buffers import Buffer, new_buffer
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,20 @@ class CpuDevice:
     """Computes on host memory directly: nothing is copied."""
 
     torch_device = torch.device("cpu")
+    readers = 1
+    """Threads that bring windows into memory while others are computed."""
+    buffers = 2
+    """Buffers of the writer: one is filled while the other is written."""
+    room = 0
+    """Bytes of tensors that stay on the device from one pass to the next."""
+
+    def new_buffer(self, nbytes: int) -> Buffer:
+        """A page-aligned buffer for results, at least `nbytes` long."""
+        return new_buffer(nbytes)
 
     def upload(self, windows: Sequence[HostWindow]) -> list[Tensor]:
-        """The inputs of one window on this device; valid until the next upload."""
+        """The inputs of one window on this device; valid until the next upload, and as long as they are referred to
+        where the device has `room`."""
         return [window.tensor() for window in windows]
 
     def output(self, window: HostWindow) -> Tensor:
@@ -57,20 +70,17 @@ class CpuDevice:
 
 
 class _Slot:
-    """A pinned host buffer, its device buffer, and the events that say when each may be reused."""
+    """A pinned host buffer, and the event that says when its bytes have left."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.pinned = torch.empty(0, dtype=torch.uint8)
-        self.resident = torch.empty(0, dtype=torch.uint8, device=device)
         self.copied = torch.cuda.Event()
-        self.computed = torch.cuda.Event()
 
-    def grow(self, nbytes: int) -> None:
+    def take(self, nbytes: int) -> Tensor:
+        self.copied.synchronize()
         if self.pinned.numel() < nbytes:
-            torch.cuda.synchronize(self.device)  # nothing may still use the old buffers
             self.pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            self.resident = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self.pinned
 
 
 def _aligned(nbytes: int) -> int:
@@ -80,59 +90,67 @@ def _aligned(nbytes: int) -> int:
 class CudaDevice:
     """Computes on a GPU: mapped pages -> pinned ring -> device on one stream, results back on another.
 
-    While the kernels of one window run, the next window is copied in and the previous result out.
+    While the kernels of one window run, the next window is copied in and the previous result out: straight to the
+    writer's buffers, which are pinned. `memory`: bytes of the GPU that are used at most, to which torch's allocator
+    keeps; None: most of what is free.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.torch_device = device
-        self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._pending: deque[tuple[_Slot, HostWindow, Callable[[], None]]] = deque()
-        self._make_rings()
+    buffers = 4
 
-    def _make_rings(self) -> None:
-        self._inputs = [_Slot(self.torch_device), _Slot(self.torch_device)]
-        self._outputs = [_Slot(self.torch_device), _Slot(self.torch_device)]
-        self._uploads = self._results = 0
+    def __init__(self, device: torch.device, memory: int | None = None) -> None:
+        self.torch_device = device
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = min(free // 5 * 4 if memory is None else memory, total)
+        torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+        self.room = allowed // 2  # the rest is for windows under way, statistics, results
+        # A core copies about half as fast as PCIe does; more than a few of them share what the memory gives.
+        self.readers = max(1, min(8, (os.cpu_count() or 1) // 2))
+        self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._pending: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
+        self._slots = [_Slot(), _Slot()]
+        self._uploads = 0
+
+    def new_buffer(self, nbytes: int) -> Buffer:
+        return torch.empty(max(nbytes, 1), dtype=torch.uint8, pin_memory=True).numpy()
 
     def upload(self, windows: Sequence[HostWindow]) -> list[Tensor]:
-        # The kernels launched since the last upload used that upload's slot.
-        self._inputs[self._uploads % 2].computed.record(torch.cuda.current_stream(self.torch_device))
+        slot = self._slots[self._uploads % len(self._slots)]
         self._uploads += 1
-        slot = self._inputs[self._uploads % 2]
+        compute = torch.cuda.current_stream(self.torch_device)
         sizes = [window.rows * window.columns * window.dtype.itemsize for window in windows]
-        slot.grow(sum(map(_aligned, sizes)))
-        slot.copied.synchronize()  # the pinned bytes of two windows ago have left
+        pinned = slot.take(sum(map(_aligned, sizes)))
         tensors, offset = [], 0
-        for window, nbytes in zip(windows, sizes, strict=True):
-            host = slot.pinned[offset : offset + nbytes].view(window.dtype).view(window.rows, window.columns)
-            host.copy_(window.tensor())
-            tensors.append(slot.resident[offset : offset + nbytes].view(window.dtype).view(host.shape))
-            offset += _aligned(nbytes)
         with torch.cuda.stream(self._in):
-            self._in.wait_event(slot.computed)
-            slot.resident[:offset].copy_(slot.pinned[:offset], non_blocking=True)
+            for window, nbytes in zip(windows, sizes, strict=True):
+                shape = window.rows, window.columns
+                resident = torch.empty(shape, dtype=window.dtype, device=self.torch_device)
+                if window.data is None:
+                    resident.zero_()
+                else:
+                    host = pinned[offset : offset + nbytes].view(window.dtype).view(shape)
+                    host.copy_(window.tensor())
+                    resident.copy_(host, non_blocking=True)
+                resident.record_stream(compute)
+                tensors.append(resident)
+                offset += _aligned(nbytes)
             slot.copied.record(self._in)
-        torch.cuda.current_stream(self.torch_device).wait_event(slot.copied)
+        compute.wait_event(slot.copied)
         return tensors
 
     def output(self, window: HostWindow) -> Tensor:
-        slot = self._outputs[self._results % 2]
-        nbytes = window.rows * window.columns * window.dtype.itemsize
-        slot.grow(nbytes)
-        return slot.resident[:nbytes].view(window.dtype).view(window.rows, window.columns)
+        return torch.empty(window.rows, window.columns, dtype=window.dtype, device=self.torch_device)
 
     def deliver(self, result: Tensor, window: HostWindow, then: Callable[[], None]) -> None:
-        slot = self._outputs[self._results % 2]
-        self._results += 1
-        nbytes = result.numel() * result.element_size()
-        slot.computed.record(torch.cuda.current_stream(self.torch_device))
+        computed, arrived = torch.cuda.Event(), torch.cuda.Event()
+        computed.record(torch.cuda.current_stream(self.torch_device))
         with torch.cuda.stream(self._out):
-            self._out.wait_event(slot.computed)
-            slot.pinned[:nbytes].copy_(slot.resident[:nbytes], non_blocking=True)
-            slot.copied.record(self._out)
-        self._pending.append((slot, window, then))
-        # One result may be under way: its host buffer and the next one are the two that the writer lends.
-        if len(self._pending) > 1:
+            self._out.wait_event(computed)
+            window.tensor().copy_(result, non_blocking=True)
+            result.record_stream(self._out)
+            arrived.record(self._out)
+        self._pending.append((arrived, then))
+        # The writer has a buffer to write, and one is for the next result.
+        while len(self._pending) > self.buffers - 2:
             self._arrive()
 
     def flush(self) -> None:
@@ -142,15 +160,12 @@ class CudaDevice:
     def release(self) -> None:
         torch.cuda.synchronize(self.torch_device)
         self._pending.clear()
-        self._make_rings()
         with torch.cuda.device(self.torch_device):
             torch.cuda.empty_cache()
 
     def _arrive(self) -> None:
-        slot, window, then = self._pending.popleft()
-        slot.copied.synchronize()
-        host = window.tensor()
-        host.copy_(slot.pinned[: host.numel() * host.element_size()].view(window.dtype).view(host.shape))
+        arrived, then = self._pending.popleft()
+        arrived.synchronize()
         then()
 
 
@@ -162,8 +177,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
-def open_device(name: str) -> Device:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`; MergecoreError where it is not there."""
+def open_device(name: str, memory: int | None = None) -> Device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:N`, of which `memory` bytes are used at most (None: most of what is
+    free on a GPU); MergecoreError where it is not there."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return CpuDevice()
     if not torch.cuda.is_available():
@@ -176,4 +192,4 @@ def open_device(name: str) -> Device:
         if name == "auto":
             return CpuDevice()
         raise MergecoreError(f"device {name}: the kernels were built without CUDA; build again with CUDA_HOME set")
-    return CudaDevice(torch.device("cuda", device.index or 0))
+    return CudaDevice(torch.device("cuda", device.index or 0), memory)

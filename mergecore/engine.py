@@ -53,6 +53,8 @@ class _Window:
     first_row: int
     rows: int
     blends: bool
+    stays: bool = False  # on the device, for the passes after this one
+    is_there: bool = False  # from an earlier pass
 
     @property
     def entries(self) -> tuple[int, int]:
@@ -61,6 +63,7 @@ class _Window:
 
 
 _Windows = Iterator[tuple[_Window, list[memoryview]]]
+_Place = tuple[int, int]  # matrix, first row
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Merge:
         open_scopes = any(job.scope == "model" for job in self.jobs)
         self.surveyed = [job for job in planned.jobs if job.scope == "model" and open_scopes]
         self.found: dict[str, Found] = {}
+        self.resident: dict[_Place, Part] = {}
         again = sum(job.input_bytes * job.surveyed_reads for job in skipped) if self.surveyed else 0
         self.read_before = sum(job.bytes_to_read for job in skipped) - again
         self.written = sum(planned.layout.slots[job.name].nbytes for job in skipped)
@@ -136,7 +140,7 @@ class Merge:
     def _run_jobs(self) -> bool:
         """Takes the merge from where it is to its last tensor; False if the device's memory did not suffice."""
         try:
-            with _stream(self.file_numbers, self.plan.spec.run.read, READ_AHEAD) as stream:
+            with self.stream(READ_AHEAD) as stream:
                 windows = self._windows(stream)
                 if self.surveyed:
                     self._survey(windows, stream)
@@ -158,6 +162,7 @@ class Merge:
         """What was begun starts again, in smaller windows or on the CPU. Neither changes a byte of the result."""
         if not self.surveyed:
             self.writer.restart(self.jobs[0].name)
+        self.resident.clear()
         self.read, self.written = self.mark
         self.placement.retreat(self._at_work())
         self.surveyed, self.jobs = (list(map(self.placement.narrowed, jobs)) for jobs in (self.surveyed, self.jobs))
@@ -201,6 +206,7 @@ class Merge:
             stream.check()
             self._check_finite(job, *counts.tolist())
         stream.check()
+        self.resident.clear()
         self.writer.finish(job.name)
         self.done += 1
         self._progress()
@@ -322,9 +328,18 @@ class Merge:
             compute(result, part)
             offset = part.first_entry * dtype.itemsize
             self.device.deliver(result, target, partial(self.writer.write, job.name, offset, buffer))
-            self._count(sum(map(len, views)), nbytes)
+            self._count(self._nbytes(window), nbytes)
 
     def _upload(self, window: _Window, views: list[memoryview]) -> Part:
+        place = window.matrix, window.first_row
+        if window.is_there:
+            return self.resident.pop(place) if window.blends else self.resident[place]
+        part = self._fresh(window, views)
+        if window.stays:
+            self.resident[place] = part
+        return part
+
+    def _fresh(self, window: _Window, views: list[memoryview]) -> Part:
         job, rest = window.job, views
         first, count = window.entries
         hosts = []
@@ -348,37 +363,57 @@ class Merge:
         order = self._order()
         ahead: list[_Window] = []
         while True:
-            while len(ahead) <= READ_AHEAD + 1:
+            while sum(not each.is_there for each in ahead) <= READ_AHEAD + 1:
                 window = next(order, None)
                 if window is None:
                     break
+                ahead.append(window)
+                if window.is_there:
+                    continue
                 try:
                     stream.submit(self._pieces(window), keep=window.job.keep and not window.blends)
                 except (OSError, ValueError) as error:  # gone, or shorter than its header said
                     raise InputFault(f"{window.job.name} cannot be read: {error}") from error
-                ahead.append(window)
             if not ahead:
                 return
             if self.should_stop is not None and self.should_stop():
                 raise Interrupted("stopped on request; the finished tensors are kept, --resume continues")
-            yield ahead.pop(0), stream.next()
+            window = ahead.pop(0)
+            yield window, [] if window.is_there else stream.next()
 
     def _order(self) -> Iterator[_Window]:
         jobs = list(self.jobs)  # which gets shorter while this is ahead of it
         for job in survey.order(self.surveyed):
-            yield from self._matrix_windows(job, range(job.matrices), blends=False)
+            yield from self._matrix_windows(job, range(job.matrices))
         for job in jobs:
-            for _ in range(job.surveyed_reads, job.choosing_reads):
-                yield from self._matrix_windows(job, range(job.matrices), blends=False)
+            stays = self.placement.stays(job)
+            chosen = max(job.surveyed_reads, job.choosing_reads)
+            for read in range(job.surveyed_reads, chosen):
+                again = stays and read > job.surveyed_reads
+                yield from self._matrix_windows(job, range(job.matrices), stays=stays, is_there=again)
             for matrix in range(job.matrices):
-                for read in range(max(job.surveyed_reads, job.choosing_reads) + 1, job.passes + 1):
-                    yield from self._matrix_windows(job, (matrix,), blends=read == job.passes)
+                for read in range(chosen + 1, job.passes + 1):
+                    again = stays and (chosen > job.surveyed_reads or read > chosen + 1)
+                    last = read == job.passes
+                    yield from self._matrix_windows(job, (matrix,), blends=last, stays=stays, is_there=again)
 
     @staticmethod
-    def _matrix_windows(job: TensorJob, matrices: Iterable[int], *, blends: bool) -> Iterator[_Window]:
+    def _matrix_windows(
+        job: TensorJob, matrices: Iterable[int], *, blends: bool = False, stays: bool = False, is_there: bool = False
+    ) -> Iterator[_Window]:
         for matrix in matrices:
             for first_row, rows in job.windows():
-                yield _Window(job, matrix, first_row, rows, blends)
+                yield _Window(job, matrix, first_row, rows, blends, stays and not blends, is_there)
+
+    def stream(self, depth: int) -> WindowStream:
+        """Windows of the plan's files, read `depth` ahead."""
+        files = [str(path) for path in self.plan.files]
+        readers = self.placement.device.readers
+        return WindowStream(files, self.plan.spec.run.read, depth, threads=readers, opener=open_input)
+
+    def _nbytes(self, window: _Window) -> int:
+        """Bytes of weights in a window, as they lie in the files."""
+        return sum(nbytes for _, _, nbytes in self._pieces(window))
 
     def _pieces(self, window: _Window) -> list[tuple[int, int, int]]:
         return [piece for source in window.job.sources() for piece in self._mapped(source, *window.entries)]
@@ -451,18 +486,22 @@ class _Reads:
         for _ in self.job.windows():
             window, views = next(self.windows)
             yield self._part(window, views)
-            self.merge._count(sum(map(len, views)), 0)
+            self.merge._count(self.merge._nbytes(window), 0)
 
     def further(self) -> Iterator[Part]:
-        yield from self._apart(self.merge._matrix_windows(self.job, range(self.job.matrices), blends=False))
+        yield from self._apart(self.merge._matrix_windows(self.job, range(self.job.matrices)))
 
     def only(self, first_entry: int, entries: int) -> Part:
         matrix, row = divmod(first_entry // self.job.columns, max(1, self.job.rows))
         return next(self._apart([_Window(self.job, matrix, row, entries // self.job.columns, False)]))
 
     def _apart(self, windows: Iterable[_Window]) -> Iterator[Part]:
-        with _stream(self.merge.file_numbers, self.merge.plan.spec.run.read, 0) as stream:
+        with self.merge.stream(0) as stream:
             for window in windows:
+                part = self.merge.resident.get((window.matrix, window.first_row))
+                if part is not None and part.models[0].shape[0] == window.rows:
+                    yield part
+                    continue
                 stream.submit(self.merge._pieces(window), keep=False)
                 views = stream.next()
                 yield self._part(window, views)
@@ -473,8 +512,7 @@ class _Reads:
         return self.merge._upload(window, views)
 
     def input_grams(self) -> tuple[Tensor, ...]:
-        files = self.merge.file_numbers
-        with _stream(files, self.merge.plan.spec.run.read, 0) as stream:
+        with self.merge.stream(0) as stream:
             grams = tuple(self._whole(source, stream) for source in self.job.input_grams)
         if not all(bool(gram.isfinite().all()) for gram in grams):
             self.nonfinite()
@@ -492,10 +530,6 @@ class _Reads:
             stream.check()
             self.merge._count(sum(map(len, views)), 0)
         return whole.view(source.shape)
-
-
-def _stream(files: Iterable[Path], mode: str, depth: int) -> WindowStream:
-    return WindowStream([str(path) for path in files], mode, depth, opener=open_input)
 
 
 def _peak_rss() -> int:

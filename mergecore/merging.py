@@ -80,13 +80,15 @@ def _merge(
     """A planned merge, after the earlier ones that it needs; warnings that were `told` before are not told again."""
     _warn([*(text for _, earlier in planned.earlier for text in earlier.warnings), *planned.warnings], told)
     # Before the writer: a device that is missing must not cost the work that `resume` would continue.
-    computing = open_device(planned.spec.run.device)
+    computing = open_device(planned.spec.run.device, planned.spec.run.device_memory)
 
     def run(planned: MergePlan, out: Path, show: Show | None) -> MergeResult:
         strangers = unrelated(planned)
         _warn(strangers, told)
         planned = replace(planned, warnings=(*planned.warnings, *strangers))
-        with OutputWriter(out, planned.layout, planned.identity(), resume=resume) as writer:
+        buffers, new_buffer = computing.buffers, computing.new_buffer
+        layout, identity = planned.layout, planned.identity()
+        with OutputWriter(out, layout, identity, resume=resume, buffers=buffers, new_buffer=new_buffer) as writer:
             fit = None
             if planned.data:
                 from mergecore.features.fitting import fitted  # and with it transformers

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from mergecore.budget import narrowed, window_bytes
+from mergecore.budget import device_bytes, narrowed, window_bytes
 from mergecore.device import CpuDevice, Device
 from mergecore.jobs import TensorJob
 
@@ -28,19 +28,28 @@ class Placement:
         """Bytes of a window, at most; None: as planned."""
         self.on_host: list[str] = []
         """Tensors that go to the CPU, in the order in which that was found."""
+        self.room = device.room
 
     def of(self, job: TensorJob) -> Device:
         """Where a tensor is computed."""
         return self.host if job.name in self.on_host else self.device
+
+    def stays(self, job: TensorJob) -> bool:
+        """Whether a tensor's windows stay on its device from one pass over them to the next."""
+        return job.passes > 1 and self.of(job) is self.device and 0 < device_bytes(job) <= self.room
 
     def can_retreat(self, jobs: Sequence[TensorJob]) -> bool:
         """Whether these have not come to the CPU yet."""
         return any(self.of(job) is not self.host for job in jobs)
 
     def retreat(self, jobs: Sequence[TensorJob]) -> None:
-        """These did not fit the device. From now on all windows are half as large as theirs, or, if that is not
-        possible, these go to the CPU."""
+        """These did not fit the device. From now on tensors are read anew for every pass, or all windows are half as
+        large as theirs, or, if that is not possible, these go to the CPU."""
         self.device.release()
+        if any(map(self.stays, jobs)):
+            self.room = 0
+            log.warning("not enough memory on the device: going on without keeping tensors there")
+            return
         largest = max(map(window_bytes, jobs))
         smaller = max(SMALLEST, largest // 2)
         if any(narrowed(job, smaller) is not job for job in jobs):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -203,9 +203,40 @@ class LateDevice(CpuDevice):
 def test_a_device_may_deliver_a_result_while_it_computes_the_next(
     trio: list[Path], expected: dict[str, Any], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "open_device", lambda name: LateDevice())
+    monkeypatch.setattr(merging, "open_device", lambda name, memory: LateDevice())
     with cut_anywhere(Random(3)):
         assert merged(spec_of(trio, **METHODS[method]), tmp_path / "out") == expected[method]
+
+
+class KeepingDevice(LateDevice):
+    """Has room for whole tensors; what was uploaded is its own. Counts the windows that it was given."""
+
+    room = 1 << 40
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uploads = 0
+
+    def upload(self, windows: Sequence[HostWindow]) -> list[Tensor]:
+        self.uploads += 1
+        return [tensor.clone() for tensor in super().upload(windows)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tensor_that_stays_on_the_device_is_uploaded_once_and_gives_the_same_bytes(
+    trio: list[Path], expected: dict[str, Any], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = KeepingDevice()
+    monkeypatch.setattr(merging, "open_device", lambda name, memory: device)
+    spec = spec_of(trio, **METHODS[method])
+    with cut_anywhere(Random(3)):
+        assert merged(spec, tmp_path / "cut") == expected[method]
+    jobs = [job for job in mergecore.plan(load_spec(spec)).jobs if job.parameters is not None]
+    once = sum(len(list(job.windows())) * job.matrices * (1 + job.surveyed_reads) for job in jobs)
+    device.uploads = 0
+    assert merged(spec, tmp_path / "whole") == expected[method]
+    # Order statistics look for a block again, which is no window.
+    assert device.uploads == once or any(job.choosing_reads for job in jobs)
 
 
 @pytest.fixture(scope="module")

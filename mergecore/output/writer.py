@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,13 @@ from types import TracebackType
 import xxhash
 
 from mergecore.errors import Interrupted, OutputError, OutputExistsError
-from mergecore.output.layout import INDEX_NAME, OutputLayout, TensorSlot
+from mergecore.output.buffers import Buffer, new_buffer
+from mergecore.output.layout import INDEX_NAME, OutputLayout, Shard, TensorSlot
 from mergecore.output.staging import Staging, reporting
 from mergecore.small_files import read_bytes
 
 log = logging.getLogger(__name__)
 
-RING = 2  # one buffer is filled while the other is written
 WRITE_STEP = 16 << 20  # bytes written before their write-back starts
 CHECKPOINT_BYTES = 256 << 20  # a crash costs the tensors at work and at most about this much of finished ones,
 CHECKPOINT_SECONDS = 5.0  # or this much time
@@ -40,8 +40,9 @@ class OutputWriter:
 
     Tensor bytes go through buffers of this writer: `acquire` one, fill it, `write` (part of) it; a thread puts it at
     its planned offset and reuses it. One thread calls these methods; a tensor's windows come in order, tensors in any.
-    `identity` names the merge (spec, inputs, code): with `resume`, the tensors that an interrupted run with equal
-    identity and layout has finished are kept (`resumed`, `finished`); otherwise everything starts from zero.
+    `buffers` of them, made by `new_buffer`, are in use at most. `identity` names the merge (spec, inputs, code): with
+    `resume`, the tensors that an interrupted run with equal identity and layout has finished are kept (`resumed`,
+    `finished`); otherwise everything starts from zero.
 
     Leaving it as a context manager abandons what was not published. The work is kept for `resume` if the reason was
     Interrupted, or OutputExistsError at the very end; else nothing stays behind.
@@ -58,6 +59,8 @@ class OutputWriter:
         *,
         resume: bool = False,
         dirty_limit: int = 256 << 20,
+        buffers: int = 2,
+        new_buffer: Callable[[int], Buffer] = new_buffer,
     ) -> None:
         self.layout = layout
         self.resumed = False
@@ -76,14 +79,17 @@ class OutputWriter:
         self._submitted = self._done = 0
         self._stopping = False
         self._failure: BaseException | None = None
-        self._free = [_new_buffer(1) for _ in range(RING)]
-        self._lent: dict[int, mmap.mmap] = {}  # by id: acquired, not yet written
+        self._new_buffer = new_buffer
+        self._free = [self._new_buffer(1) for _ in range(buffers)]
+        self._buffers = buffers
+        self._lent: dict[int, Buffer] = {}  # by id: acquired, not yet written
 
         # Of the calling thread.
         self._begun: dict[str, int] = {}  # bytes accepted, per tensor that has no end yet
         self._ended: set[str] = set()
 
         # Of the writer thread.
+        self._summing = ThreadPoolExecutor(1, "checksums of " + self._staging.out.name)
         self._hashes: dict[str, xxhash.xxh3_128] = {}
         self._unsynced: set[int] = set()  # shard numbers
         self._complete: dict[str, str] = {}  # written and summed, not yet synced and journaled
@@ -119,13 +125,13 @@ class OutputWriter:
             raise ValueError(f"cannot acquire a buffer of {nbytes} bytes")
         with self._changed:
             self._check_usable()
-            if len(self._lent) == RING:
-                raise ValueError(f"all {RING} output buffers are held by the caller; write one of them first")
+            if len(self._lent) == self._buffers:
+                raise ValueError(f"all {self._buffers} output buffers are held by the caller; write one of them first")
             while not self._free:
                 self._changed.wait()
                 self._check_usable()
             largest = max(self._free, key=len)
-            buffer = largest if len(largest) >= nbytes else _new_buffer(nbytes)
+            buffer = largest if len(largest) >= nbytes else self._new_buffer(nbytes)
             self._free.remove(largest)
             self._lent[id(buffer)] = buffer
             return memoryview(buffer)[:nbytes]
@@ -267,15 +273,17 @@ class OutputWriter:
         if not self.resumed and free < self.layout.nbytes:
             raise self._disk_full(free)
         for shard in self.layout.shards:
-            path = staging.output.path / shard.filename
-            with reporting("open", path):
+            with reporting("open", staging.output.path / shard.filename):
                 self._shards.append(staging.output.open(shard.filename, os.O_RDWR | os.O_CREAT))
-            try:
-                os.posix_fallocate(self._shards[-1], 0, shard.size)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise self._disk_full(free) from error
-                raise OutputError(f"cannot preallocate {shard.size:,} bytes for {path}: {error.strerror}") from error
+        # Side by side: a file system in memory makes the pages there and then.
+        with ThreadPoolExecutor() as pool:
+            failures = list(pool.map(_preallocate, self._shards, self.layout.shards))
+        for shard, failure in zip(self.layout.shards, failures, strict=True):
+            if failure is not None and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._disk_full(free) from failure
+            if failure is not None:
+                path, reason = staging.output.path / shard.filename, failure.strerror
+                raise OutputError(f"cannot preallocate {shard.size:,} bytes for {path}: {reason}") from failure
         for number, shard in enumerate(self.layout.shards):
             self._write_all(number, 0, memoryview(shard.header))
         with reporting("write", staging.journal.path):
@@ -317,6 +325,7 @@ class OutputWriter:
 
     def _close_shards(self) -> None:
         self._closed = True
+        self._summing.shutdown()
         while self._shards:
             os.close(self._shards.pop())
 
@@ -371,9 +380,13 @@ class OutputWriter:
                 self._failure = failure
                 self._changed.notify_all()
 
-    def _store(self, slot: TensorSlot, begin: int, data: memoryview, buffer: mmap.mmap) -> None:
+    def _store(self, slot: TensorSlot, begin: int, data: memoryview, buffer: Buffer) -> None:
         state = self._hashes.setdefault(slot.name, xxhash.xxh3_128())
-        self._write_all(slot.shard, slot.offset + begin, data, state)
+        summed = self._summing.submit(state.update, data)  # as long as writing takes, and beside it
+        self._write_all(slot.shard, slot.offset + begin, data)
+        summed.result()
+        self.written += data.nbytes
+        self._since_checkpoint += data.nbytes
         with self._changed:
             self._free.append(buffer)
             self._changed.notify_all()
@@ -386,7 +399,7 @@ class OutputWriter:
             self._complete_since = time.monotonic()
         self._complete[name] = self._hashes.pop(name, xxhash.xxh3_128()).hexdigest()
 
-    def _write_all(self, number: int, offset: int, data: memoryview, state: xxhash.xxh3_128 | None = None) -> None:
+    def _write_all(self, number: int, offset: int, data: memoryview) -> None:
         """Writes to a shard at an offset, in steps that end where the file offset is a multiple of WRITE_STEP."""
         descriptor = self._shards[number]
         self._unsynced.add(number)
@@ -399,10 +412,6 @@ class OutputWriter:
                 self._write_back.wrote(descriptor, offset, nbytes)
             except OSError as error:
                 raise self._failed("write", number, f" at offset {offset:,}", error) from error
-            if state is not None:
-                state.update(step[:nbytes])
-                self.written += nbytes
-                self._since_checkpoint += nbytes
             offset += nbytes
             data = data[nbytes:]
 
@@ -478,7 +487,10 @@ class _WriteBack:
             self._begin = self._end
 
 
-def _new_buffer(nbytes: int) -> mmap.mmap:
-    # Private: Python's default is shared memory, which counts as such and changes under a forked child.
-    size = -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _preallocate(descriptor: int, shard: Shard) -> OSError | None:
+    """Reserves a shard's bytes; returns what prevents it."""
+    try:
+        os.posix_fallocate(descriptor, 0, shard.size)
+    except OSError as error:
+        return error
+    return None

@@ -189,6 +189,12 @@ class Run(Table):
         description="Budget of the windows in flight, 16MiB or more: 512MiB (powers of 1024), 1GB (powers of 1000).",
         examples=["1GiB"],
     )
+    device_memory: Memory | None = Field(
+        default=None,
+        title="Device memory",
+        description="Bytes of a GPU's memory that are used at most; without it most of what is free at the start.",
+        examples=["24GiB"],
+    )
     threads: Threads = Field(default=0, title="Threads", description="Threads that compute; 0 for all processors.")
     shard_size: Size = Field(
         default=5 * 10**9, title="Shard size", description="Largest size of an output file.", examples=["5GB"]
