@@ -107,6 +107,8 @@ class Merge:
         again = sum(job.input_bytes * job.surveyed_reads for job in skipped) if self.surveyed else 0
         self.read_before = sum(job.bytes_to_read for job in skipped) - again
         self.written = sum(planned.layout.slots[job.name].nbytes for job in skipped)
+        self.to_read = planned.bytes_to_read
+        self.to_write = sum(slot.nbytes for slot in planned.layout.slots.values())
         self.file_numbers = {path: number for number, path in enumerate(planned.files)}
         self.started = time.monotonic()
 
@@ -434,9 +436,9 @@ class Merge:
                 tensors_done=self.done,
                 tensors_total=len(self.plan.jobs),
                 bytes_read=self.read_before + self.read,
-                bytes_read_total=self.plan.bytes_to_read,
+                bytes_read_total=self.to_read,
                 bytes_written=self.written,
-                bytes_written_total=sum(slot.nbytes for slot in self.plan.layout.slots.values()),
+                bytes_written_total=self.to_write,
                 seconds=time.monotonic() - self.started,
                 step=self.fit.step if self.fit is not None else "",
                 steps_done=self.fit.steps if self.fit is not None else 0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mergecore.architecture import Architecture, Orientation, is_linear
@@ -97,26 +98,26 @@ class TensorJob:
         """Whether a method computes it; otherwise it is taken from one model as it is."""
         return self.parameters is not None and self.method is not CARRY
 
-    @property
+    @cached_property
     def input_bytes(self) -> int:
         return sum(source.nbytes for source in self.sources())
 
-    @property
+    @cached_property
     def choosing_reads(self) -> int:
         """How often everything is read to tell which deltas are kept."""
         return planned_reads(self.sparsify) + planned_reads(self.keeps)
 
-    @property
+    @cached_property
     def surveyed_reads(self) -> int:
         """How many of the passes are taken before the first tensor is blended."""
         return self.passes - 1 if self.scope == "model" else 0
 
-    @property
+    @cached_property
     def passes(self) -> int:
         """How often the inputs are read: for what is kept, for statistics, and for the blend or the copy."""
         return self.choosing_reads + int(self.statistics.is_read) + 1
 
-    @property
+    @cached_property
     def bytes_to_read(self) -> int:
         """Bytes of windows read, every pass counted (all but the first usually come from memory)."""
         return self.input_bytes * self.passes + sum(gram.nbytes for gram in self.input_grams)

@@ -76,42 +76,52 @@ __device__ __forceinline__ void load_models(const DeviceInputs& in, int first, i
   }
 }
 
-// Rounds the first n values to Out and stores them.
+// Rounds the first n values to Out and stores them. What is rare is done apart, for all of them.
 template <class Out, bool kVector>
 __device__ __forceinline__ void store(const double (&values)[kEntries], int n, void* out,
                                       int64_t entry, unsigned& nonfinite, unsigned& overflow) {
   using Bits = typename Out::Bits;
   constexpr int kSize = sizeof(Bits);
-  Bits* to = static_cast<Bits*>(out) + entry;
-  uint32_t words[kEntries * kSize / 4] = {};
+  Bits bits[kEntries];
+  bool quick = true;
 #pragma unroll
-  for (int j = 0; j < kEntries; ++j) {
-    if (j >= n) continue;
-    Bits bits;
-    if (!quick_bits<Out>(values[j], bits)) {
+  for (int j = 0; j < kEntries; ++j) quick = quick_bits<Out>(values[j], bits[j]) && quick;
+  if (!quick) {
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
       const double result = round_to<Out>(values[j]);
-      bits = Out::store(static_cast<typename Out::Number>(result));
+      bits[j] = Out::store(static_cast<typename Out::Number>(result));
+      if (j >= n) continue;
       if (!(fabs(values[j]) < HUGE_VAL)) {
         ++nonfinite;
       } else if (fabs(result) > Out::largest) {
         ++overflow;
       }
     }
-    if (!kVector || n != kEntries) {
-      to[j] = bits;
-    } else if constexpr (kSize == 8) {
-      words[2 * j] = static_cast<uint32_t>(bits);
-      words[2 * j + 1] = static_cast<uint32_t>(bits >> 32);
+  }
+  Bits* to = static_cast<Bits*>(out) + entry;
+  if constexpr (!kVector) {
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      if (j < n) to[j] = bits[j];
+    }
+    return;
+  }
+  uint32_t words[kEntries * kSize / 4] = {};
+#pragma unroll
+  for (int j = 0; j < kEntries; ++j) {
+    if constexpr (kSize == 8) {
+      words[2 * j] = static_cast<uint32_t>(bits[j]);
+      words[2 * j + 1] = static_cast<uint32_t>(bits[j] >> 32);
     } else {
-      words[j * kSize / 4] |= kSize == 4 ? bits : static_cast<uint32_t>(bits) << (16 * (j % 2));
+      words[j * kSize / 4] |=
+          kSize == 4 ? bits[j] : static_cast<uint32_t>(bits[j]) << (16 * (j % 2));
     }
   }
-  if (kVector && n == kEntries) {
 #pragma unroll
-    for (int i = 0; i < kSize / 2; ++i) {
-      reinterpret_cast<uint4*>(to)[i] =
-          make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
-    }
+  for (int i = 0; i < kSize / 2; ++i) {
+    reinterpret_cast<uint4*>(to)[i] =
+        make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
   }
 }
 
@@ -120,7 +130,7 @@ __device__ __forceinline__ void blend_entries(const DeviceBlend& b, int64_t row,
                                               int n, unsigned& nonfinite, unsigned& overflow) {
   const DeviceInputs& in = b.in;
   const int64_t entry = row * b.columns + column;
-  const Entries<T> base_bits = load<T, kVector>(in.base, entry, n);
+  const Entries<T> base_bits = load_base<T, kVector>(in, entry, n);
   constexpr int kCount = kTogether<T, kDrops>;
   Entries<T> models[kCount];
   load_models<T, kVector>(in, 0, entry, n, models);
@@ -172,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int64_t last = b.entries - row * b.columns - column;
     const int64_t run = left < last ? left : last;
     if (run <= 0) break;
-    const int n = static_cast<int>(run < kEntries ? run : kEntries);
+    const int n = run_of<kVector>(run);
     blend_entries<T, Out, kVector, kDrops>(b, row, column, n, nonfinite, overflow);
   }
   add_count(nonfinite, counts);
@@ -208,7 +218,8 @@ int blend(const Blend& blend, int64_t* counts, Stream stream) {
   for (b.across = 1; b.across < kThreads && b.across < threads;) b.across *= 2;
   b.strips = static_cast<unsigned>(divide_up(threads, b.across));
   const int64_t blocks = b.strips * divide_up(b.rows, kRows * (kThreads / b.across));
-  const bool vectors = b.in.aligned && aligned(b.out) && (flat || w.columns % kEntries == 0) &&
+  const bool vectors = b.in.aligned && aligned(b.out) &&
+                       (flat ? b.entries : w.columns) % kEntries == 0 &&
                        (b.axis != Axis::columns || (aligned(b.coefficients) && b.stride % 2 == 0));
   return with_storage(blend.inputs, [&](auto type) {
     using T = decltype(type);

@@ -58,7 +58,7 @@ template <class T, bool kVector>
 __device__ __forceinline__ void add(const DeviceInputs& in, const Group& group, int64_t entry,
                                     int n, Values (&sums)[kPairs]) {
   Values base, one, other;
-  const Entries<T> bits = load<T, kVector>(in.base, entry, n);
+  const Entries<T> bits = load_base<T, kVector>(in, entry, n);
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) base[j] = value(bits, in.base.dtype, j);
   vector<T, kVector>(in, group.i, base, entry, n, one);
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (run < runs) {
     const int64_t end = (run + 1) * length < entries ? (run + 1) * length : entries;
     for (int64_t entry = run * length + thread * kEntries; entry < end; entry += kLanes) {
-      const int n = static_cast<int>(end - entry < kEntries ? end - entry : kEntries);
+      const int n = run_of<kVector>(end - entry);
       add<T, kVector>(in, group, entry, n, sums);
     }
   }
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   const int64_t tile = blockIdx.x / groups / shares;
   const int64_t column = (static_cast<int64_t>(share) * kColumnThreads + threadIdx.x) * kEntries;
   if (column >= w.columns) return;
-  const int n = static_cast<int>(w.columns - column < kEntries ? w.columns - column : kEntries);
+  const int n = run_of<kVector>(w.columns - column);
   const int64_t first = tile * kTileRows - w.first_row % kTileRows;
   const int64_t end = first + kTileRows < w.rows ? first + kTileRows : w.rows;
 

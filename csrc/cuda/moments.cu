@@ -52,7 +52,7 @@ __device__ __forceinline__ void add_steps(const DeviceInputs& in, int m, int64_t
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     model[i] = load<T, kVector>(in.models[m], entry + i * stride, n);
-    base[i] = load<T, kVector>(in.base, entry + i * stride, n);
+    base[i] = load_base<T, kVector>(in, entry + i * stride, n);
   }
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   const int64_t tile = blockIdx.x / models / groups;
   const int64_t column = (static_cast<int64_t>(group) * kColumnThreads + threadIdx.x) * kEntries;
   if (column >= w.columns) return;
-  const int n = static_cast<int>(w.columns - column < kEntries ? w.columns - column : kEntries);
+  const int n = run_of<kVector>(w.columns - column);
   const TileRows rows(w, tile);
   int64_t row = rows.begin;
 
@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(kRowThreads)
       add_steps<T, kVector, kDrops, kSteps>(in, m, entry + column, kLanes, kEntries, sums);
     }
     for (; column < w.columns; column += kLanes) {
-      const int64_t left = w.columns - column;
-      const int n = static_cast<int>(left < kEntries ? left : kEntries);
+      const int n = run_of<kVector>(w.columns - column);
       add_steps<T, kVector, kDrops, 1>(in, m, entry + column, kLanes, n, sums);
     }
   }

@@ -107,11 +107,18 @@ struct Entries<Wide> {
 template <class T>
 constexpr int kInFlight = 8 / Entries<T>::size;
 
+// Entries of a thread of which `left` are left. Windows that are read 16 bytes at a time have no
+// other number of them: code that never runs would crowd out of the instruction cache what does.
+template <bool kVector>
+__device__ __forceinline__ int run_of(int64_t left) {
+  return kVector || left > kEntries ? kEntries : static_cast<int>(left);
+}
+
 template <class Bits, bool kVector>
 __device__ __forceinline__ void load_bits(const void* data, int64_t entry, int n, uint32_t* words) {
   const Bits* from = static_cast<const Bits*>(data) + entry;
   constexpr int kSize = sizeof(Bits);
-  if (kVector && n == kEntries) {
+  if (kVector) {
 #pragma unroll
     for (int i = 0; i < kSize / 2; ++i) {
       const uint4 four = reinterpret_cast<const uint4*>(from)[i];
@@ -137,11 +144,10 @@ __device__ __forceinline__ void load_bits(const void* data, int64_t entry, int n
   }
 }
 
-// The first n entries from `entry` on; the others, and those of an absent matrix, are zeros.
+// The first n entries from `entry` on, all of them with kVector; the others are zeros.
 template <class T, bool kVector>
 __device__ __forceinline__ Entries<T> load(const Matrix& matrix, int64_t entry, int n) {
   Entries<T> out;
-  if (matrix.data == nullptr) n = 0;
   if constexpr (Entries<T>::size == 2) {
     load_bits<uint16_t, kVector>(matrix.data, entry, n, out.words);
   } else {
@@ -158,6 +164,16 @@ __device__ __forceinline__ Entries<T> load(const Matrix& matrix, int64_t entry, 
     }
   }
   return out;
+}
+
+// The same of the base; zeros where there is none.
+template <class T, bool kVector>
+__device__ __forceinline__ Entries<T> load_base(const DeviceInputs& in, int64_t entry, int n) {
+  if (in.base.data != nullptr) return load<T, kVector>(in.base, entry, n);
+  Entries<T> zeros;
+#pragma unroll
+  for (uint32_t& word : zeros.words) word = 0;
+  return zeros;
 }
 
 // Entry j, exactly.

@@ -132,7 +132,7 @@ class OutputWriter:
                 self._check_usable()
             largest = max(self._free, key=len)
             buffer = largest if len(largest) >= nbytes else self._new_buffer(nbytes)
-            self._free.remove(largest)
+            self._free = [each for each in self._free if each is not largest]
             self._lent[id(buffer)] = buffer
             return memoryview(buffer)[:nbytes]
 
