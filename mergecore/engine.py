@@ -373,7 +373,7 @@ class Merge:
                 if window.is_there:
                     continue
                 try:
-                    stream.submit(self._pieces(window), keep=window.job.keep and not window.blends)
+                    stream.submit(self._pieces(window), keep=window.job.keep and not (window.blends or window.stays))
                 except (OSError, ValueError) as error:  # gone, or shorter than its header said
                     raise InputFault(f"{window.job.name} cannot be read: {error}") from error
             if not ahead:

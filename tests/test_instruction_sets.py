@@ -40,6 +40,7 @@ PROGRAM = """
 #include "chunk.cpp"
 #include "gradient.cpp"
 #include "moments.cpp"
+#include "quick.cpp"
 #include "scores.cpp"
 #include "select.cpp"
 using namespace mergecore;

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "chunk.h"
+#include "quick.h"
 
 namespace mergecore::cpu {
 
@@ -34,44 +35,72 @@ void add_scaled_chunk(const double* delta, const double* coefficient, bool per_e
 
 constexpr int64_t kAhead = 2 * kChunk;  // entries between use and prefetch
 
-void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow) {
+// The float64 blend of n entries (at most kChunk) of one row, or of any with one coefficient.
+void blend_chunk(const Blend& b, int64_t entry, int64_t row, int64_t column, int n,
+                 int64_t& nonfinite, int64_t& overflow) {
   const Inputs& in = b.inputs;
   const Window& w = in.window;
   const bool has_base = in.base.data != nullptr;
-  const int out_size = dtype_size(b.out_dtype);
   alignas(64) double base[kChunk] = {};
   alignas(64) double sum[kChunk];
   alignas(64) double keep[kChunk];
   alignas(64) double delta[kChunk];
+  if (has_base) load_chunk(at(in.base, entry), in.base.dtype, n, base);
+  std::fill_n(sum, n, -0.0);  // the neutral element: adding -0.0 keeps +0.0 and -0.0
+  for (int m = 0; m < in.count; ++m) {
+    const double* c = b.coefficients + m * b.stride;
+    if (b.axis == Axis::columns) c += column;
+    if (b.axis == Axis::rows) c += w.first_row + row;
+    const bool per_entry = b.axis == Axis::columns;
+    const void* model = at(in.models[m], entry);
+    const Dtype dtype = in.models[m].dtype;
+    if (in.drops != nullptr && drops_any(in.drops[m])) {
+      const int64_t index = w.first_entry + w.first_row * w.columns + entry;
+      kept_delta_chunk(in.drops[m], model, dtype, base, index, n, keep, delta);
+      add_scaled_chunk(delta, c, per_entry, n, sum);
+    } else {
+      add_delta_chunk(model, dtype, base, c, per_entry, n, sum);
+    }
+  }
+  void* out = static_cast<char*>(b.out) + entry * dtype_size(b.out_dtype);
+  store_chunk(has_base ? base : nullptr, b.base_coefficient, sum, n, b.out_dtype, out, nonfinite,
+              overflow);
+}
+
+constexpr int kBlocks = kChunk / kQuick;
+constexpr int kPatience = 15;  // chunks that are not tried after one of which a quarter failed
+
+void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow) {
+  const Inputs& in = b.inputs;
+  const Window& w = in.window;
+  const QuickBlend quick(b);
+  int rest = quick.applies() ? 0 : -1;  // chunks until the next try; never
   for (int64_t entry = begin; entry < end;) {
     const int64_t row = entry / w.columns, column = entry % w.columns;
     int64_t run = std::min<int64_t>(end - entry, kChunk);
     if (b.axis != Axis::tensor) run = std::min(run, w.columns - column);
     const int n = static_cast<int>(run);
-    if (has_base) prefetch(at(in.base, entry + kAhead), n * dtype_size(in.base.dtype));
+    if (in.base.data != nullptr) {
+      prefetch(at(in.base, entry + kAhead), n * dtype_size(in.base.dtype));
+    }
     for (int m = 0; m < in.count; ++m) {
       prefetch(at(in.models[m], entry + kAhead), n * dtype_size(in.models[m].dtype));
     }
-    if (has_base) load_chunk(at(in.base, entry), in.base.dtype, n, base);
-    std::fill_n(sum, n, -0.0);  // the neutral element: adding -0.0 keeps +0.0 and -0.0
-    for (int m = 0; m < in.count; ++m) {
-      const double* c = b.coefficients + m * b.stride;
-      if (b.axis == Axis::columns) c += column;
-      if (b.axis == Axis::rows) c += w.first_row + row;
-      const bool per_entry = b.axis == Axis::columns;
-      const void* model = at(in.models[m], entry);
-      const Dtype dtype = in.models[m].dtype;
-      if (in.drops != nullptr && drops_any(in.drops[m])) {
-        const int64_t index = w.first_entry + w.first_row * w.columns + entry;
-        kept_delta_chunk(in.drops[m], model, dtype, base, index, n, keep, delta);
-        add_scaled_chunk(delta, c, per_entry, n, sum);
-      } else {
-        add_delta_chunk(model, dtype, base, c, per_entry, n, sum);
+    int done = 0;
+    if (rest == 0) {
+      int failed = 0;
+      for (; done + kQuick <= n; done += kQuick) {
+        if (quick.store(entry + done, row, column + done)) continue;
+        blend_chunk(b, entry + done, row, column + done, kQuick, nonfinite, overflow);
+        ++failed;
       }
+      if (4 * failed > kBlocks) rest = kPatience;
+    } else if (rest > 0) {
+      --rest;
     }
-    void* out = static_cast<char*>(b.out) + entry * out_size;
-    store_chunk(has_base ? base : nullptr, b.base_coefficient, sum, n, b.out_dtype, out, nonfinite,
-                overflow);
+    if (done < n) {
+      blend_chunk(b, entry + done, row, column + done, n - done, nonfinite, overflow);
+    }
     entry += n;
   }
 }

@@ -168,8 +168,13 @@ __device__ __forceinline__ void add_count(unsigned count, int64_t* total) {
   }
 }
 
+// Blocks that share a multiprocessor: as many as leave every value a register. The more there are,
+// the more loads are in flight.
+template <class T, bool kVector>
+constexpr int kBlocks = kVector && Entries<T>::size == 2 ? 5 : 4;
+
 template <class T, class Out, bool kVector, bool kDrops>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, (kBlocks<T, kVector>))
     blend_window(const __grid_constant__ DeviceBlend b, int64_t* counts) {
   const int64_t strip = blockIdx.x % b.strips;
   const int64_t column = (strip * b.across + threadIdx.x % b.across) * kEntries;

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   }
 }
 
-// `vector_runs`: every run starts on 16 bytes.
+// `vector_runs`: every run starts on 16 bytes and has a multiple of kEntries.
 int launch_runs(const Inputs& in, int64_t length, bool vector_runs, double* out,
                 int64_t pair_stride, int64_t run_stride, Stream stream) {
   const DeviceInputs inputs = by_value(in);
@@ -166,7 +166,7 @@ int gram(const Inputs& in, double* sums, void* scratch, Stream stream) {
   const int64_t entries = in.window.rows * in.window.columns, pairs = gram_count(in.count);
   if (entries == 0) return cudaSuccess;
   double* partial = static_cast<double*>(scratch);
-  const int error = launch_runs(in, kGramBlock, true, partial, 1, pairs, stream);
+  const int error = launch_runs(in, kGramBlock, entries % kEntries == 0, partial, 1, pairs, stream);
   if (error != cudaSuccess) return error;
   return launch(&add_blocks, divide_up(pairs, kRowThreads), kRowThreads, stream, partial, pairs,
                 divide_up(entries, kGramBlock), sums);
