@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -11,8 +12,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mergecore.sizes import parse_size
+from service.errors import ServiceError
 from service.retention import KEEP_ALL, Keep, parse_keep
-from service.spool import ServiceError
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "service.worker")
 
@@ -27,6 +29,10 @@ _WHAT = {
     "client_cafile": "a path",
     "password_file": "a path",
     "jobs": "a whole number, at least 1",
+    "memory": '"auto" or a size such as 64GiB',
+    "threads": "a whole number, at least 0",
+    "devices": '"auto" or a list such as ["cuda:0", "cuda:1"]',
+    "jobs_per_device": "a whole number, at least 1",
     "rescan": "a number of seconds above 0",
     "settle": "a number of seconds, at least 0",
     "stop_timeout": "a number of seconds, at least 0",
@@ -65,6 +71,14 @@ class ServeConfig:
     """One line USER:PASSWORD that clients must give (HTTP basic authentication)."""
     jobs: int = 1
     """Workers at once."""
+    memory: int | None = None
+    """Bytes that they may hold together, by what their specs and plans say; None: what the host or the cgroup has."""
+    threads: int = 0
+    """Threads that they may compute with together; 0: not counted."""
+    devices: tuple[str, ...] | None = None
+    """GPUs that jobs may use, each job one of them; None: those that are found."""
+    jobs_per_device: int = 1
+    """So many jobs may use a GPU at once."""
     rescan: float = 5.0
     """Seconds between looks at the folders that happen without any event."""
     settle: float = 1.0
@@ -83,7 +97,7 @@ class ServeConfig:
     """Which jobs stay in done/; outputs are never removed."""
     keep_failed: Keep = KEEP_ALL
     worker_command: tuple[str, ...] = WORKER_COMMAND
-    """Gets JOB_DIR --outputs DIR [--models DIR]... [--allow-commands] appended."""
+    """Gets JOB_DIR --outputs DIR [--models DIR]... --memory BYTES [--allow-commands] appended."""
 
 
 def load_config(file: Path | None, overrides: Mapping[str, Any] | None = None) -> ServeConfig:
@@ -152,6 +166,17 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
             return parse_keep(value)
         except ValueError:
             raise problem from None
+    if key in ("memory", "devices") and value in ("auto", None):
+        return None
+    if key == "memory":
+        try:
+            return parse_size(value)
+        except ValueError:
+            raise problem from None
+    if key == "devices":
+        if not isinstance(value, list | tuple) or not all(re.fullmatch(r"cuda:\d{1,4}", str(item)) for item in value):
+            raise problem
+        return tuple(dict.fromkeys(value))
     if key == "host":
         if not isinstance(value, str) or not value:
             raise problem
@@ -162,8 +187,9 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise problem
-    if key in ("port", "jobs", "attempts"):
-        if not isinstance(value, int) or not (0 <= value <= 65535 if key == "port" else value >= 1):
+    if key in ("port", "jobs", "attempts", "threads", "jobs_per_device"):
+        least = 0 if key in ("port", "threads") else 1
+        if not isinstance(value, int) or not least <= value <= 65535:
             raise problem
         return value
     if not 0 <= value < float("inf") or (key in ("rescan", "stall_seconds") and value == 0):

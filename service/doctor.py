@@ -134,7 +134,7 @@ def check_space(config: ServeConfig) -> Iterator[Finding]:
 
 def check_memory(config: ServeConfig) -> Iterator[Finding]:
     """Whether the memory suffices for so many jobs at once."""
-    limit = memory_limit()
+    limit = memory_limit() if config.memory is None else min(config.memory, memory_limit())
     state = "ok" if limit >= LITTLE_MEMORY * config.jobs else "warning"
     mend = "" if state == "ok" else "lower jobs, or raise MemoryMax= of the unit"
     yield Finding("memory", state, f"{limit / 2**30:.1f} GiB for {config.jobs} job(s) at a time", mend)

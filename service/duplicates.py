@@ -16,7 +16,9 @@ import xxhash
 
 from mergecore import __version__
 from mergecore.references import parse_reference
-from service.spool import JobStatus, ServiceError, Spool
+from service.errors import ServiceError
+from service.spool import Spool
+from service.status import JobStatus
 
 if TYPE_CHECKING:
     from mergecore.spec import MergeSpec

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from service.spool import Spool, read_status, sync_folder
+from service.durable import sync_folder
+from service.spool import Spool
+from service.status import read_status
 
 _GOING = ".removing-"
 

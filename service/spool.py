@@ -6,6 +6,7 @@
     SPOOL/failed/JOB/           spec.yaml, status.json, log, error.txt
     SPOOL/running/JOB/cancel    somebody wants the job to stop; its owner sees it, on whatever host
     SPOOL/paused, SPOOL/drain   nothing new is started; what runs is finished, then the daemons end
+    SPOOL/waiting               why the first of those that wait does so
 
 A job moves by one rename each time, so it is in exactly one folder whatever dies in between. Who owns a running job
 is told by a flock on running/JOB/lock; the kernel takes it back when the last process that holds it dies (the daemon
@@ -19,166 +20,30 @@ import contextlib
 import errno
 import fcntl
 import itertools
-import json
 import os
 import re
 import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mergecore.errors import MergecoreError
 from mergecore.printable import printable
+from service.durable import make_folder, sync_folder, temporary_of, utc_now, write_atomic
+from service.errors import ServiceError
+from service.status import ENDED, STATUS, JobStatus, read_status, write_status
 
 FOLDERS = ("incoming", "running", "done", "failed")
-SPEC, STATUS, LOCK, ERROR, LOG, CANCEL = "spec.yaml", "status.json", "lock", "error.txt", "log", "cancel"
-ENDED = {"done": "done", "duplicate": "done", "failed": "failed", "cancelled": "failed"}
-"""The final states, and in which folder jobs of this state lie."""
+SPEC, LOCK, ERROR, LOG, CANCEL = "spec.yaml", "lock", "error.txt", "log", "cancel"
 KNOWN = ".fingerprints"
 """The folder of the spool that tells the job in done/ of a fingerprint."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}")
 DAEMON_PID = "MERGECORE_DAEMON_PID"
 """Environment variable that tells a worker whose death to follow."""
-
-
-class ServiceError(MergecoreError):
-    """The service cannot start with what it was given: its configuration, its folders, its port."""
-
-    exit_code = 2
-
-
-# --- small durable-file helpers -----------------------------------------------------------------------------------
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the entries of `folder` durable: a rename survives a power loss only once its folders are synced."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and its parents durably, unless they are there. Raises OSError."""
-    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
-        missing.mkdir(exist_ok=True)
-    for parent in folder.parents:  # also of folders that were there: whoever made them may not have synced them
-        try:
-            sync_folder(parent)
-        except PermissionError:  # not ours, so made long ago
-            return
-
-
-def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace `path`: readers see the old or the new content whole, also after a power loss; `durable`: the new one.
-
-    One writer at a time per path: the temporary name is fixed, so that a crash leaves at most one.
-    """
-    temporary = _temporary(path)
-    temporary.unlink(missing_ok=True)  # a link in its place must not lead elsewhere: O_EXCL follows none
-    with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # before the rename, which may reach the disk first
-    os.replace(temporary, path)
-    if durable:
-        sync_folder(path.parent)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def utc_now() -> str:
-    """The wall-clock time, ISO 8601 in UTC. For people to read; nothing is decided by it."""
-    return dated(datetime.now(UTC))
-
-
-def dated(when: datetime) -> str:
-    """A time in UTC as it stands in a status."""
-    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-# --- status -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class JobStatus:
-    """What status.json holds.
-
-    `state`: queued (still in incoming/), running, cancelling, interrupted (in running/, will be resumed), or one of
-    ENDED. `fingerprint` is duplicates.py's. `attempts` counts the starts of workers, `deaths` those that ended without
-    a report, since the last retry.
-    Times are ISO UTC; `seconds` is the time workers spent on the job, over all attempts; `progress` has ratio,
-    tensors_done, tensors_total and bytes; `result` is MergeResult.as_dict(); `resident_bytes` is the worker's.
-    Only one process writes it at a time: the worker while it lives, the job's owner before and after.
-    """
-
-    job: str = ""
-    state: str = ""
-    spec: str = ""
-    method: str = ""
-    output: str = ""
-    fingerprint: str = ""
-    created: str = ""
-    started: str = ""
-    finished: str = ""
-    host: str = ""
-    pid: int = 0
-    heartbeat: str = ""
-    attempts: int = 0
-    deaths: int = 0
-    seconds: float = 0.0
-    resident_bytes: int = 0
-    error: str = ""
-    progress: dict[str, Any] = field(default_factory=dict)
-    result: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def success(self) -> str:
-        """The final state if the worker succeeds: "done", or "duplicate" if it found that another job had done it."""
-        return "duplicate" if "duplicate_of" in self.result else "done"
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return asdict(self)
-
-
-def read_status(folder: Path, *, strict: bool = False) -> JobStatus:
-    """The status of the job in `folder`; what is missing or damaged is left at its default, never an error.
-
-    `strict`, for who writes it again: OSError if there is one that cannot be read.
-    """
-    status = JobStatus(job=folder.name)
-    try:
-        found = json.loads((folder / STATUS).read_bytes())
-    except OSError as error:
-        if strict and not isinstance(error, FileNotFoundError):
-            raise
-        return status
-    except (ValueError, RecursionError):
-        return status
-    if isinstance(found, dict):
-        for one in fields(JobStatus):
-            value, default = found.get(one.name), getattr(status, one.name)
-            if isinstance(value, bool) or value is None:
-                continue
-            if isinstance(default, float) and isinstance(value, int):
-                value = float(value)
-            if isinstance(value, type(default)):
-                setattr(status, one.name, value)
-    status.job = folder.name
-    return status
-
-
-def write_status(folder: Path, status: JobStatus, *, durable: bool = True) -> None:
-    """Replace the status of the job in `folder` atomically."""
-    write_atomic(folder / STATUS, json.dumps(status.as_dict(), indent=1) + "\n", durable=durable)
+MORE_MEMORY = 4
+"""Exit code of a worker whose plan says that it holds more memory than was granted: `memory` of its status."""
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -250,7 +115,7 @@ class Job:
     def discard(self) -> None:
         """Remove the folder of a claim that got no spec. The lock is held until the folder is gone."""
         try:
-            for name in (STATUS, _temporary(self.folder / STATUS).name, LOCK):
+            for name in (STATUS, temporary_of(self.folder / STATUS).name, LOCK):
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
         except OSError:
@@ -275,6 +140,8 @@ class Spool:
         """While this file exists, no daemon starts anything."""
         self.drain = root / "drain"
         """When this file appears or changes, each daemon finishes what it runs and ends."""
+        self.waiting = root / "waiting"
+        """Why the first of those that wait does so, in a daemon's words; for people."""
 
     def prepare(self) -> None:
         """Make the folders and rehearse a job's way through them. Raises ServiceError if it is barred."""

@@ -1,8 +1,9 @@
 """One job in a process of its own: running/JOB/spec.yaml -> a merged model below the outputs folder.
 
-    python -m service.worker JOB_DIR --outputs DIR [--models DIR ...] [--allow-commands]
+    python -m service.worker JOB_DIR --outputs DIR [--models DIR ...] [--memory BYTES] [--allow-commands]
 
-Exit codes: 0 done, 1 the merge failed, 2 the spec or an input is wrong, 3 stopped by SIGTERM or SIGINT and resumable.
+Exit codes: 0 done, 1 the merge failed, 2 the spec or an input is wrong, 3 stopped by SIGTERM or SIGINT and resumable,
+4 its plan says that it needs more than BYTES of memory.
 A dropped spec is untrusted: it can name models only below the --models folders (if any are given) and an output only
 below the outputs folder, and its commands are run only with --allow-commands. The only part of service/ that imports
 torch.
@@ -24,6 +25,7 @@ import stat
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
@@ -36,17 +38,9 @@ from mergecore.printable import PrintableFormatter, printable, printable_lines
 from mergecore.references import local_folder
 from mergecore.small_files import read_object
 from service.duplicates import UNLIKE_ANY, done_before, fingerprint, running_before
-from service.spool import (
-    DAEMON_PID,
-    ERROR,
-    SPEC,
-    JobStatus,
-    Spool,
-    read_status,
-    utc_now,
-    write_atomic,
-    write_status,
-)
+from service.durable import utc_now, write_atomic
+from service.spool import DAEMON_PID, ERROR, MORE_MEMORY, SPEC, Spool
+from service.status import JobStatus, read_status, write_status
 
 if TYPE_CHECKING:
     from mergecore import Progress
@@ -165,6 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("job", type=Path, help="the job's folder, with its spec.yaml")
     parser.add_argument("--outputs", type=Path, required=True, help="merged models appear below it")
     parser.add_argument("--models", type=Path, nargs="+", action="extend", default=[], help="where models may lie")
+    parser.add_argument("--memory", type=int, help="bytes that the merge may hold, whatever the spec says")
     parser.add_argument("--allow-commands", action="store_true", help="specs may name commands that score candidates")
     options = parser.parse_args(arguments)
 
@@ -179,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     reporter = Reporter(options.job)
     reporter.start()
     try:
-        return run(options.job, options.outputs, options.models, options.allow_commands, reporter, stop)
+        return run(options, reporter, stop)
     except Interrupted as error:
         log.info("%s", error)
         return error.exit_code
@@ -195,10 +190,11 @@ def main(arguments: list[str] | None = None) -> int:
             reporter.stop()
 
 
-def run(folder: Path, outputs: Path, models: list[Path], allow_commands: bool, reporter: Reporter, stop: Stop) -> int:
-    """Merge; 0. Raises MergecoreError."""
+def run(options: argparse.Namespace, reporter: Reporter, stop: Stop) -> int:
+    """Merge; 0, or MORE_MEMORY. Raises MergecoreError."""
+    folder, outputs, models = options.job, options.outputs, options.models
     spec = load(folder / SPEC, reporter.spec_name)
-    if spec.evolve is not None and spec.evolve.score.command is not None and not allow_commands:
+    if spec.evolve is not None and spec.evolve.score.command is not None and not options.allow_commands:
         message = "this server runs no commands of specs (allow_commands in its configuration); score by text"
         raise spec.error(message, "evolve", "score", "command")
     reporter.record(method=printable(spec.merge_method)[:100])
@@ -212,16 +208,24 @@ def run(folder: Path, outputs: Path, models: list[Path], allow_commands: bool, r
 
     import mergecore  # and with it torch
 
+    def resolve(model: str, revision: str | None) -> Path:
+        return find_model(model, revision, models)
+
     log.info("merging to %s", out)
     try:
         with confinement(models, outputs, out):
+            if options.memory is not None and (held := held_by_fit(spec, resolve)) > options.memory:
+                log.info("its plan says that it holds %d bytes; %d were granted", held, options.memory)
+                reporter.record(memory=held)
+                return MORE_MEMORY
             result = mergecore.merge(
                 spec,
                 out,
+                memory=None if options.memory is None else min(options.memory, spec.run.memory),
                 resume=True,
                 progress=reporter.progress,
                 should_stop=stop,
-                resolve=lambda model, revision: find_model(model, revision, models),
+                resolve=resolve,
             ).as_dict()
     except OutputExistsError:
         published = published_by(spec, out) if begun else None
@@ -233,6 +237,19 @@ def run(folder: Path, outputs: Path, models: list[Path], allow_commands: bool, r
     with contextlib.suppress(OSError):  # the model is there: exit code 0 says so too
         reporter.record(output=str(out), result=result)
     return 0
+
+
+def held_by_fit(spec: MergeSpec, resolve: Callable[[str, str | None], Path]) -> int:
+    """Bytes that a merge holds which runs models on samples, by its plan; 0 for others, which keep to run.memory."""
+    merges = [merge for merge in (*spec.earlier, spec) if any(merge.data())]
+    if not merges:
+        return 0
+    from mergecore.features.fitting import held_bytes
+    from mergecore.planning import plan
+
+    planned = plan(spec, resolve=resolve)
+    fits = [merge for merge in (planned, *(earlier for _, earlier in planned.earlier)) if merge.data]
+    return max(map(held_bytes, fits), default=0)
 
 
 def is_duplicate(spec: MergeSpec, folder: Path, models: list[Path], reporter: Reporter, stop: Stop) -> bool:

@@ -18,8 +18,10 @@ from mergecore.spec import load_spec
 from service.commands import submit_command
 from service.config import WORKER_COMMAND
 from service.duplicates import UNLIKE_ANY, done_before, fingerprint, forced, running_before
+from service.errors import ServiceError
 from service.retention import apply, parse_keep
-from service.spool import KNOWN, Job, JobStatus, ServiceError, Spool
+from service.spool import KNOWN, Job, Spool
+from service.status import JobStatus
 from service.worker import find_model
 from tests.models import LLAMA, llama, moved, write_model
 from tests.service_support import running_daemon, wait_until

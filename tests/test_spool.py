@@ -19,8 +19,12 @@ from hypothesis import strategies as st
 
 from mergecore.printable import printable
 from service import spool as spool_module
-from service.incoming import PATIENCE, Incoming, read_priority
-from service.spool import JobStatus, ServiceError, Spool, job_name, read_status, write_atomic, write_status
+from service.durable import write_atomic
+from service.errors import ServiceError
+from service.incoming import PATIENCE, Incoming
+from service.resources import read_priority
+from service.spool import Spool, job_name
+from service.status import JobStatus, read_status, write_status
 
 
 @pytest.fixture
