@@ -14,6 +14,8 @@ from typing import Any
 
 from mergecore.sizes import parse_size
 from service.errors import ServiceError
+from service.leases import LONGEST
+from service.ownership import LEASES, LOCKS
 from service.retention import KEEP_ALL, Keep, parse_keep
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "service.worker")
@@ -33,6 +35,8 @@ _WHAT = {
     "threads": "a whole number, at least 0",
     "devices": '"auto" or a list such as ["cuda:0", "cuda:1"]',
     "jobs_per_device": "a whole number, at least 1",
+    "ownership": '"auto", "locks" or "leases"',
+    "lease_seconds": "a number of seconds from 1 to 3600",
     "rescan": "a number of seconds above 0",
     "settle": "a number of seconds, at least 0",
     "stop_timeout": "a number of seconds, at least 0",
@@ -45,7 +49,8 @@ _WHAT = {
     "worker_command": "a list of strings: a program and its arguments",
 }
 
-FIXED = ("spool", "outputs", "host", "port", "certfile", "keyfile", "client_cafile", "password_file")
+_PATHS = ("spool", "outputs", "certfile", "keyfile", "client_cafile", "password_file")
+FIXED = (*_PATHS, "host", "port", "ownership", "lease_seconds")
 """What cannot change while the daemon runs."""
 
 
@@ -79,6 +84,10 @@ class ServeConfig:
     """GPUs that jobs may use, each job one of them; None: those that are found."""
     jobs_per_device: int = 1
     """So many jobs may use a GPU at once."""
+    ownership: str = "auto"
+    """How daemons tell whose job is whose: locks, leases (leases.py), or as the spool says and locks for a new one."""
+    lease_seconds: float = 120.0
+    """Seconds without a sign of life after which another daemon takes a job over."""
     rescan: float = 5.0
     """Seconds between looks at the folders that happen without any event."""
     settle: float = 1.0
@@ -98,6 +107,11 @@ class ServeConfig:
     keep_failed: Keep = KEEP_ALL
     worker_command: tuple[str, ...] = WORKER_COMMAND
     """Gets JOB_DIR --outputs DIR [--models DIR]... --memory BYTES [--allow-commands] appended."""
+
+    @property
+    def agreed_ownership(self) -> str | None:
+        """LOCKS or LEASES; None: as the spool says."""
+        return None if self.ownership == "auto" else self.ownership
 
 
 def load_config(file: Path | None, overrides: Mapping[str, Any] | None = None) -> ServeConfig:
@@ -149,7 +163,7 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_WHAT)}"
         raise ServiceError(f"{where}: unknown key {key}; {hint}")
     problem = ServiceError(f"{where}: {key} is {value!r}, but must be {_WHAT[key]}")
-    if key in ("spool", "outputs", "certfile", "keyfile", "client_cafile", "password_file"):
+    if key in _PATHS:
         if not isinstance(value, str | Path) or not str(value):
             raise problem
         return (folder / value).absolute()
@@ -181,6 +195,10 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
         if not isinstance(value, str) or not value:
             raise problem
         return value
+    if key == "ownership":
+        if value not in ("auto", LOCKS, LEASES):
+            raise problem
+        return value
     if key == "allow_commands":
         if not isinstance(value, bool):
             raise problem
@@ -192,6 +210,8 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
         if not isinstance(value, int) or not least <= value <= 65535:
             raise problem
         return value
+    if key == "lease_seconds" and not 1 <= value <= LONGEST:
+        raise problem
     if not 0 <= value < float("inf") or (key in ("rescan", "stall_seconds") and value == 0):
         raise problem
     return float(value)

@@ -94,13 +94,13 @@ def serve(config: ServeConfig, reload: Callable[[], ServeConfig] | None = None) 
 
 
 class Daemon:
-    """One daemon on one spool. Several may share a spool, also on several hosts: the job locks keep them apart."""
+    """One daemon on one spool. Several may share a spool, also on several hosts: locks or leases keep them apart."""
 
     def __init__(self, config: ServeConfig, reload: Callable[[], ServeConfig] | None = None) -> None:
         self.config = config
         self._load = reload or (lambda: config)
         self._reload = False
-        self.spool = Spool(config.spool)
+        self.spool = Spool(config.spool, config.lease_seconds)
         self.incoming = Incoming(self.spool.incoming, config.settle)
         self.metrics = Metrics()
         self._date = SteadyDate()
@@ -118,6 +118,7 @@ class Daemon:
         self._retention_at = self._rescan_at
         self._said = self._why = ""
         self._wrote: str | None = None
+        self._keep_at = float("-inf")
         self._watchdog = systemd.watchdog_interval()
 
     def run(self) -> int:
@@ -134,7 +135,7 @@ class Daemon:
     # --- startup ---
 
     def _startup(self, cleanup: contextlib.ExitStack) -> None:
-        self.spool.prepare()
+        self.spool.prepare(self.config.agreed_ownership)
         _prepare_outputs(self.config.outputs)
         _check_programs(self.config)
         self._endpoint = Endpoint(self.config, self.metrics.registry)
@@ -145,6 +146,8 @@ class Daemon:
         self.metrics.succeeded(self.spool.last_success())
         self.metrics.watch(spool=self.spool.root, outputs=self.config.outputs)
         log.info("spool %s, outputs %s, %d job(s) at a time", self.spool.root, self.config.outputs, self.config.jobs)
+        if self.spool.leased:
+            log.info("jobs are owned through leases of %g s", self.config.lease_seconds)
         log.info("metrics on %s/metrics", self._endpoint.url)
         with contextlib.suppress(OSError):  # nobody needs to read it
             print(f"listening on {self._endpoint.url}", flush=True)
@@ -239,6 +242,7 @@ class Daemon:
             self._refresh_at = now + REFRESH
             self.supervisor.refresh()
             self._say_why()
+        self._keep_at = self.supervisor.keep()
         self._tell()
 
     def _reconfigure(self) -> None:
@@ -263,7 +267,7 @@ class Daemon:
 
     def _next_moment(self) -> float:
         """When the loop must turn though nothing happens, on the monotonic clock."""
-        moments = [self._rescan_at, self._scan_after()]
+        moments = [self._rescan_at, self._scan_after(), self._keep_at]
         if self.supervisor.workers or self._why != self._wrote:
             moments.append(self._refresh_at)
         if not self.supervisor.halted and not self.supervisor.holds_up:
@@ -405,7 +409,8 @@ class Daemon:
         self.supervisor.stop()
         deadline = time.monotonic() + self.config.stop_timeout
         while workers:
-            self._wait(deadline)
+            self._wait(min(deadline, self._keep_at))
+            self._keep_at = self.supervisor.keep()
             self.supervisor.kill_overdue(all_of_them=self._stop_signals > 1)
             if time.monotonic() >= deadline:
                 deadline = float("inf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -41,6 +42,24 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
     os.replace(temporary, path)
     if durable:
         sync_folder(path.parent)
+
+
+def read_plain(path: Path, limit: int = 64 << 10) -> bytes:
+    """The beginning of a small file; a link is not followed, a pipe not waited for. Raises OSError."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        return file.read(limit)
+
+
+def copy_plain(source: Path, target: Path) -> None:
+    """Make a new file, durable, with the content of a small one, if that is there. Raises OSError."""
+    try:
+        descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    with os.fdopen(descriptor, "rb") as content, target.open("xb") as file:
+        shutil.copyfileobj(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def temporary_of(path: Path) -> Path:

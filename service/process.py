@@ -35,7 +35,7 @@ class Worker:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**_environment(), **environment},
-                pass_fds=(job.lock,),  # the job stays owned while the worker lives, also without us
+                pass_fds=job.owned.descriptors,  # a locked job stays owned while the worker lives, also without us
                 start_new_session=True,
             )
         self.started = time.monotonic()

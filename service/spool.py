@@ -1,24 +1,23 @@
 """The spool: folders of plain files through which specs become jobs.
 
     SPOOL/incoming/NAME.yaml    dropped by anybody
-    SPOOL/running/JOB/          spec.yaml, status.json, log, lock
+    SPOOL/running/JOB/          spec.yaml, status.json, log, lock; or running/JOB@TOKEN/ with a lease
     SPOOL/done/JOB/             spec.yaml, status.json, log
     SPOOL/failed/JOB/           spec.yaml, status.json, log, error.txt
     SPOOL/running/JOB/cancel    somebody wants the job to stop; its owner sees it, on whatever host
     SPOOL/paused, SPOOL/drain   nothing new is started; what runs is finished, then the daemons end
+    SPOOL/ownership             how it is told who owns a job: locks or leases
     SPOOL/waiting               why the first of those that wait does so
 
-A job moves by one rename each time, so it is in exactly one folder whatever dies in between. Who owns a running job
-is told by a flock on running/JOB/lock; the kernel takes it back when the last process that holds it dies (the daemon
-and the job's worker share it). Which files in incoming/ are complete is decided in incoming.py; here is no torch, no
-YAML, no thread and no clock but the one that dates things.
+A job moves by one rename each time, so it is in exactly one folder whatever dies in between: where its spec.yaml is.
+Who owns a running job: ownership.py and leases.py. Which files in incoming/ are complete is decided in incoming.py;
+here is no torch, no YAML, no thread and no clock but the one that dates things.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import re
@@ -26,20 +25,21 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mergecore.printable import printable
-from service.durable import make_folder, sync_folder, temporary_of, utc_now, write_atomic
+from service import fingerprints, ownership
+from service.durable import copy_plain, make_folder, sync_folder, temporary_of, utc_now, write_atomic
 from service.errors import ServiceError
+from service.leases import LEASE, Lease, LeaseLost, Watch, is_leased, job_of, named, owner_clock, token_of
+from service.ownership import LEASES, LOCK, LOCKS, KernelLock
 from service.status import ENDED, STATUS, JobStatus, read_status, write_status
 
 FOLDERS = ("incoming", "running", "done", "failed")
-SPEC, LOCK, ERROR, LOG, CANCEL = "spec.yaml", "lock", "error.txt", "log", "cancel"
-KNOWN = ".fingerprints"
-"""The folder of the spool that tells the job in done/ of a fingerprint."""
-_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+SPEC, ERROR, LOG, CANCEL = "spec.yaml", "error.txt", "log", "cancel"
 DAEMON_PID = "MERGECORE_DAEMON_PID"
 """Environment variable that tells a worker whose death to follow."""
 MORE_MEMORY = 4
@@ -50,21 +50,22 @@ MORE_MEMORY = 4
 
 
 class Job:
-    """A running job that this process owns: the folder running/JOB and the lock on it."""
+    """A running job that this process owns: its folder in running/ and the lock or the lease on it."""
 
-    def __init__(self, spool: Spool, name: str, lock: int) -> None:
+    def __init__(self, spool: Spool, folder: Path, owned: KernelLock | Lease) -> None:
         self.spool = spool
-        self.name = name
-        self.lock = lock
-        """Descriptor of the held lock; a worker that inherits it keeps the job owned when this process dies."""
-        self.folder = spool.running / name
+        self.name = job_of(folder)
+        self.folder = folder
+        self.owned = owned
 
     def status(self) -> JobStatus:
         """The job's status as it is on disk."""
         return read_status(self.folder)
 
     def update(self, *, durable: bool = True, **changes: Any) -> JobStatus:
-        """Change some fields of the status. Only while no worker of the job lives. Raises OSError."""
+        """Change some fields of the status. Only while no worker of the job lives. Raises OSError, LeaseLost."""
+        if self.owned.lost:
+            raise LeaseLost(self.folder)
         status = read_status(self.folder, strict=True)
         for key, value in changes.items():
             setattr(status, key, value)
@@ -88,7 +89,7 @@ class Job:
             return None
 
     def finish(self, state: str, **changes: Any) -> None:
-        """Record the final state, one of ENDED, and move the job to its folder; the lock is given back.
+        """Record the final state, one of ENDED, and move the job to its folder; it is owned no more.
 
         May be called again after an OSError: each step is repeatable.
         """
@@ -96,11 +97,11 @@ class Job:
         if not target.exists():
             status = self.update(**{"state": state, "finished": utc_now(), **changes})
             if state == "done":
-                self.spool.remember(status)
+                fingerprints.remember(self.spool.root, status)
             os.rename(self.folder, target)
         sync_folder(target.parent)
         sync_folder(self.spool.running)
-        for name in (LOCK, CANCEL):
+        for name in (LOCK, LEASE, CANCEL):
             (target / name).unlink(missing_ok=True)
         self.release()
 
@@ -113,27 +114,19 @@ class Job:
         self.finish("cancelled", error=error, pid=0, resident_bytes=0, **changes)
 
     def discard(self) -> None:
-        """Remove the folder of a claim that got no spec. The lock is held until the folder is gone."""
-        try:
-            for name in (STATUS, temporary_of(self.folder / STATUS).name, LOCK):
-                (self.folder / name).unlink(missing_ok=True)
-            self.folder.rmdir()
-        except OSError:
-            pass  # somebody put files there: theirs to remove
+        """Remove the folder of a claim that got no spec. It is owned until the folder is gone."""
+        _remove_claim(self.folder)
         self.release()
 
     def release(self) -> None:
         """Give up the ownership; what is still in running/ can then be adopted by any daemon."""
-        if self.lock >= 0:
-            with contextlib.suppress(OSError):  # closed all the same
-                os.close(self.lock)
-            self.lock = -1
+        self.owned.release()
 
 
 class Spool:
-    """The four folders below `root`."""
+    """The four folders below `root`. A lease that this process takes can be taken over after `lease_seconds`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, lease_seconds: float = 120.0) -> None:
         self.root = root
         self.incoming, self.running, self.done, self.failed = (root / name for name in FOLDERS)
         self.paused = root / "paused"
@@ -142,9 +135,23 @@ class Spool:
         """When this file appears or changes, each daemon finishes what it runs and ends."""
         self.waiting = root / "waiting"
         """Why the first of those that wait does so, in a daemon's words; for people."""
+        self._lease_seconds = lease_seconds
+        self._how: str | None = None
+        self._watch = Watch()
 
-    def prepare(self) -> None:
-        """Make the folders and rehearse a job's way through them. Raises ServiceError if it is barred."""
+    @property
+    def leased(self) -> bool:
+        """Whether jobs are owned through leases, else through locks. ServiceError if the spool's word is unreadable."""
+        if self._how is None:
+            self._how = ownership.agreed(self.root) or LOCKS
+        return self._how == LEASES
+
+    def prepare(self, how: str | None = None, *, agree: bool = True) -> None:
+        """Make the folders and rehearse a job's way through them. Raises ServiceError if it is barred.
+
+        `how`: LOCKS or LEASES tell who owns a job; None: what the spool says, and LOCKS for a new one. A spool that
+        says otherwise is refused. `agree`: write it down, so that all daemons of the spool do it alike.
+        """
         probe = f".probe-{secrets.token_hex(4)}"
         stops = [self.incoming / probe, self.running / probe, self.done / probe, self.failed / probe]
         place = self.root
@@ -157,17 +164,18 @@ class Spool:
             place = stops[1]
             place.mkdir()
             os.rename(stops[0], stops[1] / SPEC)
-            lock = os.open(stops[1] / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            finally:
-                os.close(lock)
+            self._how = self._decided(how)
+            if not self.leased and (held := ownership.lock(stops[1])) is not None:
+                held.release()
             for here, place in itertools.pairwise(stops[1:]):
                 os.rename(here, place)
             shutil.rmtree(place)
             for name in FOLDERS:
                 place = self.root / name
                 sync_folder(place)
+            place = self.root
+            if agree:
+                ownership.agree(self.root, self._how)
         except OSError as error:
             raise ServiceError(_why_unusable(self.root, place, error)) from error
         finally:
@@ -176,15 +184,39 @@ class Spool:
             for stop in stops[1:]:
                 shutil.rmtree(stop, ignore_errors=True)
 
+    def _decided(self, how: str | None) -> str:
+        """LOCKS or LEASES. ServiceError if that is not what the spool says, or what its jobs show."""
+        said = ownership.agreed(self.root)
+        if said is not None and how not in (said, None):
+            raise ServiceError(
+                f"spool {self.root}: its jobs are owned through {said}, but the configuration asks for {how}; to "
+                f"change that, stop all its daemons while nothing is in running/, and remove {self.root / 'ownership'}"
+            )
+        how = said or how or LOCKS
+        if said is None:
+            for folder in self._folders(self.running):
+                if is_leased(folder) if how == LOCKS else os.path.lexists(folder / LOCK):
+                    raise ServiceError(
+                        f"spool {self.root}: {folder} was owned through {LEASES if how == LOCKS else LOCKS}; have such "
+                        f"a daemon finish it, or move it away, before jobs are owned through {how}"
+                    )
+        return how
+
     def claim(self, name: str) -> Job | None:
         """Take incoming/NAME: None if somebody else was faster. Raises OSError if it cannot be moved.
 
-        The job is locked before the spec comes in, so nobody can take a job for abandoned that has just begun.
+        The job is owned before the spec comes in, so nobody can take a job for abandoned that has just begun.
         """
         job = self._new_job(name)
         try:
             # All that a power loss must not take comes before the rename, which may reach the disk first.
-            job.update(state="running", spec=printable(name), created=utc_now(), host=socket.gethostname())
+            job.update(
+                state="running",
+                spec=printable(name),
+                created=utc_now(),
+                host=socket.gethostname(),
+                lease=token_of(job.folder),
+            )
             sync_folder(self.running)
             _sync_file(self.incoming / name)
             os.rename(self.incoming / name, job.folder / SPEC)
@@ -207,13 +239,14 @@ class Spool:
 
         Claims that never got their spec are cleaned up on the way.
         """
-        folders = [entry for entry in self._folders(self.running) if entry.name not in own]
+        folders = [folder for folder in self._folders(self.running) if job_of(folder) not in own]
+        self._watch.forget_others(folders)
         for folder in sorted(folders, key=lambda folder: (read_status(folder).created, folder.name)):
-            job = self.own(folder.name)
+            job = self._own(folder)
             if job is None:
                 continue
             try:
-                arrived = (folder / SPEC).exists()
+                arrived = (job.folder / SPEC).exists()
             except OSError:
                 arrived = True  # or it would be thrown away; who runs it will see
             if arrived:
@@ -221,9 +254,25 @@ class Spool:
             else:
                 job.discard()
 
+    def own(self, name: str) -> Job | None:
+        """Own a job in running/, or None if it has an owner or is gone. Raises OSError, ServiceError."""
+        folder = self.folder_of(name)
+        return self._own(folder) if folder is not None else None
+
+    def folder_of(self, name: str) -> Path | None:
+        """Where a job lies in running/, whoever owns it."""
+        folders = [folder for folder in self._folders(self.running) if job_of(folder) == name]
+        return next((folder for folder in folders if os.path.exists(folder / SPEC)), None)
+
     def request_cancel(self, name: str, by: str) -> None:
         """Ask the owner of running/NAME to stop it. Raises OSError, FileNotFoundError if it has just ended."""
-        write_atomic(self.running / name / CANCEL, by + "\n")
+        while True:
+            folder = self.folder_of(name)
+            if folder is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.running / name))
+            write_atomic(folder / CANCEL, by + "\n")
+            if self.folder_of(name) in (folder, None):
+                return  # else another daemon took it over at this moment, perhaps without seeing the request
 
     def retry(self, name: str) -> None:
         """Put failed/NAME back into running/, for any daemon to go on with. Repeatable after an OSError."""
@@ -251,35 +300,6 @@ class Spool:
         current = sorted(found.values(), key=lambda status: (status.state == "interrupted", status.created, status.job))
         return current + sorted(ended, key=lambda status: (status.finished, status.job), reverse=True)
 
-    def remember(self, status: JobStatus) -> None:
-        """Note which job a fingerprint is of, before it lies in done/: `remembered` looks whether it does."""
-        if _FINGERPRINT.fullmatch(status.fingerprint):
-            known = self.root / KNOWN
-            if not known.exists():
-                make_folder(known)
-            write_atomic(known / status.fingerprint, status.job)
-
-    def forget(self, status: JobStatus) -> None:
-        """A job is removed from done/."""
-        if _FINGERPRINT.fullmatch(status.fingerprint):
-            note = self.root / KNOWN / status.fingerprint
-            with contextlib.suppress(OSError):
-                if note.read_text() == status.job:
-                    note.unlink()
-
-    def remembered(self, fingerprint: str) -> JobStatus | None:
-        """The last job in done/ that had this fingerprint, if it is still there."""
-        if not _FINGERPRINT.fullmatch(fingerprint):
-            return None
-        try:
-            job = (self.root / KNOWN / fingerprint).read_text()
-        except (OSError, ValueError):
-            return None
-        if job.startswith(".") or "/" in job:
-            return None
-        found = read_status(self.done / job)
-        return found if found.fingerprint == fingerprint and found.success == "done" else None
-
     def running_jobs(self) -> list[JobStatus]:
         """The jobs in running/: running, cancelling and interrupted ones."""
         found = []
@@ -287,7 +307,7 @@ class Spool:
             if os.path.exists(folder / SPEC):
                 status = read_status(folder)
                 # An owned job may wait for its next attempt.
-                owned = status.state != "interrupted" and _is_locked(folder / LOCK)
+                owned = status.state != "interrupted" and ownership.is_owned(folder)
                 cancelled = os.path.exists(folder / CANCEL)
                 status.state = "cancelling" if cancelled else "running" if owned else "interrupted"
                 found.append(status)
@@ -315,33 +335,83 @@ class Spool:
             name = job_name(spec_name)
             if (self.done / name).exists() or (self.failed / name).exists():
                 continue
+            folder = self.running / name
+            if self.leased:
+                if self.folder_of(name) is None:
+                    return self._new_lease(folder)
+                continue
             try:
-                (self.running / name).mkdir()
+                folder.mkdir()
             except FileExistsError:
                 continue
-            job = self.own(name)
+            job = self._own(folder)
             if job is not None:
                 return job
 
-    def own(self, name: str) -> Job | None:
-        """Own running/NAME, or None if it has an owner or is gone. Raises OSError."""
-        path = self.running / name / LOCK
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except (FileNotFoundError, NotADirectoryError):
+    def _own(self, folder: Path) -> Job | None:
+        """Own the job in this folder, or None if it has an owner or is gone. Raises OSError."""
+        if not self.leased:
+            held = ownership.lock(folder)
+            return None if held is None else Job(self, folder, held)
+        if is_leased(folder) and not self._watch.has_run_out(folder):
             return None
+        return self._take(folder)
+
+    def _new_lease(self, folder: Path) -> Job:
+        """A new folder in running/ with a lease on it. Raises OSError, and then nothing stays."""
+        since, own = owner_clock(), named(folder)
+        own.mkdir()
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between the open and the lock the job may have ended and moved on with its lock file.
-            if os.path.samestat(os.fstat(lock), os.stat(path)):
-                return Job(self, name, lock)
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except BaseException:
-            os.close(lock)
+            return Job(self, own, Lease(own, self._lease_seconds, since))
+        except OSError:
+            _remove_claim(own)
             raise
-        os.close(lock)
-        return None
+
+    def _take(self, folder: Path) -> Job | None:
+        """Own a job that is free or whose lease has run out; None if another one was faster. Raises OSError.
+
+        The first rename decides who gets it and bars the former owner's way. What that had open may follow a rename, on
+        network file systems even its paths for a while: so the job moves into a new folder, by the rename of its spec.
+        """
+        won = named(folder)
+        try:
+            os.rename(folder, won)
+        except FileNotFoundError:
+            return None
+        job = None
+        try:
+            job = self._new_lease(folder)
+            status = read_status(won, strict=True)
+            last = "expired" if is_leased(folder) else "returned"
+            known = {status.lease: last, token_of(folder): "expired"}
+            former = {**status.former_leases, **{token: how for token, how in known.items() if token}}
+            write_status(job.folder, replace(status, lease=token_of(job.folder), former_leases=former))
+            for name in (LOG, ERROR, CANCEL):
+                copy_plain(won / name, job.folder / name)
+            sync_folder(job.folder)
+            sync_folder(self.running)
+            os.rename(won / SPEC, job.folder / SPEC)
+        except BaseException as error:
+            if job is not None:
+                job.discard()
+            if isinstance(error, FileNotFoundError):  # a claim that never got its spec, or we slept: somebody has it
+                _remove_claim(won)
+            if not is_leased(folder):
+                with contextlib.suppress(OSError):
+                    os.rename(won, folder)  # as free as it was, if it is there
+            if isinstance(error, FileNotFoundError):
+                return None
+            raise
+        try:
+            sync_folder(job.folder)
+            sync_folder(won)
+        except OSError:
+            job.release()  # the spec has arrived: whoever adopts the job goes on from here
+            raise
+        with contextlib.suppress(OSError):
+            os.rename(won / CANCEL, job.folder / CANCEL)  # if it came meanwhile
+        shutil.rmtree(won, ignore_errors=True)
+        return job
 
 
 def job_name(spec_name: str) -> str:
@@ -362,21 +432,26 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether somebody owns the job. What cannot be opened (another user's) counts as owned."""
+def _remove_claim(folder: Path) -> None:
+    """Remove the folder of a claim that has no spec, if nothing else lies in it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if _lies_at(folder / SPEC):
+            return
+        for name in (STATUS, LEASE, LOG, ERROR, CANCEL, LOCK):
+            (folder / name).unlink(missing_ok=True)
+            temporary_of(folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError:
+        pass  # somebody put files there: theirs to remove
+
+
+def _lies_at(path: Path) -> bool:
+    """Whether anything lies there. Raises OSError where that cannot be told."""
+    try:
+        os.lstat(path)
     except FileNotFoundError:
         return False
-    except OSError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
+    return True
 
 
 def _mtime(path: Path) -> float:
@@ -396,5 +471,10 @@ def _why_unusable(root: Path, place: Path, error: OSError) -> str:
         return (
             f"spool {root}: cannot write in {place.parent if place.name.startswith('.probe') else place} "
             f"({error.strerror}); give the user that runs the daemon write permission on the spool and its folders"
+        )
+    if error.errno in ownership.NO_LOCKS:
+        return (
+            f"spool {root}: its file system has no file locks ({error.strerror}), which tell the daemons whose job is "
+            f'whose; set ownership = "{LEASES}"'
         )
     return f"spool {root}: cannot be used, at {place}: {error.strerror}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from service.durable import write_atomic
+from service.leases import job_of
 
 STATUS = "status.json"
 ENDED = {"done": "done", "duplicate": "done", "failed": "failed", "cancelled": "failed"}
@@ -25,6 +26,8 @@ class JobStatus:
     tensors_done, tensors_total and bytes; `result` is MergeResult.as_dict(); `resident_bytes` is the worker's.
     `memory`: bytes that the plan says the job holds, if that is more than its spec says. `waits_for`: why it is not
     started yet; that stands in no file, commands.py looks it up.
+    `lease`: the token of the lease that the owner has, or had last; `former_leases`: those before it, each "returned"
+    by an owner whose worker had ended, or "expired", and then its owner may only be asleep.
     Only one process writes it at a time: the worker while it lives, the job's owner before and after.
     """
 
@@ -45,8 +48,10 @@ class JobStatus:
     seconds: float = 0.0
     resident_bytes: int = 0
     memory: int = 0
+    lease: str = ""
     waits_for: str = ""
     error: str = ""
+    former_leases: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
 
@@ -65,7 +70,7 @@ def read_status(folder: Path, *, strict: bool = False) -> JobStatus:
 
     `strict`, for who writes it again: OSError if there is one that cannot be read.
     """
-    status = JobStatus(job=folder.name)
+    status = JobStatus(job=job_of(folder))
     try:
         found = json.loads((folder / STATUS).read_bytes())
     except OSError as error:
@@ -83,7 +88,7 @@ def read_status(folder: Path, *, strict: bool = False) -> JobStatus:
                 value = float(value)
             if isinstance(value, type(default)):
                 setattr(status, one.name, value)
-    status.job = folder.name
+    status.job = job_of(folder)
     return status
 
 

@@ -73,10 +73,12 @@ class Supervisor:
         for job in self.spool.adopt(own):
             try:
                 self._take_over(job)
-                self._complaints.over(job.folder)
+                self._complaints.over(self.spool.running / job.name)
             except OSError as error:
                 job.release()
-                self._complaints.make(job.folder, "job %s: cannot be taken over: %s; trying again", job.name, error)
+                self._complaints.make(
+                    self.spool.running / job.name, "job %s: cannot be taken over: %s; trying again", job.name, error
+                )
 
     def claim(self, name: str, needs: Needs) -> str:
         """Claim incoming/NAME and start it; why it has to wait, empty if it has gone. Raises OSError."""
@@ -120,6 +122,21 @@ class Supervisor:
             self.left_behind = self._start_if_granted(job, "taken over; resuming")
             if self.left_behind:
                 job.release()
+
+    def keep(self) -> float:
+        """Renew the leases, and kill the workers of jobs whose lease is lost; when to do so again, on the monotonic
+        clock."""
+        again = float("inf")
+        for worker in self.workers.values():
+            again = min(again, worker.job.owned.renew())
+            if worker.job.owned.lost and not worker.killed:
+                log.error("job %s: its lease was not renewed in time; killing its worker", worker.job.name)
+                worker.kill()
+        for job in (*(job for _, job in self._resting.values()), *(job for job, _, _ in self.unfinished)):
+            again = min(again, job.owned.renew())
+        self._resting = {name: (at, job) for name, (at, job) in self._resting.items() if not job.owned.lost}
+        self.unfinished = [one for one in self.unfinished if not one[0].owned.lost]
+        return time.monotonic() + again
 
     # --- starting ---
 
@@ -246,6 +263,10 @@ class Supervisor:
         status = job.status()
         self.metrics.progressed(job.name, status)
         status.seconds += time.monotonic() - worker.started
+        if job.owned.lost:
+            log.error("job %s: no longer ours", job.name)
+            self.metrics.ended(job.name, "interrupted", status.method, status.seconds)
+            return
         changes: dict[str, Any] = {"seconds": round(status.seconds, 3), "pid": 0, "resident_bytes": 0}
         if code == 0 or status.result:
             if code != 0:

@@ -36,9 +36,10 @@ from mergecore.errors import CheckpointError, Interrupted, MergecoreError, Outpu
 from mergecore.output.stages import search_folder, stages_folder
 from mergecore.printable import PrintableFormatter, printable, printable_lines
 from mergecore.references import local_folder
-from mergecore.small_files import read_object
 from service.duplicates import UNLIKE_ANY, done_before, fingerprint, running_before
 from service.durable import utc_now, write_atomic
+from service.leases import Tenancy, is_leased, job_of
+from service.publishing import Workplace, is_taken, published_by
 from service.spool import DAEMON_PID, ERROR, MORE_MEMORY, SPEC, Spool
 from service.status import JobStatus, read_status, write_status
 
@@ -55,9 +56,12 @@ COUNTED = ("tensors_done", "bytes_read", "bytes_written")
 
 
 class Stop:
-    """Set by SIGTERM and SIGINT; the merge asks after every window."""
+    """Set by SIGTERM and SIGINT, and when the lease on the job has run out; the merge asks after every window."""
 
     requested = False
+
+    def __init__(self, tenancy: Tenancy) -> None:
+        self._tenancy = tenancy
 
     def install(self) -> None:
         """Take over both signals for the rest of the process."""
@@ -68,11 +72,11 @@ class Stop:
         self.requested = True
 
     def __call__(self) -> bool:
-        return self.requested
+        return self.requested or self._tenancy.over()
 
     def check(self) -> None:
         """Raise Interrupted if a stop was requested."""
-        if self.requested:
+        if self():
             raise Interrupted("stopped before the merge began")
 
 
@@ -166,7 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    stop = Stop()
+    tenancy = Tenancy(options.job)
+    stop = Stop(tenancy)
     stop.install()
     faulthandler.enable()
     follow_daemon()
@@ -174,14 +179,20 @@ def main(arguments: list[str] | None = None) -> int:
     reporter = Reporter(options.job)
     reporter.start()
     try:
-        return run(options, reporter, stop)
+        return run(options, reporter, stop, tenancy)
     except Interrupted as error:
         log.info("%s", error)
         return error.exit_code
     except MergecoreError as error:
+        if tenancy.over():
+            log.info("another daemon may have this job: %s", error)
+            return Interrupted.exit_code
         report_error(options.job, reporter, str(error))
         return error.exit_code
     except BaseException as error:
+        if tenancy.over():
+            log.info("another daemon may have this job: %s", error)
+            return Interrupted.exit_code
         what = str(error) or type(error).__name__
         report_error(options.job, reporter, f"unexpected error: {type(error).__name__}: {what}")
         return 1
@@ -190,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
             reporter.stop()
 
 
-def run(options: argparse.Namespace, reporter: Reporter, stop: Stop) -> int:
+def run(options: argparse.Namespace, reporter: Reporter, stop: Stop, tenancy: Tenancy) -> int:
     """Merge; 0, or MORE_MEMORY. Raises MergecoreError."""
     folder, outputs, models = options.job, options.outputs, options.models
     spec = load(folder / SPEC, reporter.spec_name)
@@ -198,7 +209,7 @@ def run(options: argparse.Namespace, reporter: Reporter, stop: Stop) -> int:
         message = "this server runs no commands of specs (allow_commands in its configuration); score by text"
         raise spec.error(message, "evolve", "score", "command")
     reporter.record(method=printable(spec.merge_method)[:100])
-    out = output_path(spec, folder.name, outputs)
+    out = output_path(spec, job_of(folder), outputs)
     begun = reporter.output == str(out)
     if not begun and is_duplicate(spec, folder, models, reporter, stop):
         return 0
@@ -211,22 +222,27 @@ def run(options: argparse.Namespace, reporter: Reporter, stop: Stop) -> int:
     def resolve(model: str, revision: str | None) -> Path:
         return find_model(model, revision, models)
 
+    def merge(place: Path) -> dict[str, Any]:
+        return mergecore.merge(
+            spec,
+            place,
+            memory=None if options.memory is None else min(options.memory, spec.run.memory),
+            resume=True,
+            progress=reporter.progress,
+            should_stop=stop,
+            resolve=resolve,
+        ).as_dict()
+
     log.info("merging to %s", out)
+    workplace = Workplace(folder, outputs, out, tenancy) if is_leased(folder) else None
     try:
-        with confinement(models, outputs, out):
+        with confinement(models, outputs, out if workplace is None else workplace.place):
             if options.memory is not None and (held := held_by_fit(spec, resolve)) > options.memory:
                 log.info("its plan says that it holds %d bytes; %d were granted", held, options.memory)
                 reporter.record(memory=held)
                 return MORE_MEMORY
-            result = mergecore.merge(
-                spec,
-                out,
-                memory=None if options.memory is None else min(options.memory, spec.run.memory),
-                resume=True,
-                progress=reporter.progress,
-                should_stop=stop,
-                resolve=resolve,
-            ).as_dict()
+            former = reporter.status.former_leases
+            result = merge(out) if workplace is None else workplace.merge(spec, former, merge)
     except OutputExistsError:
         published = published_by(spec, out) if begun else None
         if published is None:
@@ -270,34 +286,6 @@ def is_duplicate(spec: MergeSpec, folder: Path, models: list[Path], reporter: Re
     log.info("the same was done by %s: %s (run.force runs it again)", first.job, first.output)
     reporter.record(output=first.output, result={"duplicate_of": first.job, "output": first.output})
     return True
-
-
-def is_taken(out: Path) -> bool:
-    """Whether something lies at `out` that a merge would refuse to replace."""
-    try:
-        return bool(os.listdir(out))
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-
-
-def published_by(spec: MergeSpec, out: Path) -> dict[str, Any] | None:
-    """The figures of a merge of this very spec that lies complete at `out`; None if something else lies there.
-
-    Only a complete merge has a manifest: it comes with the rename.
-    """
-    try:
-        with confined([out], []):
-            manifest = read_object(out / "mergecore_manifest.json")
-    except CheckpointError:
-        return None
-    if not isinstance(manifest, dict):
-        return None
-    given = manifest.get("evolve", manifest)  # of a search: the spec that asked for it
-    if not isinstance(given, dict) or given.get("spec") != spec.as_dict() or given.get("spec_text") != spec.text:
-        return None
-    return {**manifest.get("result", {}), "output": str(out)}
 
 
 def load(path: Path, name: str) -> MergeSpec:

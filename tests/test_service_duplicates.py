@@ -19,8 +19,9 @@ from service.commands import submit_command
 from service.config import WORKER_COMMAND
 from service.duplicates import UNLIKE_ANY, done_before, fingerprint, forced, running_before
 from service.errors import ServiceError
+from service.fingerprints import KNOWN
 from service.retention import apply, parse_keep
-from service.spool import KNOWN, Job, Spool
+from service.spool import Job, Spool
 from service.status import JobStatus
 from service.worker import find_model
 from tests.models import LLAMA, llama, moved, write_model
