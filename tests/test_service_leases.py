@@ -59,13 +59,17 @@ class Clocks:
         self.observer += seconds
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clocks:
+def turned_by_hand(monkeypatch: pytest.MonkeyPatch) -> Clocks:
     clocks = Clocks()
     monkeypatch.setattr(leases, "owner_clock", lambda: clocks.owner)
-    monkeypatch.setattr("service.spool.owner_clock", lambda: clocks.owner)
+    monkeypatch.setattr(spool_module, "owner_clock", lambda: clocks.owner)
     monkeypatch.setattr(leases, "observer_clock", lambda: clocks.observer)
     return clocks
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clocks:
+    return turned_by_hand(monkeypatch)
 
 
 def spool_at(root: Path) -> Spool:
@@ -249,10 +253,7 @@ def test_a_taker_that_sleeps_half_way_gets_nothing_and_breaks_nothing(
     taken: list[Job] = []
 
     def sleeping(source: Path, target: Path) -> None:
-        monkeypatch.undo()
-        monkeypatch.setattr(leases, "owner_clock", lambda: clock.owner)
-        monkeypatch.setattr("service.spool.owner_clock", lambda: clock.owner)
-        monkeypatch.setattr(leases, "observer_clock", lambda: clock.observer)
+        monkeypatch.setattr(spool_module, "copy_plain", copy_plain)
         assert list(quick.adopt(set())) == []
         clock.sleep(121)
         taken.extend(quick.adopt(set()))
