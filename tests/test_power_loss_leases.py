@@ -17,10 +17,10 @@ from service.ownership import LEASES, agreed
 from service.publishing import Workplace
 from service.spool import Job, Spool
 from tests.faulty_disk import FaultyDisk, faulty_disk
+from tests.leases import Clocks, turned_by_hand
 from tests.models import llama, spec_dict, tensor_bytes, write_trio
 from tests.test_power_loss import TEXT, at_any_operation, only_job
 from tests.test_publishing import Tenant
-from tests.test_service_leases import Clocks, turned_by_hand
 
 
 @pytest.fixture(scope="module")
