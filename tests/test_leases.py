@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from mergecore.errors import Interrupted
 from service import spool as spool_module
 from service.commands import cancel_command, retry_command
-from service.durable import copy_plain
+from service.config import load_config
+from service.durable import copy_plain, sync_folder
 from service.errors import ServiceError
 from service.leases import Lease, LeaseLost, Tenancy, Watch, job_of, read_lease
 from service.ownership import LEASES, LOCKS
 from service.spool import Job, Spool
+from service.worker import Stop
 from tests.leases import Clocks, turned_by_hand
 
 
@@ -215,6 +218,75 @@ def test_a_taker_that_sleeps_half_way_gets_nothing_and_breaks_nothing(
     (job,) = taken
     assert job.status().error == "before"
     assert os.listdir(tmp_path / "running") == [job.folder.name]
+
+
+def test_an_owner_that_wakes_while_its_job_is_taken_can_neither_end_it_nor_give_it_back(
+    tmp_path: Path, clock: Clocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = claimed(spool_at(tmp_path))
+    other = spool_at(tmp_path)
+    assert list(other.adopt(set())) == []
+
+    def woken(source: Path, target: Path) -> None:
+        monkeypatch.setattr(spool_module, "copy_plain", copy_plain)
+        clock.owner -= 61  # it was asleep after its last look
+        for act in (lambda: job.finish("failed"), lambda: job.update(error="late")):
+            with pytest.raises(FileNotFoundError):
+                act()
+        job.release()
+        clock.owner += 61
+        copy_plain(source, target)
+
+    monkeypatch.setattr(spool_module, "copy_plain", woken)
+    clock.sleep(61)
+    (taken,) = other.adopt(set())
+    assert job.owned.lost
+    assert os.listdir(tmp_path / "running") == [taken.folder.name]
+    assert os.listdir(tmp_path / "failed") == []
+    assert (taken.folder / "spec.yaml").exists()
+
+
+def test_a_request_to_cancel_is_not_lost_by_a_takeover(
+    tmp_path: Path, clock: Clocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed(spool_at(tmp_path))
+    other = spool_at(tmp_path)
+    assert list(other.adopt(set())) == []
+    clock.sleep(61)
+
+    def late(folder: Path) -> None:
+        sync_folder(folder)
+        if (folder / "spec.yaml").exists():  # the job has just moved; by a path that was looked up before:
+            monkeypatch.setattr(spool_module, "sync_folder", sync_folder)
+            (left,) = [one for one in (tmp_path / "running").iterdir() if one != folder]
+            (left / "cancel").write_text("me\n")
+
+    monkeypatch.setattr(spool_module, "sync_folder", late)
+    (taken,) = other.adopt(set())
+    assert taken.cancellation() == "me"
+
+
+def test_a_stop_is_asked_for_when_the_lease_is_over(tmp_path: Path, clock: Clocks) -> None:
+    job = claimed(spool_at(tmp_path))
+    stop = Stop(Tenancy(job.folder))
+    stop.check()
+    clock.sleep(39)
+    assert not stop()
+    job.owned.renew()
+    clock.sleep(39)
+    assert not stop(), "its daemon has renewed it"
+    clock.sleep(2)
+    assert stop()
+    with pytest.raises(Interrupted):
+        stop.check()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("ownership", "lease"), ("ownership", True), ("lease_seconds", 0.5), ("lease_seconds", 3601)]
+)
+def test_what_makes_no_lease_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(ServiceError, match=f"{key} is {value!r}, but must be"):
+        load_config(None, {"spool": tmp_path, "outputs": tmp_path, key: value})
 
 
 def test_a_job_that_is_given_back_is_free_at_once_and_a_claim_without_a_spec_is_cleaned_up(

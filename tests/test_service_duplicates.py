@@ -135,6 +135,12 @@ def test_only_a_done_job_whose_output_is_there_counts(tmp_path: Path) -> None:
     assert done_before(spool, "e" * 32) is None, "a note is not believed"
     (spool.root / KNOWN / ("e" * 32)).write_text(found.job)
     assert done_before(spool, "e" * 32) is None
+    note = spool.root / KNOWN / ("f" * 32)
+    note.rename(tmp_path / "note")
+    note.symlink_to(tmp_path / "note")
+    assert done_before(spool, "f" * 32) is None, "a link is no note"
+    (tmp_path / "note").rename(note)
+    assert done_before(spool, "f" * 32) is not None
     assert {one.state for one in spool.jobs()} == {"done", "failed", "duplicate"}, "notes are no jobs"
     assert apply(spool, parse_keep(0), parse_keep("all"), datetime.now(UTC))
     assert done_before(spool, "f" * 32) is None

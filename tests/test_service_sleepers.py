@@ -154,3 +154,18 @@ def test_a_search_of_a_host_that_died_goes_on_without_scoring_anything_twice(tmp
             assert os.listdir(two.outputs) == [out.name]
     assert len(calls(folder)) == 12 + 1, "and the one at which it died"
     assert history(out) == history(folder / "out")
+
+
+def test_a_daemon_that_wakes_kills_its_worker_though_that_knows_nothing_of_leases(tmp_path: Path) -> None:
+    with leased_daemon(tmp_path) as one:
+        one.drop("a.yaml", gate="never", deaf=True)
+        one.wait_started("a.yaml")
+        worker = psutil.Process(wait_until(lambda: one.jobs("running")["a.yaml"].pid, "its pid"))
+        os.kill(one.process.pid, signal.SIGSTOP)
+        with leased_daemon(tmp_path, stop_timeout=0.1) as two:
+            two.wait_started("a.yaml", times=2)
+            assert worker.is_running()
+            os.kill(one.process.pid, signal.SIGCONT)
+            wait_until(lambda: "no longer ours" in one.log(), f"the woken one; log: {one.log()}")
+            assert not worker.is_running()
+            assert two.jobs("running")["a.yaml"].attempts == 2
