@@ -24,7 +24,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,12 +74,7 @@ class Job:
 
     def outcome(self) -> str | None:
         """What the last worker left: one of ENDED, or None if there is still something to run."""
-        status = self.status()
-        if status.state in ENDED:
-            return status.state
-        if status.result:
-            return status.success
-        return "failed" if (self.folder / ERROR).exists() else None
+        return _outcome(self.folder)
 
     def cancellation(self) -> str | None:
         """Who wants the job to stop, and since when; None if nobody does."""
@@ -215,7 +210,6 @@ class Spool:
                 spec=printable(name),
                 created=utc_now(),
                 host=socket.gethostname(),
-                lease=token_of(job.folder),
             )
             sync_folder(self.running)
             _sync_file(self.incoming / name)
@@ -234,14 +228,17 @@ class Spool:
             raise
         return job
 
-    def adopt(self, own: set[str]) -> Iterator[Job]:
+    def adopt(self, own: set[str], worth: Callable[[Path], bool] = lambda folder: True) -> Iterator[Job]:
         """Take over the running jobs whose owner is gone, oldest first; `own` are not looked at.
 
-        Claims that never got their spec are cleaned up on the way.
+        Claims that never got their spec are cleaned up on the way. `worth`: whether a job that is still to be run can
+        be started now. Leases are not taken just to be given back: that costs a new folder.
         """
         folders = [folder for folder in self._folders(self.running) if job_of(folder) not in own]
         self._watch.forget_others(folders)
         for folder in sorted(folders, key=lambda folder: (read_status(folder).created, folder.name)):
+            if self.leased and not (self._is_free(folder) and (not _is_to_run(folder) or worth(folder))):
+                continue
             job = self._own(folder)
             if job is None:
                 continue
@@ -353,9 +350,11 @@ class Spool:
         if not self.leased:
             held = ownership.lock(folder)
             return None if held is None else Job(self, folder, held)
-        if is_leased(folder) and not self._watch.has_run_out(folder):
-            return None
-        return self._take(folder)
+        return self._take(folder) if self._is_free(folder) else None
+
+    def _is_free(self, folder: Path) -> bool:
+        """Whether no lease holds the job, as far as this process has seen."""
+        return not is_leased(folder) or self._watch.has_run_out(folder)
 
     def _new_lease(self, folder: Path) -> Job:
         """A new folder in running/ with a lease on it. Raises OSError, and then nothing stays."""
@@ -385,7 +384,7 @@ class Spool:
             last = "expired" if is_leased(folder) else "returned"
             known = {status.lease: last, token_of(folder): "expired"}
             former = {**status.former_leases, **{token: how for token, how in known.items() if token}}
-            write_status(job.folder, replace(status, lease=token_of(job.folder), former_leases=former))
+            write_status(job.folder, replace(status, lease="", former_leases=former))
             for name in (LOG, ERROR, CANCEL):
                 copy_plain(won / name, job.folder / name)
             sync_folder(job.folder)
@@ -430,6 +429,23 @@ def _sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _outcome(folder: Path) -> str | None:
+    status = read_status(folder)
+    if status.state in ENDED:
+        return status.state
+    if status.result:
+        return status.success
+    return "failed" if (folder / ERROR).exists() else None
+
+
+def _is_to_run(folder: Path) -> bool:
+    """Whether the job in this folder has neither ended, nor shall be cancelled, nor is a claim without a spec."""
+    try:
+        return _lies_at(folder / SPEC) and not _lies_at(folder / CANCEL) and _outcome(folder) is None
+    except OSError:
+        return True
 
 
 def _remove_claim(folder: Path) -> None:

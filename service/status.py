@@ -26,8 +26,8 @@ class JobStatus:
     tensors_done, tensors_total and bytes; `result` is MergeResult.as_dict(); `resident_bytes` is the worker's.
     `memory`: bytes that the plan says the job holds, if that is more than its spec says. `waits_for`: why it is not
     started yet; that stands in no file, commands.py looks it up.
-    `lease`: the token of the lease that the owner has, or had last; `former_leases`: those before it, each "returned"
-    by an owner whose worker had ended, or "expired", and then its owner may only be asleep.
+    `lease`: the token of the lease under which a worker was last started; `former_leases`: those of earlier owners,
+    each "returned" by one whose worker had ended, or "expired", and then that owner may only be asleep.
     Only one process writes it at a time: the worker while it lives, the job's owner before and after.
     """
 

@@ -19,10 +19,12 @@ from service.clock import SteadyDate
 from service.complaints import Complaints
 from service.config import ServeConfig
 from service.durable import dated, utc_now, write_atomic
+from service.leases import token_of
 from service.metrics import Metrics
 from service.process import Worker
 from service.resources import Grant, Needs, NeverFits, Room, gib, read_needs
 from service.spool import ERROR, LOG, MORE_MEMORY, SPEC, Job, Spool
+from service.status import read_status
 
 log = logging.getLogger("mergecore.service")
 
@@ -70,7 +72,7 @@ class Supervisor:
         """Go on with jobs that a dead daemon, or an interrupted worker of ours, left in running/. Raises OSError."""
         own = {*self.workers, *self._resting, *(job.name for job, _, _ in self.unfinished)}
         self.left_behind = ""
-        for job in self.spool.adopt(own):
+        for job in self.spool.adopt(own, self._can_start):
             try:
                 self._take_over(job)
                 self._complaints.over(self.spool.running / job.name)
@@ -79,6 +81,17 @@ class Supervisor:
                 self._complaints.make(
                     self.spool.running / job.name, "job %s: cannot be taken over: %s; trying again", job.name, error
                 )
+
+    def _can_start(self, folder: Path) -> bool:
+        """Whether a job in running/ could be started now, or fails because it never can."""
+        if self.halted or self.left_behind:
+            return False
+        with contextlib.suppress(NeverFits):
+            answer = self.room.ask(_needs(folder))
+            if isinstance(answer, str):
+                self.left_behind = answer
+                return False
+        return True
 
     def claim(self, name: str, needs: Needs) -> str:
         """Claim incoming/NAME and start it; why it has to wait, empty if it has gone. Raises OSError."""
@@ -142,9 +155,8 @@ class Supervisor:
 
     def _start_if_granted(self, job: Job, saying: str = "") -> str:
         """Start a job of ours; why it has to wait. One that can never run here fails."""
-        needs = read_needs(job.folder / SPEC).at_least(job.status().memory)
         try:
-            answer = self.room.ask(needs)
+            answer = self.room.ask(_needs(job.folder))
         except NeverFits as error:
             log.error("job %s: failed: %s", job.name, error)
             status = job.status()
@@ -167,6 +179,7 @@ class Supervisor:
                 host=socket.gethostname(),
                 started=status.started or utc_now(),
                 attempts=status.attempts + 1,
+                lease=token_of(job.folder),
                 heartbeat=utc_now(),
                 progress={},
                 error="",
@@ -335,6 +348,11 @@ class Supervisor:
                 return
             log.error("job %s: cannot move it to %s/: %s; trying again", job.name, state, error)
             self.unfinished.append((job, state, changes))
+
+
+def _needs(folder: Path) -> Needs:
+    """What the job in this folder asks for, by its spec and what is known of its plan."""
+    return read_needs(folder / SPEC).at_least(read_status(folder).memory)
 
 
 def _log_tail(path: Path, nbytes: int = 4096) -> str:

@@ -289,6 +289,25 @@ def test_what_makes_no_lease_is_refused(tmp_path: Path, key: str, value: object)
         load_config(None, {"spool": tmp_path, "outputs": tmp_path, key: value})
 
 
+def test_a_job_that_cannot_start_now_is_not_taken_just_to_be_given_back(tmp_path: Path, clock: Clocks) -> None:
+    spool = spool_at(tmp_path)
+    claimed(spool, "left.yaml").release()
+    claimed(spool, "cancelled.yaml").release()
+    failed = claimed(spool, "failed.yaml")
+    (failed.folder / "error.txt").write_text("no")
+    failed.release()
+    spool._new_job("empty.yaml").release()
+    for job in spool.running_jobs():
+        if job.spec == "cancelled.yaml":
+            spool.request_cancel(job.job, "me")
+    before = sorted(os.listdir(spool.running))
+    taken = list(spool_at(tmp_path).adopt(set(), lambda folder: False))
+    assert sorted(job.status().spec for job in taken) == ["cancelled.yaml", "failed.yaml"]
+    (left,) = [name for name in os.listdir(spool.running) if "@" not in name]
+    assert left in before
+    assert left.startswith("left-")
+
+
 def test_a_job_that_is_given_back_is_free_at_once_and_a_claim_without_a_spec_is_cleaned_up(
     tmp_path: Path, clock: Clocks
 ) -> None:
