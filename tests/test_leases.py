@@ -14,7 +14,7 @@ from service.commands import cancel_command, retry_command
 from service.config import load_config
 from service.durable import copy_plain, sync_folder
 from service.errors import ServiceError
-from service.leases import Lease, LeaseLost, Tenancy, Watch, job_of, read_lease
+from service.leases import Lease, LeaseLost, Tenancy, Watch, job_of, read_lease, token_of
 from service.ownership import LEASES, LOCKS
 from service.spool import Job, Spool
 from service.worker import Stop
@@ -218,6 +218,39 @@ def test_a_taker_that_sleeps_half_way_gets_nothing_and_breaks_nothing(
     (job,) = taken
     assert job.status().error == "before"
     assert os.listdir(tmp_path / "running") == [job.folder.name]
+
+
+def test_a_taker_whose_new_folder_is_cleaned_up_while_it_sleeps_leaves_the_job_whole(
+    tmp_path: Path, clock: Clocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed(spool_at(tmp_path)).update(error="before")
+    slow, other = spool_at(tmp_path), spool_at(tmp_path)
+    assert list(slow.adopt(set())) == []
+    clock.sleep(61)
+
+    def sleeping(source: Path, target: Path) -> None:
+        monkeypatch.setattr(spool_module, "copy_plain", copy_plain)
+        for path in target.parent.iterdir():  # it looks like a claim that never got its spec
+            path.unlink()
+        target.parent.rmdir()
+        target.open("x")
+
+    monkeypatch.setattr(spool_module, "copy_plain", sleeping)
+    assert list(slow.adopt(set())) == []
+    assert list(other.adopt(set())) == []
+    clock.sleep(61)
+    (job,) = other.adopt(set())
+    assert job.status().error == "before"
+
+
+def test_a_lease_that_ran_out_is_known_though_the_status_is_damaged(tmp_path: Path, clock: Clocks) -> None:
+    job = claimed(spool_at(tmp_path))
+    (job.folder / "status.json").write_text("{")
+    other = spool_at(tmp_path)
+    list(other.adopt(set()))
+    clock.sleep(61)
+    (taken,) = other.adopt(set())
+    assert taken.status().former_leases == {token_of(job.folder): "expired"}
 
 
 def test_an_owner_that_wakes_while_its_job_is_taken_can_neither_end_it_nor_give_it_back(

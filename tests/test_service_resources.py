@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -217,8 +218,11 @@ def test_an_interrupted_job_that_does_not_fit_yet_comes_before_those_that_have_n
         daemon.wait_for("done", "big.yaml", "small.yaml")
 
 
-def test_a_job_left_in_running_that_does_not_fit_holds_up_the_queue_and_says_why(tmp_path: Path) -> None:
-    with running_daemon(tmp_path, jobs=2, memory="8GiB") as daemon:
+@pytest.mark.parametrize("ownership", ["locks", "leases"])
+def test_a_job_left_in_running_that_does_not_fit_holds_up_the_queue_and_says_why(
+    tmp_path: Path, ownership: str
+) -> None:
+    with running_daemon(tmp_path, jobs=2, memory="8GiB", ownership=ownership) as daemon:
         for name in ("a.yaml", "b.yaml"):
             daemon.drop(name, gate="go", run={"memory": "3GiB"})
             daemon.wait_started(name)
@@ -228,6 +232,10 @@ def test_a_job_left_in_running_that_does_not_fit_holds_up_the_queue_and_says_why
         daemon.drop("new.yaml", gate="go", run={"memory": "16MiB"})
         told = {"b.yaml": "needs 3.5 GiB of memory, 1.0 GiB of 4.5 GiB are free", "new.yaml": "waits for its turn"}
         wait_until(lambda: waits(daemon) == told, f"{told}; {waits(daemon)}")
+        (left,) = [folder for folder in daemon.spool.running.glob("b-*")]
+        inode = left.stat().st_ino
+        time.sleep(0.5)
+        assert left.stat().st_ino == inode, "it is not taken and given back again and again"
         assert not any("new.yaml" in line for line in daemon.record())
         daemon.open_gate()
         daemon.wait_for("done", "a.yaml", "b.yaml", "new.yaml")
