@@ -72,14 +72,17 @@ class Workplace:
         return {**result, "output": str(self._out)}
 
     def enter(self, former: Mapping[str, str]) -> None:
-        """Make the folder, after those of all former leases are gone."""
+        """Make the folder, and see that those of all former leases are gone."""
         with reporting("take over", self._root_path), OutputFolder.at(self._root_path, []) as root:
-            journals = self._succeed(root, former)
+            left = self._succeed(root, former)
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self._name, dir_fd=root.descriptor)
-            if journals:
-                with root.enter(self._name) as workplace:
-                    _write_journals(workplace, journals)
+            with root.enter(self._name) as workplace:
+                for name in left:
+                    self._copy_journal(root, name, workplace)
+            root.sync()
+            for name in left:
+                _remove(root, name)
             root.sync()
         self._check()
 
@@ -131,49 +134,55 @@ class Workplace:
                 raise taken(self._out) from error
             raise
 
-    def _succeed(self, root: OutputFolder, former: Mapping[str, str]) -> dict[str, bytes]:
-        """Take over the newest folder that was returned, and remove all others; the journals that were in those."""
-        journals: dict[str, bytes] = {}
+    def _succeed(self, root: OutputFolder, former: Mapping[str, str]) -> list[str]:
+        """Go on with the newest folder that was returned; the others that are there, newest first."""
+        left = []
         for token, how in reversed(list(former.items())):
             name = f".{self._job}@{token}"
             if "/" in name or not root.has(name):
                 continue
             if how == "returned" and not root.has(self._name):
                 os.rename(name, self._name, src_dir_fd=root.descriptor, dst_dir_fd=root.descriptor)
-                continue
-            journals = journals or self._journals(root, name)
-            for _ in range(_TRIES):
-                root.remove([name])
-                if not root.has(name):
-                    break
             else:
-                raise OutputError(f"{root.path / name} cannot be removed: its former owner could still publish it")
-        root.sync()  # before anything is made that a power loss could bring that back beside
-        return journals
+                left.append(name)
+        return left
 
-    def _journals(self, root: OutputFolder, name: str) -> dict[str, bytes]:
-        """The journal of a search, whose lines count one by one, by its folder."""
+    def _copy_journal(self, root: OutputFolder, name: str, workplace: OutputFolder) -> None:
+        """Have a durable copy of the journal of a search, whose lines count one by one, unless there is one."""
         folder = search_folder(self.place).name
-        with (
-            contextlib.suppress(OSError),
-            root.enter(name) as workplace,
-            workplace.enter(folder) as search,
-            os.fdopen(search.open(_JOURNAL, os.O_RDONLY), "rb") as file,
-        ):
-            return {folder: file.read()}
-        return {}
-
-
-def _write_journals(workplace: OutputFolder, journals: Mapping[str, bytes]) -> None:
-    """Put copied journals into a folder, unless it has them."""
-    for name, content in journals.items():
+        try:
+            with root.enter(name) as other, other.enter(folder) as search:
+                content = _read(search, _JOURNAL)
+        except OSError:  # no search, or somebody removes it
+            return
         with contextlib.suppress(FileExistsError):
-            os.mkdir(name, dir_fd=workplace.descriptor)
-            with (
-                workplace.enter(name) as search,
-                os.fdopen(search.open(_JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file,
-            ):
+            os.mkdir(folder, dir_fd=workplace.descriptor)
+        with workplace.enter(folder) as search:
+            if search.has(_JOURNAL):
+                return
+            part = f".{_JOURNAL}.part"
+            search.remove([part])
+            with os.fdopen(search.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
                 file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(part, _JOURNAL, src_dir_fd=search.descriptor, dst_dir_fd=search.descriptor)
+            search.sync()
+        workplace.sync()
+
+
+def _read(folder: OutputFolder, name: str) -> bytes:
+    with os.fdopen(folder.open(name, os.O_RDONLY), "rb") as file:
+        return file.read()
+
+
+def _remove(root: OutputFolder, name: str) -> None:
+    """Remove a folder into which somebody may still write."""
+    for _ in range(_TRIES):
+        root.remove([name])
+        if not root.has(name):
+            return
+    raise OutputError(f"{root.path / name} cannot be removed: its former owner could still publish it")
 
 
 def taken(out: Path) -> OutputExistsError:

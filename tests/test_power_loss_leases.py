@@ -11,6 +11,7 @@ import pytest
 
 from mergecore.output.verify import verify_output
 from mergecore.spec import load_spec
+from service.durable import make_folder, write_atomic
 from service.errors import ServiceError
 from service.leases import read_lease, token_of
 from service.ownership import LEASES, agreed
@@ -175,3 +176,20 @@ def test_a_leased_merge_is_published_once_and_whole(disk: FaultyDisk, tmp_path: 
             assert work("2", {"1": "expired"})["tensors"] == 3
         assert tensor_bytes(outputs / "out") == expected, when
         assert not (outputs / ".job@2").exists(), when
+
+
+def test_the_journal_of_a_search_is_there_after_a_takeover(disk: FaultyDisk) -> None:
+    outputs = disk.mount / "outputs"
+
+    def search() -> None:
+        folder = outputs / ".job@1" / ".out.evolve"
+        make_folder(folder)
+        write_atomic(folder / "journal.jsonl", "one\n" * 3000)
+
+    def enter(token: str, former: dict[str, str]) -> None:
+        Workplace(Path("running") / f"job@{token}", outputs, outputs / "out", Tenant()).enter(former)
+
+    for when in at_any_operation(disk, search, lambda: enter("2", {"1": "expired"})):
+        enter("3", {"1": "expired", "2": "expired"})
+        assert (outputs / ".job@3" / ".out.evolve" / "journal.jsonl").read_text() == "one\n" * 3000, when
+        assert os.listdir(outputs) == [".job@3"], when

@@ -232,7 +232,7 @@ def test_a_job_left_in_running_that_does_not_fit_holds_up_the_queue_and_says_why
         daemon.drop("new.yaml", gate="go", run={"memory": "16MiB"})
         told = {"b.yaml": "needs 3.5 GiB of memory, 1.0 GiB of 4.5 GiB are free", "new.yaml": "waits for its turn"}
         wait_until(lambda: waits(daemon) == told, f"{told}; {waits(daemon)}")
-        (left,) = [folder for folder in daemon.spool.running.glob("b-*")]
+        (left,) = daemon.spool.running.glob("b-*")
         inode = left.stat().st_ino
         time.sleep(0.5)
         assert left.stat().st_ino == inode, "it is not taken and given back again and again"
