@@ -139,7 +139,7 @@ class Workplace:
         left = []
         for token, how in reversed(list(former.items())):
             name = f".{self._job}@{token}"
-            if "/" in name or not root.has(name):
+            if not root.has(name):
                 continue
             if how == "returned" and not root.has(self._name):
                 os.rename(name, self._name, src_dir_fd=root.descriptor, dst_dir_fd=root.descriptor)

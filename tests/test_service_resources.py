@@ -218,6 +218,26 @@ def test_an_interrupted_job_that_does_not_fit_yet_comes_before_those_that_have_n
         daemon.wait_for("done", "big.yaml", "small.yaml")
 
 
+def test_a_job_that_rests_and_then_does_not_fit_holds_up_those_that_have_not_begun(tmp_path: Path) -> None:
+    with running_daemon(tmp_path, memory="4GiB", jobs=4, retry_delay=3.0) as daemon:
+        daemon.drop("big.yaml", gate="go", run={"memory": "3GiB"})
+        daemon.wait_started("big.yaml")
+        os.kill(daemon.jobs("running")["big.yaml"].pid, signal.SIGKILL)
+        wait_until(lambda: "attempt 1 of" in daemon.log(), "its rest")
+        daemon.drop("meanwhile.yaml", gate="go", run={"memory": "1GiB"})
+        daemon.wait_started("meanwhile.yaml")
+        told = "needs 3.5 GiB of memory, 2.5 GiB of 4.0 GiB are free"
+        wait_until(
+            lambda: daemon.spool.waiting.exists() and told in daemon.spool.waiting.read_text(), "its time to come"
+        )
+        daemon.drop("small.yaml", gate="go", run={"memory": "16MiB"})
+        wait_until(lambda: waits(daemon) == {"big.yaml": told, "small.yaml": "waits for its turn"}, str(waits(daemon)))
+        time.sleep(0.5)
+        assert not any("small.yaml" in line for line in daemon.record())
+        daemon.open_gate()
+        daemon.wait_for("done", "big.yaml", "meanwhile.yaml", "small.yaml")
+
+
 @pytest.mark.parametrize("ownership", ["locks", "leases"])
 def test_a_job_left_in_running_that_does_not_fit_holds_up_the_queue_and_says_why(
     tmp_path: Path, ownership: str
