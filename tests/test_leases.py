@@ -151,6 +151,24 @@ def test_a_claim_whose_lease_cannot_be_written_leaves_the_spec_and_nothing_else(
     assert os.listdir(spool.incoming) == ["a.yaml"]
 
 
+def test_a_free_job_that_cannot_be_taken_stays_free(
+    tmp_path: Path, clock: Clocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = spool_at(tmp_path)
+    job = claimed(spool)
+    job.release()
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(spool_module, "copy_plain", full)
+        with pytest.raises(OSError, match="No space"):
+            list(spool.adopt(set()))
+    assert os.listdir(spool.running) == [job.name]
+    assert len(list(spool.adopt(set()))) == 1
+
+
 def test_of_many_takers_one_gets_the_job_and_the_former_owner_can_do_nothing(tmp_path: Path, clock: Clocks) -> None:
     job = claimed(spool_at(tmp_path))
     takers = [spool_at(tmp_path) for _ in range(5)]
