@@ -176,6 +176,11 @@ def test_a_leased_merge_is_published_once_and_whole(disk: FaultyDisk, tmp_path: 
             assert work("2", {"1": "expired"})["tensors"] == 3
         assert tensor_bytes(outputs / "out") == expected, when
         assert not (outputs / ".job@2").exists(), when
+    disk.format()
+    prepare()
+    work("1", {})
+    disk.reboot()
+    assert verify_output(outputs / "out") == [], "what was said to be published is"
 
 
 def test_the_journal_of_a_search_is_there_after_a_takeover(disk: FaultyDisk) -> None:
