@@ -176,7 +176,7 @@ def _add_spool_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _size(text: str) -> int:
-    from mergecore.spec import parse_size
+    from mergecore.sizes import parse_size
 
     try:
         return parse_size(text)
@@ -309,9 +309,10 @@ def _plan(options: argparse.Namespace) -> int:
         ],
     }  # fmt: skip
     if planned.data:
-        from mergecore.features.fitting import kept_bytes
+        from mergecore.features.fitting import held_bytes, kept_bytes
 
         facts["fit_bytes"] = kept_bytes(planned)
+        facts["memory_held"] = max(planned.held_bytes, held_bytes(planned))
     if options.json:
         print(json.dumps({**facts, "jobs": _jobs(planned)}, indent=2))
         return 0

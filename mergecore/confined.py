@@ -14,6 +14,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 from mergecore.errors import CheckpointError, OutputError
 
@@ -146,6 +147,12 @@ class OutputFolder:
     def sync(self) -> None:
         """Makes its entries durable."""
         os.fsync(self.descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """May be called twice."""

@@ -18,8 +18,11 @@ from pathlib import Path
 
 from mergecore.printable import printable, printable_lines
 from service.duplicates import forced
+from service.durable import sync_folder, utc_now, write_atomic
+from service.errors import ServiceError
 from service.incoming import Incoming, is_spec
-from service.spool import ENDED, ERROR, JobStatus, ServiceError, Spool, sync_folder, utc_now, write_atomic
+from service.spool import ERROR, Spool
+from service.status import ENDED, JobStatus
 
 ENDED_SHOWN = 20
 """So many done and failed jobs are in the table; JSON has all."""
@@ -195,6 +198,11 @@ def list_jobs(spool: Path) -> list[JobStatus]:
     current = [one for one in others if one.state not in ENDED]
     claimed = {one.spec for one in current} - {one.spec for one in incoming.queued()}
     waiting = [one for one in queued if one.spec not in claimed]
+    to_start = [one for one in current if one.state == "interrupted"] + waiting
+    for one in to_start:
+        one.waits_for = "waits for its turn"
+    for one in to_start[:1]:
+        one.waits_for = _text(Spool(spool).waiting) or "waits for a daemon"
     return current + waiting + [one for one in others if one.state in ENDED]
 
 
@@ -248,8 +256,9 @@ def _print_table(jobs: list[JobStatus]) -> None:
     rows = []
     for one in shown:
         part, seconds = _figures(one)
-        rows.append(tuple(map(printable, (one.job, one.state, part, one.method, seconds, one.error or _outcome(one)))))
-    header = ("job", "state", "progress", "method", "time", "output or error")
+        told = one.waits_for or one.error or _outcome(one)
+        rows.append(tuple(map(printable, (one.job, one.state, part, one.method, seconds, told))))
+    header = ("job", "state", "progress", "method", "time", "output, error or reason to wait")
     if sys.stdout.isatty():
         from rich import box
         from rich.console import Console

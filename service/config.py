@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -11,8 +12,11 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mergecore.sizes import parse_size
+from service.errors import ServiceError
+from service.leases import LONGEST
+from service.ownership import LEASES, LOCKS
 from service.retention import KEEP_ALL, Keep, parse_keep
-from service.spool import ServiceError
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "service.worker")
 
@@ -27,6 +31,12 @@ _WHAT = {
     "client_cafile": "a path",
     "password_file": "a path",
     "jobs": "a whole number, at least 1",
+    "memory": '"auto" or a size such as 64GiB',
+    "threads": "a whole number, at least 0",
+    "devices": '"auto" or a list such as ["cuda:0", "cuda:1"]',
+    "jobs_per_device": "a whole number, at least 1",
+    "ownership": '"auto", "locks" or "leases"',
+    "lease_seconds": "a number of seconds from 1 to 3600",
     "rescan": "a number of seconds above 0",
     "settle": "a number of seconds, at least 0",
     "stop_timeout": "a number of seconds, at least 0",
@@ -39,7 +49,8 @@ _WHAT = {
     "worker_command": "a list of strings: a program and its arguments",
 }
 
-FIXED = ("spool", "outputs", "host", "port", "certfile", "keyfile", "client_cafile", "password_file")
+_PATHS = ("spool", "outputs", "certfile", "keyfile", "client_cafile", "password_file")
+FIXED = (*_PATHS, "host", "port", "ownership", "lease_seconds")
 """What cannot change while the daemon runs."""
 
 
@@ -65,6 +76,18 @@ class ServeConfig:
     """One line USER:PASSWORD that clients must give (HTTP basic authentication)."""
     jobs: int = 1
     """Workers at once."""
+    memory: int | None = None
+    """Bytes that they may hold together, by what their specs and plans say; None: what the host or the cgroup has."""
+    threads: int = 0
+    """Threads that they may compute with together; 0: not counted."""
+    devices: tuple[str, ...] | None = None
+    """GPUs that jobs may use, each job one of them; None: those that are found."""
+    jobs_per_device: int = 1
+    """So many jobs may use a GPU at once."""
+    ownership: str = "auto"
+    """How daemons tell whose job is whose: locks, leases (leases.py), or as the spool says and locks for a new one."""
+    lease_seconds: float = 120.0
+    """Seconds without a sign of life after which another daemon takes a job over."""
     rescan: float = 5.0
     """Seconds between looks at the folders that happen without any event."""
     settle: float = 1.0
@@ -83,7 +106,12 @@ class ServeConfig:
     """Which jobs stay in done/; outputs are never removed."""
     keep_failed: Keep = KEEP_ALL
     worker_command: tuple[str, ...] = WORKER_COMMAND
-    """Gets JOB_DIR --outputs DIR [--models DIR]... [--allow-commands] appended."""
+    """Gets JOB_DIR --outputs DIR [--models DIR]... --memory BYTES [--allow-commands] appended."""
+
+    @property
+    def agreed_ownership(self) -> str | None:
+        """LOCKS or LEASES; None: as the spool says."""
+        return None if self.ownership == "auto" else self.ownership
 
 
 def load_config(file: Path | None, overrides: Mapping[str, Any] | None = None) -> ServeConfig:
@@ -135,7 +163,7 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_WHAT)}"
         raise ServiceError(f"{where}: unknown key {key}; {hint}")
     problem = ServiceError(f"{where}: {key} is {value!r}, but must be {_WHAT[key]}")
-    if key in ("spool", "outputs", "certfile", "keyfile", "client_cafile", "password_file"):
+    if key in _PATHS:
         if not isinstance(value, str | Path) or not str(value):
             raise problem
         return (folder / value).absolute()
@@ -152,8 +180,23 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
             return parse_keep(value)
         except ValueError:
             raise problem from None
+    if key in ("memory", "devices") and value in ("auto", None):
+        return None
+    if key == "memory":
+        try:
+            return parse_size(value)
+        except ValueError:
+            raise problem from None
+    if key == "devices":
+        if not isinstance(value, list | tuple) or not all(re.fullmatch(r"cuda:\d{1,4}", str(item)) for item in value):
+            raise problem
+        return tuple(dict.fromkeys(value))
     if key == "host":
         if not isinstance(value, str) or not value:
+            raise problem
+        return value
+    if key == "ownership":
+        if value not in ("auto", LOCKS, LEASES):
             raise problem
         return value
     if key == "allow_commands":
@@ -162,10 +205,13 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise problem
-    if key in ("port", "jobs", "attempts"):
-        if not isinstance(value, int) or not (0 <= value <= 65535 if key == "port" else value >= 1):
+    if key in ("port", "jobs", "attempts", "threads", "jobs_per_device"):
+        least = 0 if key in ("port", "threads") else 1
+        if not isinstance(value, int) or not least <= value <= 65535:
             raise problem
         return value
+    if key == "lease_seconds" and not 1 <= value <= LONGEST:
+        raise problem
     if not 0 <= value < float("inf") or (key in ("rescan", "stall_seconds") and value == 0):
         raise problem
     return float(value)

@@ -1,7 +1,8 @@
-"""The merge daemon: startup, main loop, shutdown. Claims specs from the spool and runs a worker process for each.
+"""The merge daemon: startup, main loop, shutdown. Decides when things happen; the jobs it owns are supervisor.py's.
 
-The daemon opens no spec and no model, so nothing that is dropped can bring it down, and it needs no torch. What a job
-is and how it moves: spool.py. Which file is next: incoming.py. What a worker does: worker.py.
+The daemon parses no spec and opens no model, so nothing that is dropped can bring it down, and it needs no torch. What
+a job is and how it moves: spool.py. Which file is next: incoming.py. What may run at once: resources.py. What a worker
+does: worker.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import select
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -37,12 +37,16 @@ from mergecore.printable import PrintableFormatter, printable
 from service import retention, systemd
 from service.clock import SteadyDate
 from service.commands import status_command, submit_command
+from service.complaints import Complaints
 from service.config import FIXED, ServeConfig, load_config
+from service.durable import make_folder, write_atomic
 from service.endpoint import Endpoint
+from service.errors import ServiceError
 from service.incoming import Incoming, is_spec
 from service.metrics import Metrics
-from service.process import Worker
-from service.spool import ERROR, LOG, Job, ServiceError, Spool, dated, make_folder, utc_now, write_atomic
+from service.resources import read_needs
+from service.spool import Spool
+from service.supervisor import Supervisor
 
 __all__ = ["Daemon", "ServeConfig", "load_config", "serve", "serve_command", "status_command", "submit_command"]
 
@@ -90,26 +94,20 @@ def serve(config: ServeConfig, reload: Callable[[], ServeConfig] | None = None) 
 
 
 class Daemon:
-    """One daemon on one spool. Several may share a spool, also on several hosts: the job locks keep them apart."""
+    """One daemon on one spool. Several may share a spool, also on several hosts: locks or leases keep them apart."""
 
     def __init__(self, config: ServeConfig, reload: Callable[[], ServeConfig] | None = None) -> None:
         self.config = config
         self._load = reload or (lambda: config)
         self._reload = False
-        self.spool = Spool(config.spool)
+        self.spool = Spool(config.spool, config.lease_seconds)
         self.incoming = Incoming(self.spool.incoming, config.settle)
         self.metrics = Metrics()
-        self.workers: dict[str, Worker] = {}
-        self._resting: dict[str, tuple[float, Job]] = {}
-        """Jobs of ours whose worker died, and when they are to be started again, on the monotonic clock."""
-        self._unfinished: list[tuple[Job, str, dict[str, Any]]] = []
-        """Jobs that ended but could not be moved: a full disk, a vanished mount. Tried again at each rescan."""
-        self._complaints: set[Path] = set()
-        """What was complained about, to say it once: files that cannot be claimed, folders that cannot be read."""
+        self._date = SteadyDate()
+        self._complaints = Complaints()
+        self.supervisor = Supervisor(self.spool, self.metrics, config, self._date, self._complaints)
         self._ready: list[str] = []
         """Specs that the last look found complete and that were not claimed, in the order of their turn."""
-        self._left_behind = False
-        """Whether the last look into running/ found jobs to take over, but no free worker."""
         self._events: deque[tuple[str, bool]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop_signals = 0
@@ -118,8 +116,9 @@ class Daemon:
         self._rescan_at = self._scan_at = self._refresh_at = time.monotonic()
         self._scanned_at = float("-inf")
         self._retention_at = self._rescan_at
-        self._date = SteadyDate()
-        self._said = ""
+        self._said = self._why = ""
+        self._wrote: str | None = None
+        self._keep_at = float("-inf")
         self._watchdog = systemd.watchdog_interval()
 
     def run(self) -> int:
@@ -136,17 +135,19 @@ class Daemon:
     # --- startup ---
 
     def _startup(self, cleanup: contextlib.ExitStack) -> None:
-        self.spool.prepare()
+        self.spool.prepare(self.config.agreed_ownership)
         _prepare_outputs(self.config.outputs)
         _check_programs(self.config)
         self._endpoint = Endpoint(self.config, self.metrics.registry)
         cleanup.callback(self._endpoint.close)
         cleanup.enter_context(self._signal_handlers())
-        cleanup.callback(self._release_all)
+        cleanup.callback(self.supervisor.release_all)
         self._watch(cleanup)
         self.metrics.succeeded(self.spool.last_success())
         self.metrics.watch(spool=self.spool.root, outputs=self.config.outputs)
         log.info("spool %s, outputs %s, %d job(s) at a time", self.spool.root, self.config.outputs, self.config.jobs)
+        if self.spool.leased:
+            log.info("jobs are owned through leases of %g s", self.config.lease_seconds)
         log.info("metrics on %s/metrics", self._endpoint.url)
         with contextlib.suppress(OSError):  # nobody needs to read it
             print(f"listening on {self._endpoint.url}", flush=True)
@@ -186,6 +187,7 @@ class Daemon:
 
     def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop_signals += 1
+        self.supervisor.halted = True
         self.wake()
 
     def wake(self) -> None:
@@ -217,16 +219,16 @@ class Daemon:
             name, complete = self._events.popleft()
             (self.incoming.note_complete if complete else self.incoming.note_written)(name)
             self._scan_at = min(self._scan_at, now)
-        if self._reap():
+        if self.supervisor.reap():
             self._refresh_at = now
-            if self._left_behind:
+            if self.supervisor.left_behind:
                 self._adopt()
         if self._heed or self._ready or now >= min(self._refresh_at, self._rescan_at):
             self._heed = False
             self._look_at_controls()
         if now >= self._rescan_at:
             self._rescan_at = now + self.config.rescan
-            self._retry_unfinished()
+            self.supervisor.retry_unfinished()
             self._adopt()
             self._scan_at = now
             if now >= self._retention_at:
@@ -234,11 +236,13 @@ class Daemon:
                 self._remove_old()
         if now >= self._scan_after():
             self._look()
-        self._start_rested()
+        self.supervisor.start_rested()
         self._claim()
         if now >= self._refresh_at:
             self._refresh_at = now + REFRESH
-            self._refresh()
+            self.supervisor.refresh()
+            self._say_why()
+        self._keep_at = self.supervisor.keep()
         self._tell()
 
     def _reconfigure(self) -> None:
@@ -255,6 +259,7 @@ class Daemon:
             log.error("configuration not reloaded, the old one holds: %s", error)
         else:
             self.config = new
+            self.supervisor.configure(new)
             self.incoming.settle = new.settle
             self._rescan_at = self._retention_at = time.monotonic()
             log.info("configuration reloaded: %d job(s) at a time", new.jobs)
@@ -262,16 +267,16 @@ class Daemon:
 
     def _next_moment(self) -> float:
         """When the loop must turn though nothing happens, on the monotonic clock."""
-        moments = [self._rescan_at, self._scan_after()]
-        if self.workers:
+        moments = [self._rescan_at, self._scan_after(), self._keep_at]
+        if self.supervisor.workers or self._why != self._wrote:
             moments.append(self._refresh_at)
-        if self._free() > 0:
-            moments += [at for at, _ in self._resting.values()]
+        if not self.supervisor.halted and not self.supervisor.holds_up:
+            moments.append(self.supervisor.next_start())
         return min(moments)
 
     def _scan_after(self) -> float:
         """When the drop folder is to be looked at; not too often, be it 10,000 files and an event for each."""
-        return max(self._scan_at, self._scanned_at + (SCAN_PAUSE if self._free() > 0 else REFRESH))
+        return max(self._scan_at, self._scanned_at + (REFRESH if self._why else SCAN_PAUSE))
 
     def _wait(self, until: float) -> None:
         """Sleep until `wake` is called or the moment has come; tell systemd's watchdog that the loop turns."""
@@ -283,11 +288,6 @@ class Daemon:
         if poll.poll(1000 * min(max(0.0, until - time.monotonic()), LONGEST_WAIT)):
             os.eventfd_read(self._wake)
 
-    def _free(self) -> int:
-        """How many jobs may be started now."""
-        halted = self._stop_signals or self._paused or self._draining
-        return 0 if halted else self.config.jobs - len(self.workers)
-
     def _look_at_controls(self) -> None:
         """Whether the spool is paused or to be drained, and which of our jobs are to be cancelled."""
         paused = os.path.exists(self.spool.paused)  # unlike Path.exists, no error where a mount has gone
@@ -297,23 +297,9 @@ class Daemon:
             self._rescan_at = min(self._rescan_at, time.monotonic())
         if not self._draining and self._drain_request() not in ("", self._drain_seen):
             self._draining = True
-            log.info("draining: %d worker(s) finish, then this daemon ends", len(self.workers))
-        for worker in self.workers.values():
-            if not worker.cancelled and worker.job.cancellation() is not None:
-                log.info("job %s: cancelled; stopping its worker", worker.job.name)
-                worker.cancelled = True
-                worker.stop(self.config.stop_timeout)
-        for name, (_, job) in list(self._resting.items()):
-            if job.cancellation() is not None:
-                del self._resting[name]
-                self._cancelled(job)
-
-    def _cancelled(self, job: Job) -> None:
-        """End a job of ours that has no worker."""
-        status = job.status()
-        log.info("job %s: cancelled", job.name)
-        self.metrics.ended(job.name, "cancelled", status.method, status.seconds)
-        self._finish(job, "cancelled")
+            log.info("draining: %d worker(s) finish, then this daemon ends", len(self.supervisor.workers))
+        self.supervisor.halted = bool(self._stop_signals) or self._paused or self._draining
+        self.supervisor.cancel()
 
     def _drain_request(self) -> str:
         """What the drain file says: each request is another one. Empty if there is none."""
@@ -323,7 +309,7 @@ class Daemon:
             return ""
 
     def _drained(self) -> bool:
-        return self._draining and not self.workers and not self._unfinished
+        return self._draining and not self.supervisor.workers and not self.supervisor.unfinished
 
     def _look(self) -> None:
         """See what lies in the drop folder and in which order it is to be claimed."""
@@ -332,182 +318,49 @@ class Daemon:
         try:
             self._ready = self.incoming.scan()
         except OSError as error:
-            self._complain(self.spool.incoming, "cannot list %s: %s", self.spool.incoming, error.strerror)
+            self._complaints.make(self.spool.incoming, "cannot list %s: %s", self.spool.incoming, error.strerror)
             return
         due = self.incoming.next_due()
         if due is not None:
             self._scan_at = self._scanned_at + due
-        ready = {self.spool.incoming / name for name in self._ready}
-        self._complaints = {
-            about for about in self._complaints if about.parent != self.spool.incoming or about in ready
-        }
+        self._complaints.forget_below(self.spool.incoming, (self.spool.incoming / name for name in self._ready))
 
     def _claim(self) -> None:
-        """Start as many of the jobs that were seen as workers are free."""
-        ready = iter(self._ready)
-        while self._free() > 0 and (name := next(ready, None)) is not None:
-            try:
-                job = self.spool.claim(name)
-            except OSError as error:
-                path = self.spool.incoming / name
-                self._complain(path, "cannot claim %s: %s; trying again", printable(str(path)), error.strerror)
-                continue
-            self.incoming.forget(name)
-            if job is not None:
-                log.info("job %s: claimed %s", job.name, printable(name))
-                self._start(job)
+        """Start the jobs that were seen, in their order. One that has to wait holds up those behind it: nobody who
+        needs little overtakes one who needs much, again and again."""
+        ready = deque(self._ready)
+        self._why = self.supervisor.holds_up
+        while ready and not self._why:
+            self._why = self._held_up() or self._claim_one(ready[0])
+            if not self._why:
+                ready.popleft()
         self._ready = list(ready)
         self.metrics.queue(self.incoming.waiting)
 
+    def _held_up(self) -> str:
+        """Why no waiting spec at all can start now; empty if one may."""
+        if self.supervisor.halted:
+            return "the spool is paused" if self._paused else "the daemon ends"
+        return self.supervisor.room.busy()
+
+    def _claim_one(self, name: str) -> str:
+        """Start a spec; why it has to wait. One that cannot be claimed holds up nobody: it is tried again later."""
+        path = self.spool.incoming / name
+        try:
+            why = self.supervisor.claim(name, read_needs(path))
+        except OSError as error:
+            self._complaints.make(path, "cannot claim %s: %s; trying again", printable(str(path)), error.strerror)
+            return ""
+        if not why:
+            self.incoming.forget(name)
+        return why
+
     def _adopt(self) -> None:
-        """Go on with jobs that a dead daemon, or an interrupted worker of ours, left in running/."""
-        own = {*self.workers, *self._resting, *(job.name for job, _, _ in self._unfinished)}
-        self._left_behind = False
         try:
-            for job in self.spool.adopt(own):
-                try:
-                    self._take_over(job)
-                    self._complaints.discard(job.folder)
-                except OSError as error:
-                    job.release()
-                    self._complain(job.folder, "job %s: cannot be taken over: %s; trying again", job.name, error)
-            self._complaints.discard(self.spool.running)
+            self.supervisor.adopt()
+            self._complaints.over(self.spool.running)
         except OSError as error:
-            self._complain(self.spool.running, "cannot look into %s: %s", self.spool.running, error.strerror)
-
-    def _take_over(self, job: Job) -> None:
-        """Finish or resume a job that has just become ours. Raises OSError."""
-        outcome = job.outcome()
-        if outcome is not None:
-            status = job.status()
-            log.info("job %s: taken over; its worker had ended: %s", job.name, outcome)
-            self.metrics.ended(job.name, outcome, status.method, status.seconds)
-            if outcome == "done":
-                self.metrics.succeeded(time.time())
-            self._finish(job, outcome)
-        elif job.cancellation() is not None:
-            self._cancelled(job)
-        elif self._free() > 0:
-            log.info("job %s: taken over; resuming", job.name)
-            self._start(job)
-        else:
-            self._left_behind = True
-            job.release()
-
-    def _start(self, job: Job) -> None:
-        """Start a worker on a job that we own. If no process can be had, the job waits for the next rescan."""
-        try:
-            status = job.status()
-            job.update(
-                state="running",
-                host=socket.gethostname(),
-                started=status.started or utc_now(),
-                attempts=status.attempts + 1,
-                heartbeat=utc_now(),
-                progress={},
-                error="",
-            )
-            worker = Worker(job, self._worker_command(job))
-        except OSError as error:
-            if os.path.exists(job.folder) or not os.path.isdir(self.spool.running):
-                log.error("job %s: cannot start a worker: %s; trying again later", job.name, error)
-            else:
-                log.error("job %s: cannot be run: somebody removed its folder", job.name)
-            job.release()
-            return
-        self.workers[job.name] = worker
-        self.metrics.started(job.name)
-        log.info("job %s: worker %d started", job.name, worker.process.pid)
-
-    def _start_rested(self) -> None:
-        """Start again what died and has waited long enough, the one that waits longest first."""
-        for name, (at, job) in sorted(self._resting.items(), key=lambda item: item[1][0]):
-            if self._free() > 0 and time.monotonic() >= at:
-                del self._resting[name]
-                self._start(job)
-
-    def _worker_command(self, job: Job) -> list[str]:
-        command = [*self.config.worker_command, str(job.folder), "--outputs", str(self.config.outputs)]
-        for folder in self.config.models:
-            command += ["--models", str(folder)]
-        return [*command, "--allow-commands"] if self.config.allow_commands else command
-
-    def _reap(self) -> bool:
-        """Deal with the workers that have ended; whether there was one."""
-        ended = [worker for worker in self.workers.values() if worker.process.poll() is not None]
-        for worker in ended:
-            del self.workers[worker.job.name]
-            self._ended(worker)
-        return bool(ended)
-
-    def _ended(self, worker: Worker) -> None:
-        job, code = worker.job, worker.process.returncode
-        status = job.status()
-        self.metrics.progressed(job.name, status)
-        status.seconds += time.monotonic() - worker.started
-        changes: dict[str, Any] = {"seconds": round(status.seconds, 3), "pid": 0, "resident_bytes": 0}
-        if code == 0 or status.result:
-            if code != 0:
-                log.warning("job %s: worker ended with %d after the merge was complete", job.name, code)
-            state = status.success
-            if state == "done":
-                self.metrics.succeeded(time.time())
-            changes["progress"] = {**status.progress, "ratio": 1.0}
-        elif not worker.died():
-            state, changes["error"] = "failed", status.error or worker.why_ended()
-        elif worker.cancelled:
-            state = "cancelled"
-        elif self._stop_signals:
-            state = "interrupted"
-        else:
-            state, changes["deaths"], changes["error"] = self._judged(worker, status.deaths + 1)
-        self.metrics.ended(job.name, state, status.method, status.seconds)
-        error = changes.get("error")
-        level = logging.ERROR if error else logging.INFO
-        log.log(level, "job %s: %s after %.1f s%s", job.name, state, status.seconds, f": {error}" if error else "")
-        if state != "interrupted":
-            self._finish(job, state, **changes)
-            return
-        with contextlib.suppress(OSError):  # the lock tells the same
-            job.update(state=state, **changes)
-        if error:
-            pause = self.config.retry_delay * 2 ** (changes["deaths"] - 1)
-            self._resting[job.name] = (time.monotonic() + pause, job)
-        else:
-            job.release()
-
-    def _judged(self, worker: Worker, deaths: int) -> tuple[str, int, str]:
-        """(state, deaths, error) of a job whose worker has died: it gets another attempt, or fails."""
-        why, attempts = worker.why_ended(), self.config.attempts
-        if deaths < attempts:
-            return "interrupted", deaths, f"{why}; attempt {deaths} of {attempts}"
-        kept = f"what was finished is kept: mergecore retry {worker.job.name}"
-        return "failed", deaths, f"{why}; attempt {deaths} of {attempts}, the last; {kept}"
-
-    def _finish(self, job: Job, state: str, **changes: Any) -> None:
-        """Move an ended job to done/ or failed/; if that cannot be done now, keep it and try again."""
-        changes.setdefault("finished", dated(self._date.now()))  # retention goes by it
-        try:
-            if state == "cancelled":
-                job.cancel(by=job.cancellation() or "somebody", finished=changes["finished"])
-                return
-            if state == "failed" and not (job.folder / ERROR).exists():
-                paragraph = changes.get("error") or job.status().error or "the worker left no report"
-                text = f"{paragraph}\n\nThe end of the worker's log:\n{_log_tail(job.folder / LOG)}"
-                write_atomic(job.folder / ERROR, text)
-            job.finish(state, **changes)
-        except OSError as error:
-            if os.path.isdir(self.spool.running) and not os.path.exists(job.folder):
-                log.error("job %s: %s, but somebody removed its folder", job.name, state)
-                job.release()
-                return
-            log.error("job %s: cannot move it to %s/: %s; trying again", job.name, state, error)
-            self._unfinished.append((job, state, changes))
-
-    def _retry_unfinished(self) -> None:
-        unfinished, self._unfinished = self._unfinished, []
-        for job, state, changes in unfinished:
-            self._finish(job, state, **changes)
+            self._complaints.make(self.spool.running, "cannot look into %s: %s", self.spool.running, error.strerror)
 
     def _remove_old(self) -> None:
         try:
@@ -518,66 +371,53 @@ class Daemon:
         for folder in removed:
             log.info("removed %s/%s, as configured", folder.parent.name, folder.name)
 
-    def _refresh(self) -> None:
-        """Look how the running workers fare; end those that hang, and those that were to end and did not."""
-        for worker in self.workers.values():
-            status = worker.job.status()
-            self.metrics.progressed(worker.job.name, status)
-            idle = worker.idle_seconds(status)
-            if not worker.hung and idle >= self.config.stall_seconds:
-                log.error("job %s: worker hangs: no progress and no CPU time for %.0f s", worker.job.name, idle)
-                worker.abort()
-            elif worker.overdue():
-                log.warning("job %s: worker did not stop, killing it", worker.job.name)
-                worker.kill()
-        self.metrics.resident(sum(worker.resident_bytes() for worker in self.workers.values()))
+    def _say_why(self) -> None:
+        """Write down for `mergecore status` why the first of those that wait does so."""
+        if self._why == self._wrote:
+            return
+        try:
+            if self._why:
+                write_atomic(self.spool.waiting, f"{self._why}\n", durable=False)
+            else:
+                self.spool.waiting.unlink(missing_ok=True)
+            self._wrote = self._why
+            self._complaints.over(self.spool.waiting)
+        except FileExistsError:  # another daemon of this spool writes it at this moment
+            pass
+        except OSError as error:
+            self._complaints.make(self.spool.waiting, "cannot write %s: %s", self.spool.waiting, error.strerror)
 
     def _tell(self) -> None:
         """Tell systemd what is going on, when it has changed."""
-        self.metrics.state(len(self.workers), self._paused)
-        saying = f"STATUS={len(self.workers)} running, {self.incoming.waiting} waiting"
+        workers, room = len(self.supervisor.workers), self.supervisor.room
+        self.metrics.state(workers, self._paused)
+        self.metrics.reserved(room)
+        saying = f"STATUS={workers} running, {self.incoming.waiting} waiting"
         saying += ", draining" if self._draining else ", paused" if self._paused else ""
         if saying != self._said:
             self._said = saying
             systemd.notify(saying)
 
-    def _complain(self, about: Path, message: str, *details: object) -> None:
-        """Log a lasting problem once."""
-        if about not in self._complaints:
-            self._complaints.add(about)
-            log.error(message, *details)
-
     # --- shutdown ---
 
     def _shutdown(self) -> None:
         """Have the workers stop and keep their work; kill what does not stop in time or at a second signal."""
-        systemd.notify("STOPPING=1", f"STATUS=stopping, {len(self.workers)} running")
-        if self.workers:
-            log.info("stopping: waiting up to %g s for %d worker(s)", self.config.stop_timeout, len(self.workers))
-        for worker in self.workers.values():
-            worker.stop(self.config.stop_timeout)
+        workers = self.supervisor.workers
+        systemd.notify("STOPPING=1", f"STATUS=stopping, {len(workers)} running")
+        if workers:
+            log.info("stopping: waiting up to %g s for %d worker(s)", self.config.stop_timeout, len(workers))
+        self.supervisor.stop()
         deadline = time.monotonic() + self.config.stop_timeout
-        while self.workers:
-            self._wait(deadline)
-            for worker in self.workers.values():
-                if worker.overdue() or (self._stop_signals > 1 and not worker.killed):
-                    log.warning("job %s: worker did not stop, killing it", worker.job.name)
-                    worker.kill()
+        while workers:
+            self._wait(min(deadline, self._keep_at))
+            self._keep_at = self.supervisor.keep()
+            self.supervisor.kill_overdue(all_of_them=self._stop_signals > 1)
             if time.monotonic() >= deadline:
                 deadline = float("inf")
-            self._reap()
+            self.supervisor.reap()
+        self._why = ""
+        self._say_why()
         log.info("stopped")
-
-    def _release_all(self) -> None:
-        """Whatever ended the loop: no worker stays behind unseen, no lock is held on."""
-        for worker in self.workers.values():
-            worker.kill()
-            worker.process.wait()
-            worker.job.release()
-        self.workers.clear()
-        self._retry_unfinished()
-        for job in (*(job for job, _, _ in self._unfinished), *(job for _, job in self._resting.values())):
-            job.release()
 
 
 class _Listener(FileSystemEventHandler):
@@ -624,12 +464,3 @@ def _stop_observer(observer: InotifyObserver) -> None:
     logging.getLogger("watchdog.observers.inotify").setLevel(logging.CRITICAL)  # it logs its own stop as an error
     observer.stop()
     observer.join()
-
-
-def _log_tail(path: Path, nbytes: int = 4096) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - nbytes))
-            return file.read().decode("utf-8", "replace")
-    except OSError:
-        return "(none)\n"

@@ -108,7 +108,7 @@ def check_user(config: ServeConfig) -> Iterator[Finding]:
 
 def check_folders(config: ServeConfig) -> Iterator[Finding]:
     """Spool, outputs and models: there, with the permissions needed, the spool on one file system."""
-    yield _spool(config.spool)
+    yield _spool(config)
     yield _writable("outputs", config.outputs)
     for folder in config.models:
         try:
@@ -134,7 +134,7 @@ def check_space(config: ServeConfig) -> Iterator[Finding]:
 
 def check_memory(config: ServeConfig) -> Iterator[Finding]:
     """Whether the memory suffices for so many jobs at once."""
-    limit = memory_limit()
+    limit = memory_limit() if config.memory is None else min(config.memory, memory_limit())
     state = "ok" if limit >= LITTLE_MEMORY * config.jobs else "warning"
     mend = "" if state == "ok" else "lower jobs, or raise MemoryMax= of the unit"
     yield Finding("memory", state, f"{limit / 2**30:.1f} GiB for {config.jobs} job(s) at a time", mend)
@@ -254,7 +254,8 @@ CHECKS: tuple[Callable[[ServeConfig], Iterator[Finding]], ...] = (
 )
 
 
-def _spool(root: Path) -> Finding:
+def _spool(config: ServeConfig) -> Finding:
+    root = config.spool
     present = [name for name in FOLDERS if (root / name).exists()]
     if len(present) < len(FOLDERS):
         found = _writable("spool", root)
@@ -262,10 +263,12 @@ def _spool(root: Path) -> Finding:
             replace(found, message=f"{found.message} (the daemon makes the folders)") if found.state == "ok" else found
         )
     try:
-        Spool(root).prepare()
+        spool = Spool(root)
+        spool.prepare(config.agreed_ownership, agree=False)
+        owned = "leased" if spool.leased else "locked"
     except MergecoreError as error:
         return Finding("spool", "wrong", str(error))
-    return Finding("spool", "ok", f"{root}: jobs can be moved and locked")
+    return Finding("spool", "ok", f"{root}: jobs can be moved and {owned}")
 
 
 def _writable(name: str, folder: Path) -> Finding:

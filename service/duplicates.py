@@ -16,7 +16,10 @@ import xxhash
 
 from mergecore import __version__
 from mergecore.references import parse_reference
-from service.spool import JobStatus, ServiceError, Spool
+from service.errors import ServiceError
+from service.fingerprints import remembered
+from service.spool import Spool
+from service.status import JobStatus
 
 if TYPE_CHECKING:
     from mergecore.spec import MergeSpec
@@ -61,7 +64,7 @@ def fingerprint(spec: MergeSpec, resolve: Callable[[str, str | None], Path]) -> 
 
 def done_before(spool: Spool, wanted: str) -> JobStatus | None:
     """The last job in done/ with this fingerprint, if its output is still there."""
-    status = spool.remembered(wanted)
+    status = remembered(spool.root, wanted)
     return status if status is not None and (Path(status.output) / MANIFEST).is_file() else None
 
 

@@ -24,7 +24,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from service.config import ServeConfig
-from service.spool import ServiceError
+from service.errors import ServiceError
 
 log = logging.getLogger("mergecore.service")
 

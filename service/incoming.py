@@ -2,14 +2,13 @@
 
 A file is complete when an event said so (a writer closed it, or it was renamed into the folder), or when size, mtime
 and inode have not changed for the settle time. The clock is monotonic, so clock jumps decide nothing. Nothing here
-parses a spec: the only thing looked for is its priority, with a regular expression.
+parses a spec: the only thing looked for is its priority.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import stat
 import time
 from collections.abc import Callable
@@ -18,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mergecore.printable import printable
-from service.spool import JobStatus
+from service.resources import read_priority
+from service.status import JobStatus
 
 log = logging.getLogger("mergecore.service")
 
@@ -28,9 +28,6 @@ PATIENCE = 60.0
 
 Its writer still has it open, or the close event was lost.
 """
-
-_PRIORITY = re.compile(rb"^[^#\n]*?\bpriority[\"']?[ \t]*:[ \t]*([+-]?[0-9]{1,9})\b", re.MULTILINE)
-_PRIORITY_BYTES = 64 * 1024
 
 
 def is_ignored(name: str) -> bool:
@@ -157,20 +154,6 @@ class Incoming:
         if file.priority is None:
             file.priority = read_priority(self.folder / name)
         return file.priority
-
-
-def read_priority(path: Path) -> int:
-    """run.priority of a spec, higher first; 0 if there is none or the file cannot be read."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return 0
-    with os.fdopen(descriptor, "rb") as file:
-        try:
-            found = _PRIORITY.search(file.read(_PRIORITY_BYTES))
-        except OSError:
-            return 0
-    return int(found[1]) if found else 0
 
 
 def _updated(file: _File | None, found: os.stat_result, now: float) -> _File:

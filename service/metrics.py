@@ -10,14 +10,17 @@ import importlib.metadata
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from mergecore import __version__
 from service.host import free_and_size, memory_limit
-from service.spool import JobStatus
+from service.status import JobStatus
+
+if TYPE_CHECKING:
+    from service.resources import Room
 
 METHODS = (
     "adamerging",
@@ -86,6 +89,10 @@ class Metrics:
         self._last_success = Gauge(
             "last_success_timestamp_seconds", "Unix time at which a job was last done; 0 if none was.", **own
         )
+        self._memory = Gauge("memory_budget_bytes", "Memory that jobs may be granted together.", **own)
+        self._reserved = Gauge("memory_reserved_bytes", "Memory that the running jobs were granted.", **own)
+        self._devices = Gauge("device_jobs", "Jobs that may use a GPU at once.", **own)
+        self._devices_reserved = Gauge("device_jobs_reserved", "Running jobs that were granted a GPU.", **own)
         limit = Gauge("memory_limit_bytes", "Memory of the host, or of the cgroup that the daemon is in.", **own)
         limit.set_function(memory_limit)
         self._free = Gauge("filesystem_free_bytes", "Free space where a folder lies.", ["folder"], **own)
@@ -107,6 +114,13 @@ class Metrics:
         """Set how many jobs have a worker, and whether the spool is paused."""
         self._running.set(running)
         self._paused.set(paused)
+
+    def reserved(self, room: Room) -> None:
+        """Set what jobs may hold, and what the running ones do: bytes, and places on GPUs."""
+        self._memory.set(room.memory)
+        self._reserved.set(room.reserved)
+        self._devices.set(room.places)
+        self._devices_reserved.set(room.places_held)
 
     def watch(self, **folders: Path) -> None:
         """Show the space of these folders from now on. It is looked up at each scrape, in the thread of the scrape: a

@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mergecore.errors import Interrupted
-from service.spool import DAEMON_PID, LOG, Job, JobStatus
+from service.spool import DAEMON_PID, LOG, Job
+from service.status import JobStatus
 
 IDLE_SHARE = 0.01
 """A worker that uses less than this share of one processor computes nothing; its heartbeat alone uses a tenth."""
@@ -20,9 +21,12 @@ ABORT_TIME = 10.0
 
 
 class Worker:
-    """A running worker process and the job that it runs. Raises OSError if no process can be had."""
+    """A running worker process and the job that it runs; `environment` has what it does not inherit from us.
 
-    def __init__(self, job: Job, command: Sequence[str]) -> None:
+    Raises OSError if no process can be had.
+    """
+
+    def __init__(self, job: Job, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.job = job
         with open(job.folder / LOG, "ab", opener=_no_link) as output:
             self.process = subprocess.Popen(
@@ -30,8 +34,8 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment(),
-                pass_fds=(job.lock,),  # the job stays owned while the worker lives, also without us
+                env={**_environment(), **environment},
+                pass_fds=job.owned.descriptors,  # a locked job stays owned while the worker lives, also without us
                 start_new_session=True,
             )
         self.started = time.monotonic()

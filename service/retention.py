@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from service.spool import Spool, read_status, sync_folder
+from service import fingerprints
+from service.durable import sync_folder
+from service.spool import Spool
+from service.status import read_status
 
 _GOING = ".removing-"
 
@@ -59,7 +62,7 @@ def apply(spool: Spool, done: Keep, failed: Keep, now: datetime) -> list[Path]:
             with contextlib.suppress(FileNotFoundError):  # retried, or removed by another daemon, meanwhile
                 status = read_status(folder)
                 os.rename(folder, going)
-                spool.forget(status)
+                fingerprints.forget(spool.root, status)
                 shutil.rmtree(going, ignore_errors=True)
                 removed.append(folder)
         sync_folder(parent)

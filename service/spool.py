@@ -1,205 +1,71 @@
 """The spool: folders of plain files through which specs become jobs.
 
     SPOOL/incoming/NAME.yaml    dropped by anybody
-    SPOOL/running/JOB/          spec.yaml, status.json, log, lock
+    SPOOL/running/JOB/          spec.yaml, status.json, log, lock; or running/JOB@TOKEN/ with a lease
     SPOOL/done/JOB/             spec.yaml, status.json, log
     SPOOL/failed/JOB/           spec.yaml, status.json, log, error.txt
     SPOOL/running/JOB/cancel    somebody wants the job to stop; its owner sees it, on whatever host
     SPOOL/paused, SPOOL/drain   nothing new is started; what runs is finished, then the daemons end
+    SPOOL/ownership             how it is told who owns a job: locks or leases
+    SPOOL/waiting               why the first of those that wait does so
 
-A job moves by one rename each time, so it is in exactly one folder whatever dies in between. Who owns a running job
-is told by a flock on running/JOB/lock; the kernel takes it back when the last process that holds it dies (the daemon
-and the job's worker share it). Which files in incoming/ are complete is decided in incoming.py; here is no torch, no
-YAML, no thread and no clock but the one that dates things.
+A job moves by one rename each time, so it is in exactly one folder whatever dies in between: where its spec.yaml is.
+Who owns a running job: ownership.py and leases.py. Which files in incoming/ are complete is decided in incoming.py;
+here is no torch, no YAML, no thread and no clock but the one that dates things.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
-import json
 import os
 import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mergecore.errors import MergecoreError
 from mergecore.printable import printable
+from service import fingerprints, ownership
+from service.durable import copy_plain, make_folder, sync_folder, temporary_of, utc_now, write_atomic
+from service.errors import ServiceError
+from service.leases import LEASE, Lease, LeaseLost, Watch, is_leased, job_of, named, owner_clock, token_of
+from service.ownership import LEASES, LOCK, LOCKS, KernelLock
+from service.status import ENDED, STATUS, JobStatus, read_status, write_status
 
 FOLDERS = ("incoming", "running", "done", "failed")
-SPEC, STATUS, LOCK, ERROR, LOG, CANCEL = "spec.yaml", "status.json", "lock", "error.txt", "log", "cancel"
-ENDED = {"done": "done", "duplicate": "done", "failed": "failed", "cancelled": "failed"}
-"""The final states, and in which folder jobs of this state lie."""
-KNOWN = ".fingerprints"
-"""The folder of the spool that tells the job in done/ of a fingerprint."""
-_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+SPEC, ERROR, LOG, CANCEL = "spec.yaml", "error.txt", "log", "cancel"
 DAEMON_PID = "MERGECORE_DAEMON_PID"
 """Environment variable that tells a worker whose death to follow."""
-
-
-class ServiceError(MergecoreError):
-    """The service cannot start with what it was given: its configuration, its folders, its port."""
-
-    exit_code = 2
-
-
-# --- small durable-file helpers -----------------------------------------------------------------------------------
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the entries of `folder` durable: a rename survives a power loss only once its folders are synced."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and its parents durably, unless they are there. Raises OSError."""
-    for missing in reversed([each for each in (folder, *folder.parents) if not each.exists()]):
-        missing.mkdir(exist_ok=True)
-    for parent in folder.parents:  # also of folders that were there: whoever made them may not have synced them
-        try:
-            sync_folder(parent)
-        except PermissionError:  # not ours, so made long ago
-            return
-
-
-def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace `path`: readers see the old or the new content whole, also after a power loss; `durable`: the new one.
-
-    One writer at a time per path: the temporary name is fixed, so that a crash leaves at most one.
-    """
-    temporary = _temporary(path)
-    temporary.unlink(missing_ok=True)  # a link in its place must not lead elsewhere: O_EXCL follows none
-    with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # before the rename, which may reach the disk first
-    os.replace(temporary, path)
-    if durable:
-        sync_folder(path.parent)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def utc_now() -> str:
-    """The wall-clock time, ISO 8601 in UTC. For people to read; nothing is decided by it."""
-    return dated(datetime.now(UTC))
-
-
-def dated(when: datetime) -> str:
-    """A time in UTC as it stands in a status."""
-    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-# --- status -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class JobStatus:
-    """What status.json holds.
-
-    `state`: queued (still in incoming/), running, cancelling, interrupted (in running/, will be resumed), or one of
-    ENDED. `fingerprint` is duplicates.py's. `attempts` counts the starts of workers, `deaths` those that ended without
-    a report, since the last retry.
-    Times are ISO UTC; `seconds` is the time workers spent on the job, over all attempts; `progress` has ratio,
-    tensors_done, tensors_total and bytes; `result` is MergeResult.as_dict(); `resident_bytes` is the worker's.
-    Only one process writes it at a time: the worker while it lives, the job's owner before and after.
-    """
-
-    job: str = ""
-    state: str = ""
-    spec: str = ""
-    method: str = ""
-    output: str = ""
-    fingerprint: str = ""
-    created: str = ""
-    started: str = ""
-    finished: str = ""
-    host: str = ""
-    pid: int = 0
-    heartbeat: str = ""
-    attempts: int = 0
-    deaths: int = 0
-    seconds: float = 0.0
-    resident_bytes: int = 0
-    error: str = ""
-    progress: dict[str, Any] = field(default_factory=dict)
-    result: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def success(self) -> str:
-        """The final state if the worker succeeds: "done", or "duplicate" if it found that another job had done it."""
-        return "duplicate" if "duplicate_of" in self.result else "done"
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return asdict(self)
-
-
-def read_status(folder: Path, *, strict: bool = False) -> JobStatus:
-    """The status of the job in `folder`; what is missing or damaged is left at its default, never an error.
-
-    `strict`, for who writes it again: OSError if there is one that cannot be read.
-    """
-    status = JobStatus(job=folder.name)
-    try:
-        found = json.loads((folder / STATUS).read_bytes())
-    except OSError as error:
-        if strict and not isinstance(error, FileNotFoundError):
-            raise
-        return status
-    except (ValueError, RecursionError):
-        return status
-    if isinstance(found, dict):
-        for one in fields(JobStatus):
-            value, default = found.get(one.name), getattr(status, one.name)
-            if isinstance(value, bool) or value is None:
-                continue
-            if isinstance(default, float) and isinstance(value, int):
-                value = float(value)
-            if isinstance(value, type(default)):
-                setattr(status, one.name, value)
-    status.job = folder.name
-    return status
-
-
-def write_status(folder: Path, status: JobStatus, *, durable: bool = True) -> None:
-    """Replace the status of the job in `folder` atomically."""
-    write_atomic(folder / STATUS, json.dumps(status.as_dict(), indent=1) + "\n", durable=durable)
+MORE_MEMORY = 4
+"""Exit code of a worker whose plan says that it holds more memory than was granted: `memory` of its status."""
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------
 
 
 class Job:
-    """A running job that this process owns: the folder running/JOB and the lock on it."""
+    """A running job that this process owns: its folder in running/ and the lock or the lease on it."""
 
-    def __init__(self, spool: Spool, name: str, lock: int) -> None:
+    def __init__(self, spool: Spool, folder: Path, owned: KernelLock | Lease) -> None:
         self.spool = spool
-        self.name = name
-        self.lock = lock
-        """Descriptor of the held lock; a worker that inherits it keeps the job owned when this process dies."""
-        self.folder = spool.running / name
+        self.name = job_of(folder)
+        self.folder = folder
+        self.owned = owned
 
     def status(self) -> JobStatus:
         """The job's status as it is on disk."""
         return read_status(self.folder)
 
     def update(self, *, durable: bool = True, **changes: Any) -> JobStatus:
-        """Change some fields of the status. Only while no worker of the job lives. Raises OSError."""
+        """Change some fields of the status. Only while no worker of the job lives. Raises OSError, LeaseLost."""
+        if self.owned.lost:
+            raise LeaseLost(self.folder)
         status = read_status(self.folder, strict=True)
         for key, value in changes.items():
             setattr(status, key, value)
@@ -208,12 +74,7 @@ class Job:
 
     def outcome(self) -> str | None:
         """What the last worker left: one of ENDED, or None if there is still something to run."""
-        status = self.status()
-        if status.state in ENDED:
-            return status.state
-        if status.result:
-            return status.success
-        return "failed" if (self.folder / ERROR).exists() else None
+        return _outcome(self.folder)
 
     def cancellation(self) -> str | None:
         """Who wants the job to stop, and since when; None if nobody does."""
@@ -223,7 +84,7 @@ class Job:
             return None
 
     def finish(self, state: str, **changes: Any) -> None:
-        """Record the final state, one of ENDED, and move the job to its folder; the lock is given back.
+        """Record the final state, one of ENDED, and move the job to its folder; it is owned no more.
 
         May be called again after an OSError: each step is repeatable.
         """
@@ -231,11 +92,11 @@ class Job:
         if not target.exists():
             status = self.update(**{"state": state, "finished": utc_now(), **changes})
             if state == "done":
-                self.spool.remember(status)
+                fingerprints.remember(self.spool.root, status)
             os.rename(self.folder, target)
         sync_folder(target.parent)
         sync_folder(self.spool.running)
-        for name in (LOCK, CANCEL):
+        for name in (LOCK, LEASE, CANCEL):
             (target / name).unlink(missing_ok=True)
         self.release()
 
@@ -248,36 +109,44 @@ class Job:
         self.finish("cancelled", error=error, pid=0, resident_bytes=0, **changes)
 
     def discard(self) -> None:
-        """Remove the folder of a claim that got no spec. The lock is held until the folder is gone."""
-        try:
-            for name in (STATUS, _temporary(self.folder / STATUS).name, LOCK):
-                (self.folder / name).unlink(missing_ok=True)
-            self.folder.rmdir()
-        except OSError:
-            pass  # somebody put files there: theirs to remove
+        """Remove the folder of a claim that got no spec. It is owned until the folder is gone."""
+        _remove_claim(self.folder)
         self.release()
 
     def release(self) -> None:
         """Give up the ownership; what is still in running/ can then be adopted by any daemon."""
-        if self.lock >= 0:
-            with contextlib.suppress(OSError):  # closed all the same
-                os.close(self.lock)
-            self.lock = -1
+        self.owned.release()
 
 
 class Spool:
-    """The four folders below `root`."""
+    """The four folders below `root`. A lease that this process takes can be taken over after `lease_seconds`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, lease_seconds: float = 120.0) -> None:
         self.root = root
         self.incoming, self.running, self.done, self.failed = (root / name for name in FOLDERS)
         self.paused = root / "paused"
         """While this file exists, no daemon starts anything."""
         self.drain = root / "drain"
         """When this file appears or changes, each daemon finishes what it runs and ends."""
+        self.waiting = root / "waiting"
+        """Why the first of those that wait does so, in a daemon's words; for people."""
+        self._lease_seconds = lease_seconds
+        self._how: str | None = None
+        self._watch = Watch()
 
-    def prepare(self) -> None:
-        """Make the folders and rehearse a job's way through them. Raises ServiceError if it is barred."""
+    @property
+    def leased(self) -> bool:
+        """Whether jobs are owned through leases, else through locks. ServiceError if the spool's word is unreadable."""
+        if self._how is None:
+            self._how = ownership.agreed(self.root) or LOCKS
+        return self._how == LEASES
+
+    def prepare(self, how: str | None = None, *, agree: bool = True) -> None:
+        """Make the folders and rehearse a job's way through them. Raises ServiceError if it is barred.
+
+        `how`: LOCKS or LEASES tell who owns a job; None: what the spool says, and LOCKS for a new one. A spool that
+        says otherwise is refused. `agree`: write it down, so that all daemons of the spool do it alike.
+        """
         probe = f".probe-{secrets.token_hex(4)}"
         stops = [self.incoming / probe, self.running / probe, self.done / probe, self.failed / probe]
         place = self.root
@@ -290,17 +159,18 @@ class Spool:
             place = stops[1]
             place.mkdir()
             os.rename(stops[0], stops[1] / SPEC)
-            lock = os.open(stops[1] / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            finally:
-                os.close(lock)
+            self._how = self._decided(how)
+            if not self.leased and (held := ownership.lock(stops[1])) is not None:
+                held.release()
             for here, place in itertools.pairwise(stops[1:]):
                 os.rename(here, place)
             shutil.rmtree(place)
             for name in FOLDERS:
                 place = self.root / name
                 sync_folder(place)
+            place = self.root
+            if agree:
+                ownership.agree(self.root, self._how)
         except OSError as error:
             raise ServiceError(_why_unusable(self.root, place, error)) from error
         finally:
@@ -309,15 +179,38 @@ class Spool:
             for stop in stops[1:]:
                 shutil.rmtree(stop, ignore_errors=True)
 
+    def _decided(self, how: str | None) -> str:
+        """LOCKS or LEASES. ServiceError if that is not what the spool says, or what its jobs show."""
+        said = ownership.agreed(self.root)
+        if said is not None and how not in (said, None):
+            raise ServiceError(
+                f"spool {self.root}: its jobs are owned through {said}, but the configuration asks for {how}; to "
+                f"change that, stop all its daemons while nothing is in running/, and remove {self.root / 'ownership'}"
+            )
+        how = said or how or LOCKS
+        if said is None:
+            for folder in self._folders(self.running):
+                if is_leased(folder) if how == LOCKS else os.path.lexists(folder / LOCK):
+                    raise ServiceError(
+                        f"spool {self.root}: {folder} was owned through {LEASES if how == LOCKS else LOCKS}; have such "
+                        f"a daemon finish it, or move it away, before jobs are owned through {how}"
+                    )
+        return how
+
     def claim(self, name: str) -> Job | None:
         """Take incoming/NAME: None if somebody else was faster. Raises OSError if it cannot be moved.
 
-        The job is locked before the spec comes in, so nobody can take a job for abandoned that has just begun.
+        The job is owned before the spec comes in, so nobody can take a job for abandoned that has just begun.
         """
         job = self._new_job(name)
         try:
             # All that a power loss must not take comes before the rename, which may reach the disk first.
-            job.update(state="running", spec=printable(name), created=utc_now(), host=socket.gethostname())
+            job.update(
+                state="running",
+                spec=printable(name),
+                created=utc_now(),
+                host=socket.gethostname(),
+            )
             sync_folder(self.running)
             _sync_file(self.incoming / name)
             os.rename(self.incoming / name, job.folder / SPEC)
@@ -335,18 +228,22 @@ class Spool:
             raise
         return job
 
-    def adopt(self, own: set[str]) -> Iterator[Job]:
+    def adopt(self, own: set[str], worth: Callable[[Path], bool] = lambda folder: True) -> Iterator[Job]:
         """Take over the running jobs whose owner is gone, oldest first; `own` are not looked at.
 
-        Claims that never got their spec are cleaned up on the way.
+        Claims that never got their spec are cleaned up on the way. `worth`: whether a job that is still to be run can
+        be started now. Leases are not taken just to be given back: that costs a new folder.
         """
-        folders = [entry for entry in self._folders(self.running) if entry.name not in own]
+        folders = [folder for folder in self._folders(self.running) if job_of(folder) not in own]
+        self._watch.forget_others(folders)
         for folder in sorted(folders, key=lambda folder: (read_status(folder).created, folder.name)):
-            job = self.own(folder.name)
+            if self.leased and not (self._is_free(folder) and (not _is_to_run(folder) or worth(folder))):
+                continue
+            job = self._own(folder)
             if job is None:
                 continue
             try:
-                arrived = (folder / SPEC).exists()
+                arrived = (job.folder / SPEC).exists()
             except OSError:
                 arrived = True  # or it would be thrown away; who runs it will see
             if arrived:
@@ -354,9 +251,25 @@ class Spool:
             else:
                 job.discard()
 
+    def own(self, name: str) -> Job | None:
+        """Own a job in running/, or None if it has an owner or is gone. Raises OSError, ServiceError."""
+        folder = self.folder_of(name)
+        return self._own(folder) if folder is not None else None
+
+    def folder_of(self, name: str) -> Path | None:
+        """Where a job lies in running/, whoever owns it."""
+        folders = [folder for folder in self._folders(self.running) if job_of(folder) == name]
+        return next((folder for folder in folders if os.path.exists(folder / SPEC)), None)
+
     def request_cancel(self, name: str, by: str) -> None:
         """Ask the owner of running/NAME to stop it. Raises OSError, FileNotFoundError if it has just ended."""
-        write_atomic(self.running / name / CANCEL, by + "\n")
+        while True:
+            folder = self.folder_of(name)
+            if folder is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.running / name))
+            write_atomic(folder / CANCEL, by + "\n")
+            if self.folder_of(name) in (folder, None):
+                return  # else another daemon took it over at this moment, perhaps without seeing the request
 
     def retry(self, name: str) -> None:
         """Put failed/NAME back into running/, for any daemon to go on with. Repeatable after an OSError."""
@@ -384,35 +297,6 @@ class Spool:
         current = sorted(found.values(), key=lambda status: (status.state == "interrupted", status.created, status.job))
         return current + sorted(ended, key=lambda status: (status.finished, status.job), reverse=True)
 
-    def remember(self, status: JobStatus) -> None:
-        """Note which job a fingerprint is of, before it lies in done/: `remembered` looks whether it does."""
-        if _FINGERPRINT.fullmatch(status.fingerprint):
-            known = self.root / KNOWN
-            if not known.exists():
-                make_folder(known)
-            write_atomic(known / status.fingerprint, status.job)
-
-    def forget(self, status: JobStatus) -> None:
-        """A job is removed from done/."""
-        if _FINGERPRINT.fullmatch(status.fingerprint):
-            note = self.root / KNOWN / status.fingerprint
-            with contextlib.suppress(OSError):
-                if note.read_text() == status.job:
-                    note.unlink()
-
-    def remembered(self, fingerprint: str) -> JobStatus | None:
-        """The last job in done/ that had this fingerprint, if it is still there."""
-        if not _FINGERPRINT.fullmatch(fingerprint):
-            return None
-        try:
-            job = (self.root / KNOWN / fingerprint).read_text()
-        except (OSError, ValueError):
-            return None
-        if job.startswith(".") or "/" in job:
-            return None
-        found = read_status(self.done / job)
-        return found if found.fingerprint == fingerprint and found.success == "done" else None
-
     def running_jobs(self) -> list[JobStatus]:
         """The jobs in running/: running, cancelling and interrupted ones."""
         found = []
@@ -420,7 +304,7 @@ class Spool:
             if os.path.exists(folder / SPEC):
                 status = read_status(folder)
                 # An owned job may wait for its next attempt.
-                owned = status.state != "interrupted" and _is_locked(folder / LOCK)
+                owned = status.state != "interrupted" and ownership.is_owned(folder)
                 cancelled = os.path.exists(folder / CANCEL)
                 status.state = "cancelling" if cancelled else "running" if owned else "interrupted"
                 found.append(status)
@@ -448,33 +332,85 @@ class Spool:
             name = job_name(spec_name)
             if (self.done / name).exists() or (self.failed / name).exists():
                 continue
+            folder = self.running / name
+            if self.leased:
+                if self.folder_of(name) is None:
+                    return self._new_lease(folder)
+                continue
             try:
-                (self.running / name).mkdir()
+                folder.mkdir()
             except FileExistsError:
                 continue
-            job = self.own(name)
+            job = self._own(folder)
             if job is not None:
                 return job
 
-    def own(self, name: str) -> Job | None:
-        """Own running/NAME, or None if it has an owner or is gone. Raises OSError."""
-        path = self.running / name / LOCK
+    def _own(self, folder: Path) -> Job | None:
+        """Own the job in this folder, or None if it has an owner or is gone. Raises OSError."""
+        if not self.leased:
+            held = ownership.lock(folder)
+            return None if held is None else Job(self, folder, held)
+        return self._take(folder) if self._is_free(folder) else None
+
+    def _is_free(self, folder: Path) -> bool:
+        """Whether no lease holds the job, as far as this process has seen."""
+        return not is_leased(folder) or self._watch.has_run_out(folder)
+
+    def _new_lease(self, folder: Path) -> Job:
+        """A new folder in running/ with a lease on it. Raises OSError, and then nothing stays."""
+        since, own = owner_clock(), named(folder)
+        own.mkdir()
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between the open and the lock the job may have ended and moved on with its lock file.
-            if os.path.samestat(os.fstat(lock), os.stat(path)):
-                return Job(self, name, lock)
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except BaseException:
-            os.close(lock)
+            return Job(self, own, Lease(own, self._lease_seconds, since))
+        except OSError:
+            _remove_claim(own)
             raise
-        os.close(lock)
-        return None
+
+    def _take(self, folder: Path) -> Job | None:
+        """Own a job that is free or whose lease has run out; None if another one was faster. Raises OSError.
+
+        The first rename decides who gets it and bars the former owner's way. What that had open may follow a rename, on
+        network file systems even its paths for a while: so the job moves into a new folder, by the rename of its spec.
+        """
+        won = named(folder)
+        try:
+            os.rename(folder, won)
+        except FileNotFoundError:
+            return None
+        job = None
+        try:
+            job = self._new_lease(folder)
+            status = read_status(won, strict=True)
+            last = "expired" if is_leased(folder) else "returned"
+            known = {status.lease: last, token_of(folder): "expired"}
+            former = {**status.former_leases, **{token: how for token, how in known.items() if token}}
+            write_status(job.folder, replace(status, lease="", former_leases=former))
+            for name in (LOG, ERROR, CANCEL):
+                copy_plain(won / name, job.folder / name)
+            sync_folder(job.folder)
+            sync_folder(self.running)
+            os.rename(won / SPEC, job.folder / SPEC)
+        except BaseException as error:
+            if job is not None:
+                job.discard()
+            if isinstance(error, FileNotFoundError):  # a claim that never got its spec, or we slept: somebody has it
+                _remove_claim(won)
+            if not is_leased(folder):
+                with contextlib.suppress(OSError):
+                    os.rename(won, folder)  # as free as it was, if it is there
+            if isinstance(error, FileNotFoundError):
+                return None
+            raise
+        try:
+            sync_folder(job.folder)
+            sync_folder(won)
+        except OSError:
+            job.release()  # the spec has arrived: whoever adopts the job goes on from here
+            raise
+        with contextlib.suppress(OSError):
+            os.rename(won / CANCEL, job.folder / CANCEL)  # if it came meanwhile
+        shutil.rmtree(won, ignore_errors=True)
+        return job
 
 
 def job_name(spec_name: str) -> str:
@@ -495,21 +431,43 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether somebody owns the job. What cannot be opened (another user's) counts as owned."""
+def _outcome(folder: Path) -> str | None:
+    status = read_status(folder)
+    if status.state in ENDED:
+        return status.state
+    if status.result:
+        return status.success
+    return "failed" if (folder / ERROR).exists() else None
+
+
+def _is_to_run(folder: Path) -> bool:
+    """Whether the job in this folder has neither ended, nor shall be cancelled, nor is a claim without a spec."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return _lies_at(folder / SPEC) and not _lies_at(folder / CANCEL) and _outcome(folder) is None
+    except OSError:
+        return True
+
+
+def _remove_claim(folder: Path) -> None:
+    """Remove the folder of a claim that has no spec, if nothing else lies in it."""
+    try:
+        if _lies_at(folder / SPEC):
+            return
+        for name in (STATUS, LEASE, LOG, ERROR, CANCEL, LOCK):
+            (folder / name).unlink(missing_ok=True)
+            temporary_of(folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+    except OSError:
+        pass  # somebody put files there: theirs to remove
+
+
+def _lies_at(path: Path) -> bool:
+    """Whether anything lies there. Raises OSError where that cannot be told."""
+    try:
+        os.lstat(path)
     except FileNotFoundError:
         return False
-    except OSError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
+    return True
 
 
 def _mtime(path: Path) -> float:
@@ -529,5 +487,10 @@ def _why_unusable(root: Path, place: Path, error: OSError) -> str:
         return (
             f"spool {root}: cannot write in {place.parent if place.name.startswith('.probe') else place} "
             f"({error.strerror}); give the user that runs the daemon write permission on the spool and its folders"
+        )
+    if error.errno in ownership.NO_LOCKS:
+        return (
+            f"spool {root}: its file system has no file locks ({error.strerror}), which tell the daemons whose job is "
+            f'whose; set ownership = "{LEASES}"'
         )
     return f"spool {root}: cannot be used, at {place}: {error.strerror}"

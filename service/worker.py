@@ -1,8 +1,9 @@
 """One job in a process of its own: running/JOB/spec.yaml -> a merged model below the outputs folder.
 
-    python -m service.worker JOB_DIR --outputs DIR [--models DIR ...] [--allow-commands]
+    python -m service.worker JOB_DIR --outputs DIR [--models DIR ...] [--memory BYTES] [--allow-commands]
 
-Exit codes: 0 done, 1 the merge failed, 2 the spec or an input is wrong, 3 stopped by SIGTERM or SIGINT and resumable.
+Exit codes: 0 done, 1 the merge failed, 2 the spec or an input is wrong, 3 stopped by SIGTERM or SIGINT and resumable,
+4 its plan says that it needs more than BYTES of memory.
 A dropped spec is untrusted: it can name models only below the --models folders (if any are given) and an output only
 below the outputs folder, and its commands are run only with --allow-commands. The only part of service/ that imports
 torch.
@@ -24,6 +25,7 @@ import stat
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
@@ -34,19 +36,12 @@ from mergecore.errors import CheckpointError, Interrupted, MergecoreError, Outpu
 from mergecore.output.stages import search_folder, stages_folder
 from mergecore.printable import PrintableFormatter, printable, printable_lines
 from mergecore.references import local_folder
-from mergecore.small_files import read_object
 from service.duplicates import UNLIKE_ANY, done_before, fingerprint, running_before
-from service.spool import (
-    DAEMON_PID,
-    ERROR,
-    SPEC,
-    JobStatus,
-    Spool,
-    read_status,
-    utc_now,
-    write_atomic,
-    write_status,
-)
+from service.durable import utc_now, write_atomic
+from service.leases import Tenancy, is_leased, job_of
+from service.publishing import Workplace, is_taken, published_by
+from service.spool import DAEMON_PID, ERROR, MORE_MEMORY, SPEC, Spool
+from service.status import JobStatus, read_status, write_status
 
 if TYPE_CHECKING:
     from mergecore import Progress
@@ -61,9 +56,12 @@ COUNTED = ("tensors_done", "bytes_read", "bytes_written")
 
 
 class Stop:
-    """Set by SIGTERM and SIGINT; the merge asks after every window."""
+    """Set by SIGTERM and SIGINT, and when the lease on the job has run out; the merge asks after every window."""
 
     requested = False
+
+    def __init__(self, tenancy: Tenancy) -> None:
+        self._tenancy = tenancy
 
     def install(self) -> None:
         """Take over both signals for the rest of the process."""
@@ -74,11 +72,11 @@ class Stop:
         self.requested = True
 
     def __call__(self) -> bool:
-        return self.requested
+        return self.requested or self._tenancy.over()
 
     def check(self) -> None:
         """Raise Interrupted if a stop was requested."""
-        if self.requested:
+        if self():
             raise Interrupted("stopped before the merge began")
 
 
@@ -165,13 +163,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("job", type=Path, help="the job's folder, with its spec.yaml")
     parser.add_argument("--outputs", type=Path, required=True, help="merged models appear below it")
     parser.add_argument("--models", type=Path, nargs="+", action="extend", default=[], help="where models may lie")
+    parser.add_argument("--memory", type=int, help="bytes that the merge may hold, whatever the spec says")
     parser.add_argument("--allow-commands", action="store_true", help="specs may name commands that score candidates")
     options = parser.parse_args(arguments)
 
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    stop = Stop()
+    tenancy = Tenancy(options.job)
+    stop = Stop(tenancy)
     stop.install()
     faulthandler.enable()
     follow_daemon()
@@ -179,14 +179,20 @@ def main(arguments: list[str] | None = None) -> int:
     reporter = Reporter(options.job)
     reporter.start()
     try:
-        return run(options.job, options.outputs, options.models, options.allow_commands, reporter, stop)
+        return run(options, reporter, stop, tenancy)
     except Interrupted as error:
         log.info("%s", error)
         return error.exit_code
     except MergecoreError as error:
+        if tenancy.over():
+            log.info("another daemon may have this job: %s", error)
+            return Interrupted.exit_code
         report_error(options.job, reporter, str(error))
         return error.exit_code
     except BaseException as error:
+        if tenancy.over():
+            log.info("another daemon may have this job: %s", error)
+            return Interrupted.exit_code
         what = str(error) or type(error).__name__
         report_error(options.job, reporter, f"unexpected error: {type(error).__name__}: {what}")
         return 1
@@ -195,14 +201,15 @@ def main(arguments: list[str] | None = None) -> int:
             reporter.stop()
 
 
-def run(folder: Path, outputs: Path, models: list[Path], allow_commands: bool, reporter: Reporter, stop: Stop) -> int:
-    """Merge; 0. Raises MergecoreError."""
+def run(options: argparse.Namespace, reporter: Reporter, stop: Stop, tenancy: Tenancy) -> int:
+    """Merge; 0, or MORE_MEMORY. Raises MergecoreError."""
+    folder, outputs, models = options.job, options.outputs, options.models
     spec = load(folder / SPEC, reporter.spec_name)
-    if spec.evolve is not None and spec.evolve.score.command is not None and not allow_commands:
+    if spec.evolve is not None and spec.evolve.score.command is not None and not options.allow_commands:
         message = "this server runs no commands of specs (allow_commands in its configuration); score by text"
         raise spec.error(message, "evolve", "score", "command")
     reporter.record(method=printable(spec.merge_method)[:100])
-    out = output_path(spec, folder.name, outputs)
+    out = output_path(spec, job_of(folder), outputs)
     begun = reporter.output == str(out)
     if not begun and is_duplicate(spec, folder, models, reporter, stop):
         return 0
@@ -212,17 +219,30 @@ def run(folder: Path, outputs: Path, models: list[Path], allow_commands: bool, r
 
     import mergecore  # and with it torch
 
+    def resolve(model: str, revision: str | None) -> Path:
+        return find_model(model, revision, models)
+
+    def merge(place: Path) -> dict[str, Any]:
+        return mergecore.merge(
+            spec,
+            place,
+            memory=None if options.memory is None else min(options.memory, spec.run.memory),
+            resume=True,
+            progress=reporter.progress,
+            should_stop=stop,
+            resolve=resolve,
+        ).as_dict()
+
     log.info("merging to %s", out)
+    workplace = Workplace(folder, outputs, out, tenancy) if is_leased(folder) else None
     try:
-        with confinement(models, outputs, out):
-            result = mergecore.merge(
-                spec,
-                out,
-                resume=True,
-                progress=reporter.progress,
-                should_stop=stop,
-                resolve=lambda model, revision: find_model(model, revision, models),
-            ).as_dict()
+        with confinement(models, outputs, out if workplace is None else workplace.place):
+            if options.memory is not None and (held := held_by_fit(spec, resolve)) > options.memory:
+                log.info("its plan says that it holds %d bytes; %d were granted", held, options.memory)
+                reporter.record(memory=held)
+                return MORE_MEMORY
+            former = reporter.status.former_leases
+            result = merge(out) if workplace is None else workplace.merge(spec, former, merge)
     except OutputExistsError:
         published = published_by(spec, out) if begun else None
         if published is None:
@@ -233,6 +253,19 @@ def run(folder: Path, outputs: Path, models: list[Path], allow_commands: bool, r
     with contextlib.suppress(OSError):  # the model is there: exit code 0 says so too
         reporter.record(output=str(out), result=result)
     return 0
+
+
+def held_by_fit(spec: MergeSpec, resolve: Callable[[str, str | None], Path]) -> int:
+    """Bytes that a merge holds which runs models on samples, by its plan; 0 for others, which keep to run.memory."""
+    merges = [merge for merge in (*spec.earlier, spec) if any(merge.data())]
+    if not merges:
+        return 0
+    from mergecore.features.fitting import held_bytes
+    from mergecore.planning import plan
+
+    planned = plan(spec, resolve=resolve)
+    fits = [merge for merge in (planned, *(earlier for _, earlier in planned.earlier)) if merge.data]
+    return max(map(held_bytes, fits), default=0)
 
 
 def is_duplicate(spec: MergeSpec, folder: Path, models: list[Path], reporter: Reporter, stop: Stop) -> bool:
@@ -253,34 +286,6 @@ def is_duplicate(spec: MergeSpec, folder: Path, models: list[Path], reporter: Re
     log.info("the same was done by %s: %s (run.force runs it again)", first.job, first.output)
     reporter.record(output=first.output, result={"duplicate_of": first.job, "output": first.output})
     return True
-
-
-def is_taken(out: Path) -> bool:
-    """Whether something lies at `out` that a merge would refuse to replace."""
-    try:
-        return bool(os.listdir(out))
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-
-
-def published_by(spec: MergeSpec, out: Path) -> dict[str, Any] | None:
-    """The figures of a merge of this very spec that lies complete at `out`; None if something else lies there.
-
-    Only a complete merge has a manifest: it comes with the rename.
-    """
-    try:
-        with confined([out], []):
-            manifest = read_object(out / "mergecore_manifest.json")
-    except CheckpointError:
-        return None
-    if not isinstance(manifest, dict):
-        return None
-    given = manifest.get("evolve", manifest)  # of a search: the spec that asked for it
-    if not isinstance(given, dict) or given.get("spec") != spec.as_dict() or given.get("spec_text") != spec.text:
-        return None
-    return {**manifest.get("result", {}), "output": str(out)}
 
 
 def load(path: Path, name: str) -> MergeSpec:

@@ -17,7 +17,8 @@ from typing import Any
 
 import psutil
 
-from service.spool import JobStatus, Spool
+from service.spool import Spool
+from service.status import JobStatus
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = (sys.executable, "-P", str(ROOT / "tests" / "stand_in_worker.py"))
@@ -70,6 +71,7 @@ class DaemonProcess:
             "rescan": 0.5,
             "settle": 0.3,
             "retry_delay": 0.05,
+            "memory": "1TiB",
             **config,
         }
         with self.log_path.open("wb") as log:

@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from service.spool import read_status, write_status
+from service.status import read_status, write_status
 
 
 def main() -> int:

@@ -16,7 +16,8 @@ from mergecore import load_spec, merge
 from mergecore.errors import OutputError
 from service.commands import retry_command, submit_command
 from service.config import WORKER_COMMAND
-from service.spool import JobStatus, ServiceError
+from service.errors import ServiceError
+from service.status import JobStatus
 from tests.faulty_disk import FaultyDisk, faulty_disk
 from tests.models import LLAMA, llama, spec_dict, tensor_bytes, write_trio
 from tests.service_support import STAND_IN, DaemonProcess, running_daemon, wait_until

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import METHODS, STATES, Metrics, build_versions, method_label
-from service.spool import JobStatus
+from service.status import JobStatus
 from tests.conftest import require_tool
 from tests.service_support import ROOT, running_daemon, wait_until
 
@@ -36,6 +36,10 @@ PROMISED = {
     "mergecore_last_success_timestamp_seconds": ("gauge", set()),
     "mergecore_running_jobs": ("gauge", set()),
     "mergecore_paused": ("gauge", set()),
+    "mergecore_memory_budget_bytes": ("gauge", set()),
+    "mergecore_memory_reserved_bytes": ("gauge", set()),
+    "mergecore_device_jobs": ("gauge", set()),
+    "mergecore_device_jobs_reserved": ("gauge", set()),
     "mergecore_memory_limit_bytes": ("gauge", set()),
     "mergecore_filesystem_free_bytes": ("gauge", {"folder"}),
     "mergecore_filesystem_size_bytes": ("gauge", {"folder"}),

@@ -19,7 +19,8 @@ from mergecore.errors import Interrupted, MergecoreError, OutputExistsError
 from mergecore.output.verify import verify_output
 from mergecore.spec import MergeSpec, load_spec
 from service.commands import submit_command
-from service.spool import ERROR, SPEC, Spool, read_status
+from service.spool import ERROR, SPEC, Spool
+from service.status import read_status
 from tests.faulty_disk import FaultyDisk, faulty_disk
 from tests.models import llama, spec_dict, tensor_bytes, write_trio
 

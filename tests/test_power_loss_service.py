@@ -12,7 +12,8 @@ import pytest
 from mergecore.output.verify import verify_output
 from service.commands import submit_command
 from service.config import WORKER_COMMAND
-from service.spool import ServiceError, Spool
+from service.errors import ServiceError
+from service.spool import Spool
 from tests.faulty_disk import FaultyDisk, faulty_disk
 from tests.models import LLAMA, llama, spec_dict, tensor_bytes, write_trio
 from tests.service_support import STAND_IN, DaemonProcess, running_daemon, wait_until

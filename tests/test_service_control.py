@@ -21,7 +21,8 @@ from service.commands import (
     resume_command,
     retry_command,
 )
-from service.spool import ServiceError, Spool
+from service.errors import ServiceError
+from service.spool import Spool
 from tests.service_support import running_daemon, wait_until
 
 

@@ -109,6 +109,10 @@ def test_a_spool_that_works_is_rehearsed_and_left_as_it_was(config: ServeConfig)
     before = files_below(config.spool)
     assert found(doctor.check_folders, config, "spool").message.endswith("jobs can be moved and locked")
     assert files_below(config.spool) == before
+    (config.spool / "ownership").unlink()
+    leased = found(doctor.check_folders, changed(config, ownership="leases"), "spool")
+    assert leased.message.endswith("jobs can be moved and leased")
+    assert not (config.spool / "ownership").exists(), "that is for the daemon to write"
 
 
 def test_folders_that_are_not_there_yet_are_not_made_by_the_doctor(tmp_path: Path, config: ServeConfig) -> None:

@@ -18,8 +18,11 @@ from mergecore.spec import load_spec
 from service.commands import submit_command
 from service.config import WORKER_COMMAND
 from service.duplicates import UNLIKE_ANY, done_before, fingerprint, forced, running_before
+from service.errors import ServiceError
+from service.fingerprints import KNOWN
 from service.retention import apply, parse_keep
-from service.spool import KNOWN, Job, JobStatus, ServiceError, Spool
+from service.spool import Job, Spool
+from service.status import JobStatus
 from service.worker import find_model
 from tests.models import LLAMA, llama, moved, write_model
 from tests.service_support import running_daemon, wait_until
@@ -132,6 +135,12 @@ def test_only_a_done_job_whose_output_is_there_counts(tmp_path: Path) -> None:
     assert done_before(spool, "e" * 32) is None, "a note is not believed"
     (spool.root / KNOWN / ("e" * 32)).write_text(found.job)
     assert done_before(spool, "e" * 32) is None
+    note = spool.root / KNOWN / ("f" * 32)
+    note.rename(tmp_path / "note")
+    note.symlink_to(tmp_path / "note")
+    assert done_before(spool, "f" * 32) is None, "a link is no note"
+    (tmp_path / "note").rename(note)
+    assert done_before(spool, "f" * 32) is not None
     assert {one.state for one in spool.jobs()} == {"done", "failed", "duplicate"}, "notes are no jobs"
     assert apply(spool, parse_keep(0), parse_keep("all"), datetime.now(UTC))
     assert done_before(spool, "f" * 32) is None

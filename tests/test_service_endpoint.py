@@ -18,8 +18,8 @@ import pytest
 
 from service.config import ServeConfig
 from service.endpoint import Endpoint
+from service.errors import ServiceError
 from service.metrics import Metrics
-from service.spool import ServiceError
 from tests.conftest import require_tool
 from tests.service_support import running_daemon, wait_until
 

@@ -16,7 +16,7 @@ from mergecore.cli import main
 from service.commands import cancel_command, retry_command, status_command
 from service.config import WORKER_COMMAND, load_config
 from service.duplicates import UNLIKE_ANY, fingerprint
-from service.spool import ServiceError
+from service.errors import ServiceError
 from tests.models import tensor_bytes
 from tests.searches import calls, exists, history, hold, release, search_dict, write_search
 from tests.service_support import DaemonProcess, running_daemon, wait_until

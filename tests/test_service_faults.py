@@ -17,7 +17,7 @@ import pytest
 
 from service.commands import retry_command
 from service.config import WORKER_COMMAND
-from service.spool import JobStatus
+from service.status import JobStatus
 from tests.models import LLAMA, llama, moved, write_model
 from tests.service_support import DaemonProcess, running_daemon, wait_until
 

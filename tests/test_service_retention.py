@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.config import load_config
+from service.errors import ServiceError
 from service.retention import Keep, apply, parse_keep
-from service.spool import JobStatus, ServiceError, Spool, write_status
+from service.spool import Spool
+from service.status import JobStatus, write_status
 from tests.service_support import running_daemon, wait_until
 
 

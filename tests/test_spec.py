@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mergecore.errors import SpecError
-from mergecore.spec import MergeSpec, Part, evaluate, json_schema, load_spec, parse_size, parse_spec
+from mergecore.sizes import parse_size
+from mergecore.spec import MergeSpec, Part, evaluate, json_schema, load_spec, parse_spec
 
 MINIMAL = "merge_method: linear\nmodels: [{model: A}]\n"
 DOCS = Path(__file__).parents[1] / "docs" / "spec.md"

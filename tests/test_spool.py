@@ -19,8 +19,12 @@ from hypothesis import strategies as st
 
 from mergecore.printable import printable
 from service import spool as spool_module
-from service.incoming import PATIENCE, Incoming, read_priority
-from service.spool import JobStatus, ServiceError, Spool, job_name, read_status, write_atomic, write_status
+from service.durable import write_atomic
+from service.errors import ServiceError
+from service.incoming import PATIENCE, Incoming
+from service.resources import read_priority
+from service.spool import Spool, job_name
+from service.status import JobStatus, read_status, write_status
 
 
 @pytest.fixture
@@ -37,7 +41,8 @@ def drop(spool: Spool, name: str, content: str = "merge_method: linear\n") -> Pa
 
 
 def everything_in(spool: Spool) -> list[str]:
-    return sorted(str(path.relative_to(spool.root)) for path in spool.root.rglob("*") if path.is_file())
+    found = {str(path.relative_to(spool.root)) for path in spool.root.rglob("*") if path.is_file()}
+    return sorted(found - {"ownership"})
 
 
 # --- the way of a job ---
@@ -45,7 +50,7 @@ def everything_in(spool: Spool) -> list[str]:
 
 def test_preparing_makes_the_four_folders_and_leaves_nothing_else(spool: Spool) -> None:
     spool.prepare()
-    assert sorted(path.name for path in spool.root.iterdir()) == ["done", "failed", "incoming", "running"]
+    assert sorted(path.name for path in spool.root.iterdir()) == ["done", "failed", "incoming", "ownership", "running"]
     assert everything_in(spool) == []
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.trust.daemon import Daemon, visible, wait
-from service.spool import LOG, JobStatus, Spool, read_status
+from service.spool import LOG, Spool
+from service.status import JobStatus, read_status
 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"weight": 0.5},

@@ -7,7 +7,9 @@ that a merge that is resumed does not fit again.
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -109,6 +111,18 @@ def kept_bytes(plan: MergePlan) -> dict[str, int]:
     """What a fit keeps beside one layer's weights, at most, by what it is: in memory as far as run.memory allows."""
     found: dict[str, int] = import_module(FITS[plan.method.name]).kept_bytes(plan)
     return found
+
+
+def held_bytes(plan: MergePlan) -> int:
+    """Memory that a fit holds at most, beside the process itself: what it keeps, and a layer of every model."""
+    budget = (len(plan.models) + 3) * plan.spec.run.memory  # beyond it states lie in files, each for itself
+    kept = [nbytes if what.endswith("in memory") else min(nbytes, budget) for what, nbytes in kept_bytes(plan).items()]
+    layers: Counter[float] = Counter()
+    for job in plan.jobs:
+        layers[job.place] += math.prod(job.shape)
+    # The layer of each model and the base, as it is merged and its gradient or a copy on the way.
+    copies = len(plan.models) + 3
+    return sum(kept) + copies * max(layers.values(), default=0) * DTYPES[plan.spec.calibration.dtype].itemsize
 
 
 def sample_tokens(plan: MergePlan) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Self
 
 from mergecore.confined import OutputFolder
 from mergecore.errors import CheckpointError, Interrupted, OutputError, OutputExistsError
+from mergecore.output.locking import take
 from mergecore.output.staging import reporting
 from mergecore.output.verify import MANIFEST_NAME
 from mergecore.small_files import read_object
@@ -48,7 +48,7 @@ class LockedFolder:
                 os.mkdir(self.folder.name, dir_fd=self._parent.descriptor)
             self.inside = self._parent.enter(self.folder.name)
         try:
-            fcntl.flock(self.inside.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take(self.inside.descriptor)
         except OSError as error:
             self._close()
             raise OutputError(f"another merge is using {self.folder}") from error

@@ -15,7 +15,6 @@ leaves the journal and the lock, which the next attempt to write NAME removes.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -30,6 +29,7 @@ import xxhash
 
 from mergecore.confined import OutputFolder
 from mergecore.errors import OutputError, OutputExistsError
+from mergecore.output.locking import take
 
 LOCK, JOURNAL, OUTPUT, SCRATCH = "lock", "journal.jsonl", "output", "scratch"
 
@@ -211,7 +211,7 @@ class Staging:
         except FileNotFoundError:
             return -1
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take(descriptor)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), inside.status(LOCK)):
                     os.ftruncate(descriptor, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mergecore.spec.evolve import Evolve
-from mergecore.spec.fields import parse_size
 from mergecore.spec.filling import filled, keys_of, written
 from mergecore.spec.parts import Part
 from mergecore.spec.reading import json_schema, load_spec, parse_spec
@@ -24,7 +23,6 @@ __all__ = [
     "json_schema",
     "keys_of",
     "load_spec",
-    "parse_size",
     "parse_spec",
     "written",
 ]

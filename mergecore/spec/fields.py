@@ -8,20 +8,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from mergecore.sizes import SIZE_EXAMPLES, SIZE_PATTERN, parse_size
 from mergecore.spec.problems import either, near, show
 
 MIN_MEMORY = 16 << 20
-_UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{prefix}b": 1000**n for n, prefix in enumerate("kmgt", 1)}
-_UNITS |= {f"{prefix}ib": 1024**n for n, prefix in enumerate("kmgt", 1)}
-_SIZE_PATTERN = r"^\s*([0-9]{1,19}(?:\.[0-9]{1,19})?)\s*([KkMmGgTt]?[Ii]?[Bb])?\s*$"
-_SIZE_EXAMPLES = "a size such as 512MiB, 1GiB or 5GB"
 
 
 def expected(value: Any, what: str, hint: str = "") -> PydanticCustomError:
@@ -32,23 +27,6 @@ def expected(value: Any, what: str, hint: str = "") -> PydanticCustomError:
 def refused(message: str) -> PydanticCustomError:
     """An error with a message of its own."""
     return PydanticCustomError("worded", "{message}", {"message": message})
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes of '512MiB', '1GiB' (powers of 1024), '5GB', '1.5 GB' (powers of 1000) or a plain number of bytes.
-
-    Raises ValueError for anything else, for 0, and from 2**63 on.
-    """
-    found = None
-    if isinstance(size, int) and not isinstance(size, bool):
-        found = size
-    elif isinstance(size, str) and (match := re.match(_SIZE_PATTERN, size)):
-        number, unit = match.groups(default="")
-        if unit.lower() in _UNITS and ("." not in number or unit):
-            found = int(Decimal(number) * _UNITS[unit.lower()])
-    if found is None or not 0 < found < 2**63:
-        raise ValueError(f"found {show(size)}, expected {_SIZE_EXAMPLES}")
-    return found
 
 
 def table(what: str) -> BeforeValidator:
@@ -65,8 +43,8 @@ def table(what: str) -> BeforeValidator:
 def _bytes(value: Any) -> int:
     try:
         return parse_size(value)
-    except ValueError as error:
-        raise refused(str(error)) from None
+    except ValueError:
+        raise expected(value, SIZE_EXAMPLES) from None
 
 
 def _memory(value: Any) -> int:
@@ -163,7 +141,7 @@ def _reference_text(value: dict[Any, Any]) -> str:
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
 _TORCH_DTYPES = {f"torch.{name}": name for name in ("bfloat16", "float16", "float32")}
 _SIZE_SCHEMA = WithJsonSchema(
-    {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": _SIZE_PATTERN}]}
+    {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": SIZE_PATTERN}]}
 )
 
 Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"type": "string", "minLength": 1})]

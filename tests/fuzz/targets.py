@@ -27,8 +27,8 @@ from mergecore.spec import load_spec, parse_spec
 from mergecore.tokenizer import read_tokenizer, tokenizer_differences
 from mergecore.vocabulary import plan_vocabulary
 from service.duplicates import forced
-from service.incoming import read_priority
-from service.spool import ServiceError
+from service.errors import ServiceError
+from service.resources import read_priority
 from tests.models import LLAMA, llama, write_model
 from tests.test_service_models import write_adapter
 from tests.vocabularies import save, words
