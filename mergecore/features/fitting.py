@@ -90,9 +90,14 @@ def fitted(
 
     with opened(plan, scratch, device, step) as fitting:
         fit: Fit = import_module(FITS[plan.method.name]).fit(fitting)
+        seen = {
+            "models": [member.model.name for member in plan.sections[0].members],
+            "samples": [len(task) for task in fitting.samples],
+            "tokens": [sum(len(sample.tokens) for sample in task) for task in fitting.samples],
+        }
     missing = [job.name for job in plan.jobs if job.merges and job.name not in fit.coefficients]
     assert not missing, missing
-    fit = replace(fit, step=last[0], steps=last[1])
+    fit = replace(fit, report={**seen, **fit.report}, step=last[0], steps=last[1])
     _keep(scratch, fit)
     return fit
 

@@ -95,13 +95,9 @@ def fit(fitting: Fitting) -> Fit:
         outside = [1 / len(job.models) if weight is None else weight for weight in job.parameters["weight"]]
         values, axis = weights.get(job.name, (per_model(outside), None))
         coefficients[job.name] = Coefficients(values, axis=axis)  # type: ignore[arg-type]
-    lengths = [[len(sample.tokens) for sample in task] for task in fitting.samples]
     report = {
         "level": level,
         "balance": fitting.parameter("balance"),
-        "models": [member.model.name for member in plan.sections[0].members],
-        "samples": [len(task) for task in lengths],
-        "tokens": [sum(task) for task in lengths],
         "modules": {name: one.as_dict() for name, one in found.items()},
     }
     return Fit(coefficients, report)

@@ -81,7 +81,7 @@ ADAMERGING = Method(
     parameters=(
         Parameter("level", "layer", "what has coefficients of its own", choices=("task", "layer", "tensor")),
         Parameter("start", 0.3, "all coefficients, before they are learned"),
-        Parameter("learning_rate", 1e-2, "of AdamW"),
+        Parameter("learning_rate", 1e-3, "of AdamW"),
         _EPOCHS,
         _BATCH,
     ),
