@@ -1,6 +1,6 @@
 """Whole merges on a GPU beside what the machine can move, in one run.
 
-    python -m benchmarks.gpu [--geometry 14b] [--work /dev/shm/mergecore] [--methods widen,linear] [--json]
+    python -m benchmarks.gpu [--geometry 14b] [--work /dev/shm/mergecore] [--methods widen,linear] [--json [FILE]]
 
 Three checkpoints and the output lie in `--work`: 4 times a checkpoint's bytes (14b: 114 GB; fewer with --geometry 7b or
 1.8b). In a folder that is memory (tmpfs), no disk is part of the figures. Floors: pinned memory to the GPU and back, a
@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.checkpoints import GEOMETRIES, make_one, names
 from benchmarks.merges import write_specs
+from benchmarks.reporting import add_json, tell
 
 GIB = 1 << 30
 PIECE = 48 << 20
@@ -118,12 +118,12 @@ def same_as_cpu(work: Path) -> bool:
 
 
 def main() -> int:
-    """Prints two tables, or JSON with --json."""
+    """Prints two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="14b")
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/mergecore"))
     parser.add_argument("--methods", default="widen,linear")
-    parser.add_argument("--json", action="store_true")
+    add_json(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU is visible to torch", file=sys.stderr)
@@ -140,9 +140,6 @@ def main() -> int:
         out = options.work / "out"
         results["merges"][method] = merged(spec, out, "cuda")
         remove(out)
-    if options.json:
-        print(json.dumps(results, indent=2))
-        return 0
     shown = Table("floor", "GB/s")
     for name, speed in least.items():
         shown.add_row(name, f"{speed:.1f}")
@@ -151,9 +148,9 @@ def main() -> int:
         rate = nbytes / found["seconds"] / 1e9
         cells = (f"{found['seconds']:.2f} s", f"{rate:.1f} GB/s", f"{rate / least['pinned to GPU']:.0%}")
         table.add_row(method, *cells, f"{found['process']:.1f} s", f"{found['peak_rss'] / 2**20:.0f} MiB")
-    console = Console(width=None if sys.stdout.isatty() else 120)
     equal = "equal" if results["bytes equal the CPU's"] else "DIFFER FROM"
-    console.print(f"{results['gpu']}; three {options.geometry} checkpoints; bytes {equal} the CPU's", shown, table)
+    title = f"{results['gpu']}; three {options.geometry} checkpoints; bytes {equal} the CPU's"
+    tell(options, results, title, shown, table)
     return 0
 
 

@@ -1,6 +1,6 @@
 """The kernels alone against the memory's own speed, in one run.
 
-    python -m benchmarks.kernels [--models 2] [--threads 2] [--device cpu]
+    python -m benchmarks.kernels [--models 2] [--threads 2] [--device cpu] [--json [FILE]]
 
 Floors: reading (sum of a buffer far larger than the caches) and copying. Bandwidths count the bytes
 that must move: every input once, and the output once. Rounds alternate; the table shows each one's best.
@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.reporting import add_json, tell
 from mergecore import ops
 
 ROWS, COLUMNS = 16_384, 4096  # 128 MiB a tensor in bf16
@@ -97,13 +97,15 @@ def main() -> int:
     parser.add_argument("--models", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    add_json(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = measure(options.models, torch.device(options.device))
     table = Table(f"kernel ({options.models} models, {options.threads} threads)", "GB/s", "share of copying")
     for name, speed in results.items():
         table.add_row(name, f"{speed:.1f}", f"{speed / results['copy (floor)']:.0%}")
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    about = {"models": options.models, "threads": options.threads, "device": options.device}
+    tell(options, about | {"GB/s": results}, table)
     return 0
 
 

@@ -1,6 +1,8 @@
-"""Whole merges as processes: time and peak memory, ours beside mergekit on the same files in one run.
+"""Whole merges as processes: time and peak memory beside the machine's floors and the peers, on the same files in
+one run. Peers: mergekit for what it has, and for widen a whole-tensor implementation (whole_tensor_widen.py).
 
     python -m benchmarks.merges [--geometry 1.8b] [--work DIR] [--mergekit PATH/TO/mergekit-yaml] [--methods A,B]
+                               [--json [FILE]]
 
 Needs about 5 times the checkpoint's bytes of disk (1.8b: 19 GB). Inputs are read once beforehand, so
 the page cache is warm where it is large enough. Rounds alternate between the tools; the table shows
@@ -23,10 +25,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import floors
 from benchmarks.checkpoints import GEOMETRIES, make
+from benchmarks.reporting import add_json, tell
 
 MEMORY = "256MiB"
 SPECS: dict[str, dict[str, object]] = {
@@ -59,15 +62,18 @@ class Measurement:
     name: str
     seconds: float
     peak_rss: int
+    merge: float = 0.0
+    """Without start-up, as ours tells it."""
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Runs a command to its end; seconds and peak resident bytes of that process.
+def run(command: list[str], output: Path | None = None) -> tuple[float, int]:
+    """Runs a command to its end; seconds and peak resident bytes of that process. `output`: where it prints to.
 
     The peak is asked for while it runs: what the kernel tells afterwards counts this process before the exec, too.
     """
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with open(output or os.devnull, "wb") as printed:
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.PIPE)
     peak = 0
     with selectors.DefaultSelector() as selector:
         assert process.stderr is not None
@@ -123,59 +129,80 @@ def write_specs(work: Path, folders: list[Path], methods: list[str]) -> dict[str
     return paths
 
 
-def measure(work: Path, geometry: str, rounds: int, mergekit: str | None, methods: list[str]) -> list[Measurement]:
+def measure(
+    work: Path, folders: list[Path], rounds: int, mergekit: str | None, methods: list[str]
+) -> list[Measurement]:
     """All merges, alternating between the tools round by round."""
-    folders = make(work / geometry, GEOMETRIES[geometry])
     commands = {}
     for method, spec in write_specs(work, folders, methods).items():
-        ours = [sys.executable, "-m", "mergecore.cli", "merge", str(spec), "OUT", "--memory", MEMORY]
+        ours = [sys.executable, "-m", "mergecore.cli", "merge", str(spec), "OUT", "--memory", MEMORY, "--json"]
         commands[f"mergecore {method}"] = ours
         if mergekit is not None and method not in OURS_ALONE:
-            commands[f"mergekit {method}"] = [mergekit, str(spec), "OUT"]
+            commands[f"peer {method}"] = [mergekit, str(spec), "OUT"]
+        if method == "widen":
+            whole = [sys.executable, "-m", "benchmarks.whole_tensor_widen", *map(str, folders), "OUT"]
+            commands[f"peer {method}"] = whole
     results: dict[str, Measurement] = {}
     for _ in range(rounds):
         for name, command in commands.items():
             out = work / "out"
             shutil.rmtree(out, ignore_errors=True)
             warm(folders)
-            seconds, peak = run([str(out) if part == "OUT" else part for part in command])
-            before = results.get(name, Measurement(name, seconds, peak))
-            results[name] = Measurement(name, min(seconds, before.seconds), max(peak, before.peak_rss))
+            told = work / "told.json"
+            try:
+                seconds, peak = run([str(out) if part == "OUT" else part for part in command], told)
+            except RuntimeError as error:  # a peer for which the machine is too small
+                if name.startswith("mergecore"):
+                    raise
+                print(f"{name}: {error}", file=sys.stderr)
+                continue
+            merge = json.loads(told.read_text())["seconds"] if name.startswith("mergecore") else 0.0
+            before = results.get(name, Measurement(name, seconds, peak, merge))
+            fastest = min(seconds, before.seconds), max(peak, before.peak_rss), min(merge, before.merge)
+            results[name] = Measurement(name, *fastest)
             shutil.rmtree(out, ignore_errors=True)
     return list(results.values())
 
 
 def main() -> int:
-    """Prints the table, or JSON with --json."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="1.8b")
     parser.add_argument("--work", type=Path, help="folder for the checkpoints; kept (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="the peer's command, if installed")
     parser.add_argument("--methods", default="linear,task_arithmetic,slerp,ties,widen", help=f"of {', '.join(SPECS)}")
-    parser.add_argument("--json", action="store_true")
+    add_json(parser)
     options = parser.parse_args()
     temporary = None if options.work else tempfile.TemporaryDirectory(prefix="mergecore-bench-")
     work = options.work or Path(temporary.name)  # type: ignore[union-attr]
     work.mkdir(parents=True, exist_ok=True)
     methods = options.methods.split(",")
-    results = measure(work, options.geometry, options.rounds, options.mergekit, methods)
+    folders = make(work / options.geometry, GEOMETRIES[options.geometry])
+    least = floors.measure(folders, work)
+    results = measure(work, folders, options.rounds, options.mergekit, methods)
     if temporary is not None:
         temporary.cleanup()
-    if options.json:
-        print(json.dumps([asdict(result) for result in results], indent=2))
-        return 0
-    table = Table("whole process", "seconds", "peak memory", "mergekit: seconds", "peak memory", "times faster")
+    floor = floors.floor_of_a_merge(least)
+    peers = "peer: process", "peak memory", "times faster"
+    table = Table("method", "merge", "of the floor", "whole process", "peak memory", *peers)
     found = {result.name: result for result in results}
     for method in methods:
-        ours, theirs = found[f"mergecore {method}"], found.get(f"mergekit {method}")
-        row = [f"{ours.seconds:.1f}", f"{ours.peak_rss / 2**20:.0f} MiB"]
+        ours, theirs = found[f"mergecore {method}"], found.get(f"peer {method}")
+        row = [
+            f"{ours.merge:.2f} s",
+            f"{ours.merge / floor:.2f}",
+            f"{ours.seconds:.1f} s",
+            f"{ours.peak_rss >> 20} MiB",
+        ]
         if theirs is not None:
             ratio = f"{theirs.seconds / ours.seconds:.1f}"
-            row += [f"{theirs.seconds:.1f}", f"{theirs.peak_rss / 2**20:.0f} MiB", ratio]
+            row += [f"{theirs.seconds:.1f} s", f"{theirs.peak_rss >> 20} MiB", ratio]
         table.add_row(method, *row)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(f"three {options.geometry} bf16 checkpoints, mergecore with --memory {MEMORY}", table)
+    title = f"three {options.geometry} bf16 checkpoints, mergecore with --memory {MEMORY}"
+    told = f"floor of a merge: inputs once, output written and synced: {floor:.2f} s"
+    everything = {"geometry": options.geometry, "floors": least, "merges": [asdict(result) for result in results]}
+    tell(options, everything, title, floors.table(least), told, table)
     return 0
 
 
