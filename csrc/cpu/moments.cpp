@@ -6,7 +6,7 @@
 
 namespace mergecore::cpu {
 
-constexpr int64_t kBlock = 256;  // entries of a piece at most
+constexpr int64_t kBlock = 128;  // entries of a piece at most
 
 struct Moments {
   double* dd;

@@ -14,7 +14,7 @@
 
 namespace mergecore::cpu {
 
-constexpr int kPieces = 8;        // pieces added per visit of the accumulators
+constexpr int kPieces = 16;       // pieces added per visit of the accumulators
 constexpr int64_t kStrip = 2048;  // columns whose accumulators stay in the L2 cache; a page of bf16
 constexpr int64_t kMaxSums = 1 + 3 * kMaxModels;
 
