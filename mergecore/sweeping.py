@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
-from mergecore import __version__
+from mergecore import sweep_report as report
 from mergecore.batches import Batch, batched, bytes_of
 from mergecore.errors import CheckpointError, SpecError
 from mergecore.inputs import Inputs, Resolve
@@ -132,8 +131,8 @@ def merge_points(sweep: SweepPlan, out: Path, run: RunTogether, *, resume: bool,
             before = replace(before, tensors=len(sweep.jobs) - sum(len(point.plan.jobs) for point in left))
         total, show = Progress.start([sweep]), None
         if progress is not None:
-            report, done = progress, before
-            show = lambda now: report(now.after(done, total))  # noqa: E731
+            tell, done = progress, before
+            show = lambda now: tell(now.after(done, total))  # noqa: E731
         results = run([(point.plan, folder.path(point.name)) for point in left], show) if left else []
         last = results[-1] if results else before
         result = replace(
@@ -145,43 +144,5 @@ def merge_points(sweep: SweepPlan, out: Path, run: RunTogether, *, resume: bool,
             resumed=folder.resumed,
             warnings=tuple(dict.fromkeys(text for each in results for text in each.warnings)),
         )
-        folder.publish([point.name for point in sweep.points], _manifest(sweep, result), _card(sweep))
+        folder.publish([point.name for point in sweep.points], report.manifest(sweep, result), report.card(sweep))
     return result
-
-
-def _manifest(sweep: SweepPlan, result: MergeResult) -> dict[str, Any]:
-    return {
-        "mergecore": __version__,
-        "identity": sweep.identity(),
-        "method": sweep.method,
-        "spec": sweep.spec.as_dict(),
-        "spec_text": sweep.spec.text,
-        "points": [
-            {
-                "name": point.name,
-                "method": point.plan.method.name,
-                "values": dict(point.values),
-                "identity": point.plan.identity(),
-                "bytes": point.plan.bytes_to_write,
-            }
-            for point in sweep.points
-        ],
-        "result": {key: value for key, value in result.as_dict().items() if key != "output"},
-    }
-
-
-def _card(sweep: SweepPlan) -> str:
-    return (
-        f"# A sweep of {len(sweep.points)} merges\n\nMade with mergecore {__version__}. Each folder is a model.\n\n"
-        f"{table(sweep)}\n\n```yaml\n{sweep.spec.text.strip()}\n```\n"
-    )
-
-
-def table(sweep: SweepPlan) -> str:
-    """The points as a table in Markdown."""
-    paths = list(dict.fromkeys(path for point in sweep.points for path in point.values if path != "merge_method"))
-    rows = [["point", "method", *paths], ["---"] * (2 + len(paths))]
-    for point in sweep.points:
-        values = [json.dumps(point.values[path]) if path in point.values else "" for path in paths]
-        rows.append([point.name, point.plan.method.name, *values])
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)

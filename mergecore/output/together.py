@@ -75,7 +75,7 @@ class SweepFolder:
             out = self._staging.out
             raise OutputError(
                 f"not enough disk space for {out}: the models of this sweep need {nbytes:,} bytes together, {free:,} "
-                f"are free on the file system of {out.parent}; free some, try fewer points, or choose an output elsewhere"
+                f"are free on the file system of {out.parent}; free some, or try fewer points"
             )
 
     def publish(self, names: Sequence[str], manifest: dict[str, Any], card: str) -> None:

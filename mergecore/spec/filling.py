@@ -1,4 +1,4 @@
-"""A spec with values put in where its `evolve` or `sweep` says: what a candidate of the search, or a point, is merged by."""
+"""A spec with values put in where its `evolve` or `sweep` says: what a candidate or a point is merged by."""
 
 from __future__ import annotations
 
