@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -126,21 +126,16 @@ def merge_points(sweep: SweepPlan, out: Path, run: RunTogether, *, resume: bool,
         left = [point for point in sweep.points if not folder.is_done(point.name, point.plan.identity())]
         if not folder.resumed:
             folder.check_room(sweep.bytes_to_write)
-        before = MergeResult(out, sweep.method, 0, 0, 0, 0.0, 0, folder.resumed, ())
-        if len(left) < len(sweep.points):  # all tensors were written
-            before = replace(before, tensors=len(sweep.jobs) - sum(len(point.plan.jobs) for point in left))
-        total, show = Progress.start([sweep]), None
-        if progress is not None:
-            tell, done = progress, before
-            show = lambda now: tell(now.after(done, total))  # noqa: E731
-        results = run([(point.plan, folder.path(point.name)) for point in left], show) if left else []
-        last = results[-1] if results else before
-        result = replace(
-            last,
+        # Models are published when all are complete: where some are left, nothing is read again.
+        results = run([(point.plan, folder.path(point.name)) for point in left], progress) if left else []
+        result = MergeResult(
             output=out,
             method=sweep.method,
             tensors=len(sweep.jobs),
+            bytes_read=max((each.bytes_read for each in results), default=0),
             bytes_written=sweep.bytes_to_write,
+            seconds=max((each.seconds for each in results), default=0.0),
+            peak_rss=max((each.peak_rss for each in results), default=0),
             resumed=folder.resumed,
             warnings=tuple(dict.fromkeys(text for each in results for text in each.warnings)),
         )
