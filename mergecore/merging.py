@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from mergecore.device import open_device
+from mergecore.batches import bytes_of
+from mergecore.device import Device, open_device
 from mergecore.engine import Merge, Output
 from mergecore.history import Evolved
 from mergecore.inputs import Resolve
@@ -65,6 +66,11 @@ def merge(
         planned = replace(plan(spec, resolve=resolve, stages=stages_folder(out)), evolved=evolved)
         return _merge(planned, out, resume, progress, should_stop, told)
 
+    def run_together(merges: Sequence[tuple[MergeSpec, Path]], progress: Show | None) -> int:
+        plans = [(plan(spec, resolve=resolve, stages=stages_folder(out)), out) for spec, out in merges]
+        _together(plans, open_device(spec.run.device), True, progress, should_stop, told)
+        return bytes_of([planned.jobs for planned, _ in plans], spec)
+
     told: set[str] = set()
     with _threads(spec.run.threads):
         if spec.sweep is not None:
@@ -74,7 +80,16 @@ def merge(
             return run(spec, Path(out), resume=resume, progress=progress)
         from mergecore.evolve import evolve
 
-        return evolve(spec, Path(out), run, resume=resume, resolve=resolve, progress=progress, should_stop=should_stop)
+        return evolve(
+            spec,
+            Path(out),
+            run,
+            run_together,
+            resume=resume,
+            resolve=resolve,
+            progress=progress,
+            should_stop=should_stop,
+        )
 
 
 def _merge(
@@ -91,22 +106,7 @@ def _merge(
     computing = open_device(planned.spec.run.device)
 
     def together(merges: Sequence[tuple[MergePlan, Path]], show: Show | None) -> list[MergeResult]:
-        with ExitStack() as writers:
-            outputs = []
-            for planned, path in merges:
-                strangers = unrelated(planned)
-                _warn(strangers, told)
-                planned = replace(planned, warnings=(*planned.warnings, *strangers))
-                dirty = max(LEAST_DIRTY, DIRTY // len(merges))
-                writer = OutputWriter(path, planned.layout, planned.identity(), resume=resume, dirty_limit=dirty)
-                outputs.append(Output(planned, path, writers.enter_context(writer)))
-            fit = None
-            if outputs[0].plan.data:
-                from mergecore.features.fitting import fitted  # and with it transformers
-
-                one = outputs[0]
-                fit = fitted(one.plan, one.writer.scratch, computing.torch_device, show, should_stop)
-            return Merge(outputs, computing, show, should_stop, fit).run()
+        return _together(merges, computing, resume, show, should_stop, told)
 
     def run(planned: Planned, out: Path, show: Show | None) -> MergeResult:
         if isinstance(planned, SweepPlan):
@@ -117,6 +117,33 @@ def _merge(
         return run(planned, out, progress)
     with Stages(out, resume=resume) as stages:
         return _run_all(planned, out, stages, run, progress)
+
+
+def _together(
+    merges: Sequence[tuple[MergePlan, Path]],
+    computing: Device,
+    resume: bool,
+    progress: Show | None,
+    should_stop: Callable[[], bool] | None,
+    told: set[str],
+) -> list[MergeResult]:
+    """One merge, or several of the same inputs at once: each to a folder of its own."""
+    with ExitStack() as writers:
+        outputs = []
+        for planned, path in merges:
+            strangers = unrelated(planned)
+            _warn([*planned.warnings, *strangers], told)
+            planned = replace(planned, warnings=(*planned.warnings, *strangers))
+            dirty = max(LEAST_DIRTY, DIRTY // len(merges))
+            writer = OutputWriter(path, planned.layout, planned.identity(), resume=resume, dirty_limit=dirty)
+            outputs.append(Output(planned, path, writers.enter_context(writer)))
+        fit = None
+        if outputs[0].plan.data:
+            from mergecore.features.fitting import fitted  # and with it transformers
+
+            one = outputs[0]
+            fit = fitted(one.plan, one.writer.scratch, computing.torch_device, progress, should_stop)
+        return Merge(outputs, computing, progress, should_stop, fit).run()
 
 
 def _warn(warnings: Iterable[str], told: set[str]) -> None:
