@@ -4,8 +4,9 @@
 
 Needs about 12 times a checkpoint's bytes of disk (0.5b: 12 GB): three inputs and eight outputs, which are removed.
 Inputs are read once beforehand. Reading and statistics: what the loop waits for windows, and all it does before a
-tensor's blend pass. The rest of a tensor is blending and waiting for the writer; what is left after that (opening,
-planning, syncing, manifests) is in the total. Single merges and the sweep take turns in one process.
+tensor's blend pass but solving for coefficients. The rest of a tensor is blending and waiting for the writer; what is
+left after that (opening, planning, syncing, manifests) is in the total. Single merges and the sweep take turns in one
+process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,22 @@ POINTS: list[dict[str, Any]] = [
 
 @dataclass
 class Seconds:
-    """What merges took: all of it, and what was reading and statistics."""
+    """What merges took: all of it, and of this reading and statistics, coefficients, and blends with their writing."""
 
     total: float = 0.0
     reading: float = 0.0
+    solving: float = 0.0
+    blending: float = 0.0
 
     def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(self.total + other.total, self.reading + other.reading)
+        return Seconds(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class Clock:
     """Measures merges that run in this process."""
 
     def __init__(self) -> None:
-        self.waited = self.tensors = self.blends = self.waited_in_blends = 0.0
+        self.tensors = self.solving = self.blends = self.waited_in_blends = 0.0
         self._blending = False
 
     def measured(self, spec: Any, out: Path) -> Seconds:
@@ -58,11 +61,19 @@ class Clock:
         mergecore.merge(spec, out)
         total = time.perf_counter() - started
         shutil.rmtree(out)
-        return Seconds(total, self.tensors - self.blends + self.waited_in_blends)
+        blends = self.blends - self.waited_in_blends
+        return Seconds(total, self.tensors - blends - self.solving, self.solving, blends)
 
     def install(self) -> None:
         """From now on the engine's steps are measured."""
         run, write, windows = engine.Merge._run_batch, engine.Merge._write, engine.Merge._windows
+        solve = engine.Merge._solve
+
+        def solving(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            found = solve(*arguments)
+            self.solving += time.perf_counter() - started
+            return found
 
         def running(*arguments: Any) -> None:
             started = time.perf_counter()
@@ -87,6 +98,7 @@ class Clock:
                     return
                 yield window
 
+        engine.Merge._solve = solving  # type: ignore[method-assign, assignment]
         engine.Merge._run_batch = running  # type: ignore[method-assign, assignment]
         engine.Merge._write = writing  # type: ignore[method-assign, assignment]
         engine.Merge._windows = waiting  # type: ignore[method-assign, assignment]
@@ -138,6 +150,8 @@ def compare(work: Path, options: argparse.Namespace) -> None:
     table = Table("", "eight merges", "one sweep", "sweep / merges", title=f"{options.geometry}, {options.device}")
     for name, alone, together in (
         ("reading and statistics, s", single.reading, sweep.reading),
+        ("coefficients, s", single.solving, sweep.solving),
+        ("blending and writing, s", single.blending, sweep.blending),
         ("in all, s", single.total, sweep.total),
     ):
         table.add_row(name, f"{alone:.2f}", f"{together:.2f}", f"{together / alone:.3f}")
