@@ -130,6 +130,25 @@ def test_what_is_dropped_in_front_of_a_method(
     swept({**spec, "run": {"device": "cpu", "read": read}}, tmp_path)
 
 
+def test_points_that_ask_for_different_statistics_of_the_same_windows(tmp_path: Path) -> None:
+    flat = {"merge_method": "nuslerp", "parameters.weight": 0.5, "parameters.nuslerp_flatten": False}
+    points = [
+        {"merge_method": "widen"},
+        {"merge_method": "model_stock", "parameters.filter_wise": True},
+        {**flat, "parameters.nuslerp_row_wise": True},
+        flat,
+        {"merge_method": "ram", "parameters.epsilon": 1e-5},
+        {"merge_method": "ramplus_tl", "parameters.epsilon": 1e-5},
+        {"merge_method": "ramplus_tl", "parameters.epsilon": 1e-3},
+        {"merge_method": "metagpt"},
+    ]
+    spec = {**spec_dict("widen", *write_trio(tmp_path, llama())), "sweep": {"points": points}}
+    planned = plan_sweep(load_spec(spec))
+    matrix = next(batch for batch in planned.batches if batch.form.statistics is Statistics.COLUMNS)
+    assert matrix.reads_of_matrix == 3  # columns, Gram matrices of rows (two points) and of columns
+    swept(spec, tmp_path)
+
+
 def test_windows_get_smaller_where_memory_is_short_and_no_byte_changes(tmp_path: Path) -> None:
     spec = spec_dict("widen", *write_trio(tmp_path, llama(hidden=256, vocabulary=4000, layers=1)))
     spec["sweep"] = {"parameters": {"parameters.s": [0.1 * n for n in range(8)]}}
