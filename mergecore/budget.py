@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mergecore.jobs import MODEL_BLOCKS, WINDOW_BYTES, TensorJob
@@ -63,37 +64,61 @@ def _beside_bytes(job: TensorJob) -> int:
     return _statistics_bytes(job) + max(map(scratch_bytes, job.sources()), default=0)
 
 
-def held(job: TensorJob) -> int:
-    """Bytes held at most while a job runs."""
+def _retained_bytes(job: TensorJob) -> int:
+    """What is held of a job until the blend pass: its statistics and coefficients."""
+    by_column = job.statistics in (Statistics.COLUMNS, Statistics.ROW_GRAM, Statistics.COLUMN_GRAM)
+    length = (job.columns if job.orientation == "columns" else job.rows) if by_column else 1
+    return 8 * length * (1 + 4 * len(job.models))
+
+
+def held(job: TensorJob, others: Sequence[TensorJob] = ()) -> int:
+    """Bytes held at most while a job runs, and with it `others` that read the same windows."""
+    jobs = (job, *others)
     if job.parameters is None:
-        return 4 * job.window_rows * ITEM_BYTES[job.dtype]
-    inputs, output = (job.window_rows * size for size in _row_bytes(job))
+        return (2 + 2 * len(jobs)) * job.window_rows * ITEM_BYTES[job.dtype]
+    inputs, output = (job.window_rows * size for size in _together(jobs))
     kept = job.input_bytes // job.matrices if job.keep else 0
-    return max(kept, inputs) + inputs + 2 * output + _beside_bytes(job)
+    return max(kept, inputs) + inputs + 2 * output + _beside_all(jobs)
 
 
-def windowed(job: TensorJob, spec: MergeSpec) -> TensorJob:
-    """Two windows of inputs (one in use, one read ahead) and two of output fit the memory beside the statistics."""
+def _together(jobs: Sequence[TensorJob]) -> tuple[int, int]:
+    """Bytes of one row of all inputs, and of the outputs of all jobs."""
+    return _row_bytes(jobs[0])[0], sum(_row_bytes(job)[1] for job in jobs)
+
+
+def _beside_all(jobs: Sequence[TensorJob]) -> int:
+    """What is held beside the windows: statistics are taken one after the other, their results stay."""
+    return max(map(_beside_bytes, jobs)) + sum(map(_retained_bytes, jobs[1:]))
+
+
+def windowed(job: TensorJob, spec: MergeSpec, others: Sequence[TensorJob] = (), *, again: bool = False) -> TensorJob:
+    """Two windows of inputs (one in use, one read ahead) and two of each output fit the memory beside the statistics.
+
+    `others` make their outputs of the same windows; `again`: the inputs are read another time.
+    """
+    jobs = (job, *others)
     if job.parameters is None:
-        return job
+        return replace(job, window_rows=max(1, job.window_rows // len(jobs)))
     models, memory = len(job.models), spec.run.memory
-    inputs, output = _row_bytes(job)
-    room = memory - _beside_bytes(job)
+    inputs, output = _together(jobs)
+    room = memory - _beside_all(jobs)
     step = max(1, min(job.block_rows, job.rows))
-    of_block = 8 * gram_count(models) if job.statistics is Statistics.GRAM else 0
+    of_block = 8 * gram_count(models) if any(each.statistics is Statistics.GRAM for each in jobs) else 0
     smallest = 2 * (inputs + output) * step + of_block
     if room < smallest:
         needed = memory - room + smallest
+        outputs = f", and {len(jobs)} outputs" if others else ""
         raise spec.error(
             f"{job.name} {list(job.shape)} needs {needed / 2**20:.1f} MiB for its statistics and one row of "
-            f"{models} models, more than the memory allowed ({memory / 2**20:.1f} MiB); raise run.memory or --memory",
+            f"{models} models{outputs}, more than the memory allowed ({memory / 2**20:.1f} MiB); raise run.memory or "
+            "--memory",
             "run",
             "memory",
         )
     rows = min(job.rows, step * max(1, min(room, 2 * WINDOW_BYTES) // smallest))
-    windowed = replace(job, window_rows=max(1, rows))
-    kept = replace(windowed, keep=job.passes > 1 and job.scope == "tensor")
-    return kept if kept.keep and held(kept) <= memory else windowed
+    windowed = replace(job, window_rows=max(1, rows), keep=False)
+    kept = replace(windowed, keep=again or (job.passes > 1 and job.scope == "tensor"))
+    return kept if kept.keep and held(kept, others) <= memory else windowed
 
 
 def device_bytes(job: TensorJob) -> int:

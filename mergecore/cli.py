@@ -287,8 +287,10 @@ def _plan(options: argparse.Namespace) -> int:
     from mergecore.planning import plan, with_run
     from mergecore.spec import load_spec
 
-    spec = load_spec(options.spec)
-    planned = plan(with_run(spec, device=options.device, memory=options.memory, threads=options.threads))
+    spec = with_run(load_spec(options.spec), device=options.device, memory=options.memory, threads=options.threads)
+    if spec.sweep is not None:
+        return _plan_sweep(spec, options.json)
+    planned = plan(spec)
     facts: dict[str, Any] = {
         "method": planned.method.name,
         "models": [str(model.path) for model in planned.models],
@@ -334,6 +336,18 @@ def _plan(options: argparse.Namespace) -> int:
     print(f"compute   {facts['compute_seconds']:.1f} s at the speed of this machine's memory; slow disks come on top")
     for warning in planned.warnings:
         print(f"warning   {printable(warning)}")
+    return 0
+
+
+def _plan_sweep(spec: MergeSpec, as_json: bool) -> int:
+    from mergecore import sweep_report
+    from mergecore.sweeping import plan_sweep
+
+    sweep = plan_sweep(spec)
+    if as_json:
+        print(json.dumps(sweep_report.facts(sweep), indent=2))
+    else:
+        print("\n".join(map(printable, sweep_report.lines(sweep))))
     return 0
 
 

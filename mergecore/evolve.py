@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -48,6 +50,12 @@ FATAL = (Interrupted, OutputError, OutputExistsError, InputFault, CheckpointErro
 """What ends a search; other errors are the candidate's own."""
 
 
+MOST_TOGETHER = 16
+"""Candidates that are merged at once."""
+RunTogether = Callable[[Sequence[tuple[MergeSpec, Path]], Show | None], int]
+"""Merges several specs of the same inputs at once and resumes what was begun; bytes of the windows read."""
+
+
 class Run(Protocol):
     """A merge without a search."""
 
@@ -60,6 +68,7 @@ def evolve(
     spec: MergeSpec,
     out: Path,
     run: Run,
+    run_together: RunTogether,
     *,
     resume: bool,
     resolve: Resolve | None,
@@ -68,6 +77,7 @@ def evolve(
 ) -> MergeResult:
     """Searches as `spec.evolve` says and merges the best candidate into `out`; the result counts all merges.
 
+    Candidates of one generation are merged together as far as the disk has room for them, since they share inputs.
     Scored candidates are kept beside `out` for `resume` until the result is there. Raises what `run` raises, and
     MergecoreError if no candidate of a generation could be merged and scored.
     """
@@ -76,7 +86,8 @@ def evolve(
     folder = LockedFolder(search_folder(out))
     planned = plan(spec, resolve=resolve, stages=folder.folder / "stages")
     strategy = _Strategy(spec)
-    search = _Search(spec, out, folder, planned, run, open_scorer(spec, resolve, planned), progress, should_stop)
+    scorer = open_scorer(spec, resolve, planned)
+    search = _Search(spec, out, folder, planned, run, run_together, scorer, progress, should_stop)
     identity = _identity(spec, planned, resolve)
     _refuse_taken(out, folder, identity)
     with folder:
@@ -129,6 +140,7 @@ class _Search:
         folder: LockedFolder,
         planned: MergePlan,
         run: Run,
+        run_together: RunTogether,
         scorer: Scorer,
         progress: Show | None,
         should_stop: Callable[[], bool] | None,
@@ -136,12 +148,18 @@ class _Search:
         assert spec.evolve is not None
         self.spec, self.evolve, self.out = spec, spec.evolve, out
         self.merges = [*(earlier for _, earlier in planned.earlier), planned]
-        self.run, self.scorer, self.report, self.should_stop = run, scorer, progress, should_stop
+        self.run, self.run_together, self.scorer = run, run_together, scorer
+        self.report, self.should_stop = progress, should_stop
         self.folder = folder
         self.journal = Journal(folder.folder / "journal.jsonl")
-        self.candidate = folder.folder / "candidate"
         self.identity = ""
         self.trials: list[Trial] = []
+        self.merged: list[int] = []
+        """Candidates of this generation that are merged and have no score yet, by number."""
+        self.alone_to = 0
+        """Up to this number candidates are merged one by one: one of them has failed."""
+        self.read = 0
+        """Bytes read for candidates that were merged."""
         self.one = Progress.start(self.merges)
         self.started = time.monotonic()
         self.reported = -math.inf
@@ -178,10 +196,15 @@ class _Search:
         for generation in range(1, self.evolve.generations + 1):
             trials: list[Trial] = []
             unwritten: list[Trial] = []
-            for number, values in enumerate(strategy.ask(), 1):
+            asked = strategy.ask()
+            self.alone_to = 0
+            for number, values in enumerate(asked, 1):
                 if left:
                     trial = left.pop(0)
+                    self.read += self.one.bytes_read_total
                 else:
+                    if not self.merged:
+                        self._merge_ahead(generation, number, asked[number - 1 :])
                     trial = self._try(generation, number, values)
                     unwritten.append(trial)
                 trials.append(trial)
@@ -210,38 +233,93 @@ class _Search:
         return replace(result.after(done), seconds=time.monotonic() - self.started)
 
     def clear(self, *, keep_candidate: bool) -> None:
-        """Removes all but the journal. `keep_candidate`: what the merge of a candidate has finished stays, too."""
-        kept = (self.journal.path.name, *((".candidate.partial", ".candidate.stages") if keep_candidate else ()))
+        """Removes all but the journal. `keep_candidate`: candidates that are merged, or partly, stay, too."""
         with suppress(OSError):
-            self.folder.inside.remove(name for name in self.folder.inside.names() if name not in kept)
+            names = self.folder.inside.names()
+            kept = [name for name in names if name.lstrip(".").startswith("candidate")] if keep_candidate else []
+            self.folder.inside.remove(set(names) - {self.journal.path.name, *kept})
 
-    def _try(self, generation: int, number: int, values: dict[str, float]) -> Trial:
-        """Merges and scores one candidate."""
+    def _folder(self, number: int) -> Path:
+        return self.folder.folder / f"candidate-{number}"
+
+    def _check_inputs(self) -> None:
         for merge in self.merges:
             for model in merge.inputs:
                 model.check_unchanged()
-        self.folder.inside.remove([self.candidate.name])  # of an attempt that died while it was scored
-        total = self._total(generation, number)
+
+    def _merge_ahead(self, generation: int, number: int, asked: Sequence[dict[str, float]]) -> None:
+        """Merges the candidates from `number` on that the disk has room for, if that is more than one: as many as are
+        `asked` for. Where it does not work they are merged one by one, which tells whose fault it is."""
+        (*earlier, planned), folder = self.merges, self.folder.inside
+        free = shutil.disk_usage(folder.descriptor).free
+        room = free // max(1, planned.bytes_to_write) - 1  # journals and small files need a little, too
+        count = min(len(asked), MOST_TOGETHER, room)
+        if count < 2 or earlier or planned.data or number <= self.alone_to:
+            return
+        self._check_inputs()
+        merges = [(filled(self.spec, values), self._folder(n)) for n, values in enumerate(asked[:count], number)]
         try:
-            self.run(filled(self.spec, values), self.candidate, resume=True, progress=self._shown(total))
-            score = self.scorer(self.candidate, partial(self._tick, total))
+            left = [(spec, path) for spec, path in merges if not self._is_merged(spec, path)]
+            if left:
+                show = self._shown(self._total(generation, number))
+                self.read += self.run_together(left, show)
+        except FATAL:
+            raise
+        except MergecoreError as error:
+            log.info("candidates of generation %d are merged one by one: %s", generation, error)
+            self.clear(keep_candidate=False)
+            self.alone_to = number + count - 1
+        else:
+            self.merged = list(range(number, number + count))
+
+    def _is_merged(self, spec: MergeSpec, path: Path) -> bool:
+        """Whether an attempt that was interrupted has merged this candidate; what else lies there is removed."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            folder = self.folder.inside.enter(path.name)
+            try:
+                with os.fdopen(folder.open(MANIFEST_NAME, os.O_RDONLY), "rb") as file:
+                    if json.load(file)["spec"] == spec.as_dict():
+                        return True
+            finally:
+                folder.close()
+        self.folder.inside.remove([path.name])
+        return False
+
+    def _try(self, generation: int, number: int, values: dict[str, float]) -> Trial:
+        """Scores one candidate, and merges it if it is not merged yet."""
+        self.reported = -math.inf
+        self._tick(generation, number)
+        self._check_inputs()
+        total, candidate = self._total(generation, number), self._folder(number)
+        try:
+            if number not in self.merged:
+                self.folder.inside.remove([candidate.name])  # of an attempt that died while it was scored
+                self.run(filled(self.spec, values), candidate, resume=True, progress=self._shown(total))
+                self.merged, self.read = [number], self.read + self.one.bytes_read_total
+            score = self.scorer(candidate, partial(self._tick, generation, number))
             trial = Trial(generation, number, values, score)
         except FATAL:
             raise
         except MergecoreError as error:
             log.warning("candidate %d of generation %d failed: %s", number, generation, error)
             trial = Trial(generation, number, values, None, " ".join(str(error).split()))
-        self.clear(keep_candidate=False)
+        self.merged = [other for other in self.merged if other != number]
+        self.folder.inside.remove([name for name in self.folder.inside.names() if self._is_of(name, number)])
         return trial
 
-    def _cost(self, also: int = 0) -> MergeResult:
-        """What the candidates so far cost, and so many more."""
-        merges, seconds = len(self.trials) + also, time.monotonic() - self.started
+    @staticmethod
+    def _is_of(name: str, number: int) -> bool:
+        """Whether an entry of the folder belongs to this candidate."""
+        return name in (f"candidate-{number}", f".candidate-{number}.partial", f".candidate-{number}.stages")
+
+    def _cost(self) -> MergeResult:
+        """What the candidates cost that are merged so far."""
+        merges, seconds = len(self.trials) + len(self.merged), time.monotonic() - self.started
         return MergeResult(
             output=self.out,
             method=self.merges[-1].method.name,
             tensors=merges * self.one.tensors_total,
-            bytes_read=merges * self.one.bytes_read_total,
+            bytes_read=self.read,
             bytes_written=merges * self.one.bytes_written_total,
             seconds=seconds,
             peak_rss=0,
@@ -252,11 +330,11 @@ class _Search:
     def _total(self, generation: int, number: int) -> Progress:
         """Nothing done of all merges of the search; `number` is the candidate at work, 0 for the last merge."""
         candidates, best = self.evolve.candidates, self.best
-        merges = self.evolve.generations * candidates + 1
+        merges, done = self.evolve.generations * candidates + 1, len(self.trials) + len(self.merged)
         return replace(
             self.one,
             tensors_total=merges * self.one.tensors_total,
-            bytes_read_total=merges * self.one.bytes_read_total,
+            bytes_read_total=self.read + (merges - done) * self.one.bytes_read_total,
             bytes_written_total=merges * self.one.bytes_written_total,
             search=SearchProgress(
                 generation, self.evolve.generations, number, candidates, best.score if best is not None else None
@@ -270,13 +348,13 @@ class _Search:
         report, done = self.report, self._cost()
         return lambda now: report(now.after(done, total))
 
-    def _tick(self, total: Progress) -> None:
+    def _tick(self, generation: int, number: int) -> None:
         """While a candidate is scored: raises Interrupted if it shall stop, and reports now and then that it lives."""
         if self.should_stop is not None and self.should_stop():
             raise Interrupted("stopped on request; the scores so far are kept, --resume continues")
         if self.report is not None and time.monotonic() >= self.reported + REPORT_INTERVAL:
             self.reported = time.monotonic()
-            self.report(self.one.after(self._cost(also=1), total))
+            self.report(self.one.after(self._cost(), self._total(generation, number)))
 
 
 class _Strategy:

@@ -98,6 +98,11 @@ class TensorJob:
         """Whether a method computes it; otherwise it is taken from one model as it is."""
         return self.parameters is not None and self.method is not CARRY
 
+    @property
+    def elects(self) -> bool:
+        """Whether the method ends in an Election."""
+        return self.parameters is not None and self.method.keeps is not None
+
     @cached_property
     def input_bytes(self) -> int:
         return sum(source.nbytes for source in self.sources())

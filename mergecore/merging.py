@@ -1,20 +1,21 @@
 """Merges a spec into a model directory: plan, device, output, and the loop; or several merges that need each other.
 
-How one merge runs is in engine.py, how parameters are searched for in evolve.py.
+How one merge runs is in engine.py, what a sweep is in sweeping.py, how parameters are searched for in evolve.py.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from mergecore.device import open_device
-from mergecore.engine import Merge
+from mergecore.batches import bytes_of
+from mergecore.device import Device, open_device
+from mergecore.engine import Merge, Output
 from mergecore.history import Evolved
 from mergecore.inputs import Resolve
 from mergecore.output.stages import Stages, stages_folder
@@ -23,11 +24,16 @@ from mergecore.planning import MergePlan, plan, with_run
 from mergecore.progress import MergeResult, Progress
 from mergecore.relation import unrelated
 from mergecore.spec import MergeSpec, load_spec
+from mergecore.sweeping import SweepPlan, merge_points, plan_sweep
 
 log = logging.getLogger(__name__)
 
 Show = Callable[[Progress], None]
-Run = Callable[[MergePlan, Path, Show | None], MergeResult]
+Planned = MergePlan | SweepPlan
+Run = Callable[[Planned, Path, Show | None], MergeResult]
+
+DIRTY, LEAST_DIRTY = 256 << 20, 16 << 20
+"""Bytes that are written and not on disk yet: of all outputs together, and of one at least."""
 
 
 def merge(
@@ -43,7 +49,7 @@ def merge(
     resolve: Resolve | None = None,
 ) -> MergeResult:
     """Merges `spec` into the model directory `out`, which must not exist yet (an empty folder may).
-    With `evolve` in the spec its parameters are searched for first.
+    With `evolve` in the spec its parameters are searched for first; with `sweep` it becomes a folder of models.
 
     `device` (cpu, cuda, cuda:N, auto), `memory` (bytes) and `threads` override the spec's `run`;
     `progress` is called after every window; when `should_stop` returns True the merge ends with
@@ -60,46 +66,92 @@ def merge(
         planned = replace(plan(spec, resolve=resolve, stages=stages_folder(out)), evolved=evolved)
         return _merge(planned, out, resume, progress, should_stop, told)
 
+    def run_together(merges: Sequence[tuple[MergeSpec, Path]], progress: Show | None) -> int:
+        plans = [(plan(spec, resolve=resolve, stages=stages_folder(out)), out) for spec, out in merges]
+        _together(plans, open_device(spec.run.device, spec.run.device_memory), True, progress, should_stop, told)
+        return bytes_of([planned.jobs for planned, _ in plans], spec)
+
     told: set[str] = set()
     with _threads(spec.run.threads):
+        if spec.sweep is not None:
+            sweep = plan_sweep(spec, resolve=resolve, stages=stages_folder(Path(out)))
+            return _merge(sweep, Path(out), resume, progress, should_stop, told)
         if spec.evolve is None:
             return run(spec, Path(out), resume=resume, progress=progress)
         from mergecore.evolve import evolve
 
-        return evolve(spec, Path(out), run, resume=resume, resolve=resolve, progress=progress, should_stop=should_stop)
+        return evolve(
+            spec,
+            Path(out),
+            run,
+            run_together,
+            resume=resume,
+            resolve=resolve,
+            progress=progress,
+            should_stop=should_stop,
+        )
 
 
 def _merge(
-    planned: MergePlan,
+    planned: Planned,
     out: Path,
     resume: bool,
     progress: Show | None,
     should_stop: Callable[[], bool] | None,
     told: set[str],
 ) -> MergeResult:
-    """A planned merge, after the earlier ones that it needs; warnings that were `told` before are not told again."""
+    """A planned merge or sweep, after the merges that it needs; warnings that were `told` before are not told again."""
     _warn([*(text for _, earlier in planned.earlier for text in earlier.warnings), *planned.warnings], told)
     # Before the writer: a device that is missing must not cost the work that `resume` would continue.
     computing = open_device(planned.spec.run.device, planned.spec.run.device_memory)
 
-    def run(planned: MergePlan, out: Path, show: Show | None) -> MergeResult:
-        strangers = unrelated(planned)
-        _warn(strangers, told)
-        planned = replace(planned, warnings=(*planned.warnings, *strangers))
-        buffers, new_buffer = computing.buffers, computing.new_buffer
-        layout, identity = planned.layout, planned.identity()
-        with OutputWriter(out, layout, identity, resume=resume, buffers=buffers, new_buffer=new_buffer) as writer:
-            fit = None
-            if planned.data:
-                from mergecore.features.fitting import fitted  # and with it transformers
+    def together(merges: Sequence[tuple[MergePlan, Path]], show: Show | None) -> list[MergeResult]:
+        return _together(merges, computing, resume, show, should_stop, told)
 
-                fit = fitted(planned, writer.scratch, computing.torch_device, show, should_stop)
-            return Merge(planned, out, writer, computing, show, should_stop, fit).run()
+    def run(planned: Planned, out: Path, show: Show | None) -> MergeResult:
+        if isinstance(planned, SweepPlan):
+            return merge_points(planned, out, together, resume=resume, progress=show)
+        return together([(planned, out)], show)[0]
 
     if not planned.earlier:
         return run(planned, out, progress)
     with Stages(out, resume=resume) as stages:
         return _run_all(planned, out, stages, run, progress)
+
+
+def _together(
+    merges: Sequence[tuple[MergePlan, Path]],
+    computing: Device,
+    resume: bool,
+    progress: Show | None,
+    should_stop: Callable[[], bool] | None,
+    told: set[str],
+) -> list[MergeResult]:
+    """One merge, or several of the same inputs at once: each to a folder of its own."""
+    with ExitStack() as writers:
+        outputs = []
+        for planned, path in merges:
+            strangers = unrelated(planned)
+            _warn([*planned.warnings, *strangers], told)
+            planned = replace(planned, warnings=(*planned.warnings, *strangers))
+            dirty = max(LEAST_DIRTY, DIRTY // len(merges))
+            writer = OutputWriter(
+                path,
+                planned.layout,
+                planned.identity(),
+                resume=resume,
+                dirty_limit=dirty,
+                buffers=computing.buffers,
+                new_buffer=computing.new_buffer,
+            )
+            outputs.append(Output(planned, path, writers.enter_context(writer)))
+        fit = None
+        if outputs[0].plan.data:
+            from mergecore.features.fitting import fitted  # and with it transformers
+
+            one = outputs[0]
+            fit = fitted(one.plan, one.writer.scratch, computing.torch_device, progress, should_stop)
+        return Merge(outputs, computing, progress, should_stop, fit).run()
 
 
 def _warn(warnings: Iterable[str], told: set[str]) -> None:
@@ -120,11 +172,11 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run_all(planned: MergePlan, out: Path, stages: Stages, run: Run, progress: Show | None) -> MergeResult:
+def _run_all(planned: Planned, out: Path, stages: Stages, run: Run, progress: Show | None) -> MergeResult:
     """The merges that `planned` needs, then itself; progress and the result count all of them."""
-    merges = [*planned.earlier, (out, planned)]
+    merges: list[tuple[Path, Planned]] = [*planned.earlier, (out, planned)]
     total = Progress.start([merge for _, merge in merges])
-    done = MergeResult(out, planned.method.name, 0, 0, 0, 0.0, 0, False, ())
+    done = MergeResult(out, planned.spec.merge_method, 0, 0, 0, 0.0, 0, False, ())
     left = [merge for path, merge in merges if path == out or not stages.is_done(path.name, merge.identity())]
     stages.check_room(sum(merge.bytes_to_write for merge in left))
     for path, merge in merges:
@@ -138,4 +190,4 @@ def _run_all(planned: MergePlan, out: Path, stages: Stages, run: Run, progress: 
                 progress(now.after(before, total))
 
             done = run(merge, path, show if progress is not None else None).after(done)
-    return replace(done, output=out, method=planned.method.name)
+    return replace(done, output=out, method=planned.spec.merge_method)

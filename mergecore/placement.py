@@ -35,8 +35,8 @@ class Placement:
         return self.host if job.name in self.on_host else self.device
 
     def stays(self, job: TensorJob) -> bool:
-        """Whether a tensor's windows stay on its device from one pass over them to the next."""
-        return job.passes > 1 and self.of(job) is self.device and 0 < device_bytes(job) <= self.room
+        """Whether a tensor's windows can stay on its device from one read of them to the next."""
+        return self.of(job) is self.device and 0 < device_bytes(job) <= self.room
 
     def can_retreat(self, jobs: Sequence[TensorJob]) -> bool:
         """Whether these have not come to the CPU yet."""

@@ -122,13 +122,15 @@ def plan(spec: MergeSpec, *, resolve: Resolve | None = None, stages: Path = Path
     """Plans a merge. `resolve` turns a model's path or name, and its revision, in the spec into where it lies.
 
     The results of earlier merges of the same spec shall lie below `stages`. A spec that searches is planned at the
-    bounds and within; the plan is that of one candidate. Raises SpecError (method, parameters)
-    and CheckpointError (inputs that are missing or do not fit).
+    bounds and within; the plan is that of one candidate. Of a sweep it is that of the first point (sweeping.py has
+    all). Raises SpecError (method, parameters) and CheckpointError (inputs that are missing or do not fit).
     """
     resolve = resolve or partial(local_folder, directory=spec.directory)
     inputs = Inputs(resolve, spec.directory)
+    if spec.sweep is not None:
+        return plan_all(filled(spec, spec.sweep.grid()[0]), inputs, stages)
     if spec.evolve is None:
-        return _plan_all(spec, inputs, stages)
+        return plan_all(spec, inputs, stages)
     check_score(spec, resolve)
     return [_plan_candidate(spec, spec.evolve, place, inputs, stages) for place in PLACES][-1]
 
@@ -138,7 +140,7 @@ def _plan_candidate(spec: MergeSpec, evolve: Evolve, place: float, inputs: Input
     values = {path: low + place * (high - low) for path, (low, high) in evolve.parameters.items()}
     keys = {path: keys_of(spec, path) for path in values}
     try:
-        return _plan_all(filled(spec, values), inputs, stages)
+        return plan_all(filled(spec, values), inputs, stages)
     except SpecError as error:
         about = error.problem.keys if error.problem is not None else ()
         faulty = [path for path in values if len(about) > 1 and about == keys[path][: len(about)]]
@@ -148,13 +150,15 @@ def _plan_candidate(spec: MergeSpec, evolve: Evolve, place: float, inputs: Input
         raise spec.error(message, "evolve", "parameters", faulty[0]) from error
 
 
-def _plan_all(spec: MergeSpec, inputs: Inputs, stages: Path) -> MergePlan:
-    """A merge after those that it needs."""
+def plan_all(spec: MergeSpec, inputs: Inputs, stages: Path) -> MergePlan:
+    """A merge without a search or a sweep, after those that it needs."""
     earlier = []
     for needed in spec.earlier:
         assert needed.name is not None
         if needed.evolve is not None:
             raise needed.error("only the last merge of a file can search for parameters", "evolve")
+        if needed.sweep is not None:
+            raise needed.error("only the last merge of a file can be a sweep", "sweep")
         path = stages / needed.name
         planned = _plan(needed, inputs, [])
         inputs.add(needed.name, _result(planned, path))

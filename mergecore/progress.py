@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergecore.planning import MergePlan
+    from mergecore.sweeping import SweepPlan
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Progress:
         return (self.steps_done / self.steps_total + merged) / 2 if self.steps_total else merged
 
     @classmethod
-    def start(cls, merges: Sequence[MergePlan]) -> Progress:
+    def start(cls, merges: Sequence[MergePlan | SweepPlan]) -> Progress:
         """Nothing done yet of these merges."""
         return cls(
             tensors_done=0,

@@ -62,6 +62,23 @@ def files_of(source: Source) -> list[Path]:
     return list(dict.fromkeys(file for file, _, _ in source.pieces(0, prod(source.shape))))
 
 
+def same(one: object, other: object) -> bool:
+    """Whether two sources, or parts of them, are made of the same bytes in the same way."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)  # type: ignore[arg-type]
+    if isinstance(one, tuple):
+        assert isinstance(other, tuple)
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, Stored | _Derived):
+        mine, its = vars(one), vars(other)
+        return mine.keys() == its.keys() and all(same(value, its[key]) for key, value in mine.items())
+    return one == other
+
+
 class Stored:
     """A tensor as it lies in a file; windows lie in the mapped memory, nothing is copied."""
 

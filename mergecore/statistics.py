@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergecore import ops
 from mergecore.jobs import PIECE, TensorJob
-from mergecore.methods.base import Gram, Keep, Moments, Statistics, TensorView
+from mergecore.methods.base import Gram, Keep, Moments, Statistics
 from mergecore.selecting import Part, Reads, choose, kept_sums
 
 
@@ -58,25 +58,24 @@ def shared_counts(job: TensorJob, reads: Reads, place: ops.Place) -> tuple[tuple
     return tuple((shared, alone) for shared, alone in counts.tolist())
 
 
-def of_kept(job: TensorJob, kept: Sequence[ops.Drop], reads: Reads, place: ops.Place) -> TensorView:
-    """A whole tensor as a method that ends in an Election sees it, with the statistics that it asks for."""
+def of_kept(job: TensorJob, kept: Sequence[ops.Drop], reads: Reads, place: ops.Place) -> dict[str, Any]:
+    """The statistics of TensorView that a method that ends in an Election asks for, of a whole tensor."""
     if job.statistics is Statistics.SQUARES:
-        return job.view(squares=mean_squares(job, kept, reads, place))
+        return {"squares": mean_squares(job, kept, reads, place)}
     if job.statistics is Statistics.SHARED:
-        return job.view(shared=shared_counts(job, reads, place))
-    return job.view()
+        return {"shared": shared_counts(job, reads, place)}
+    return {}
 
 
-def of_matrix(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.Drop]) -> TensorView:
-    """One matrix of a tensor as its method sees it, with the statistics that it asks for."""
+def of_matrix(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.Drop]) -> dict[str, Any]:
+    """The statistics of TensorView that other methods ask for, of one matrix of a tensor."""
     if job.statistics is Statistics.COLUMNS:
-        return job.view(moments=_moments(job, matrix, reads, drops))
+        return {"moments": _moments(job, matrix, reads, drops)}
     if job.statistics.is_gram:
-        return job.view(gram=_gram(job, matrix, reads, drops))
+        return {"gram": _gram(job, matrix, reads, drops)}
     if job.statistics.is_whole:
-        deltas = _deltas(job, matrix, reads, drops)
-        return job.view(deltas=deltas, input_grams=reads.input_grams())
-    return job.view(input_grams=reads.input_grams())
+        return {"deltas": _deltas(job, matrix, reads, drops), "input_grams": reads.input_grams()}
+    return {"input_grams": reads.input_grams()}
 
 
 def _moments(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.Drop]) -> Moments:

@@ -60,9 +60,7 @@ def _gram(tensors: Sequence[Surveyed], seed: int) -> dict[str, Found]:
     drops, sums = {}, []
     for job, reads in tensors:
         drops[job.name] = statistics.chosen(job, job.sparsify, reads, ops.Place(), seed) if job.sparsify else []
-        view = statistics.of_matrix(job, 0, reads, drops[job.name])
-        assert view.gram is not None
-        sums.append(view.gram.products)
+        sums.append(statistics.of_matrix(job, 0, reads, drops[job.name])["gram"].products)
     finite = [products for products in sums if bool(products.isfinite().all())]
     together = torch.zeros_like(sums[0])
     for entry in range(together.numel()):

@@ -191,7 +191,8 @@ def counted(merge, read, written):
     count(merge, read, written)
     hold_after -= 1
     if hold_after == 0:
-        merge.writer.sync()
+        for output in merge.outputs:
+            output.writer.sync()
         print("holding", flush=True)
         sys.stdin.readline()
 engine.Merge._count = counted

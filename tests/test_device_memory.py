@@ -26,13 +26,13 @@ class CrowdedDevice(LateDevice):
 
     def __init__(self, room: int, busy: range = range(0)) -> None:
         super().__init__()
-        self.room, self.busy = room, busy
+        self.fits, self.busy = room, busy
         self.uploads = self.failures = 0
 
     def upload(self, windows: Sequence[HostWindow]) -> list[Tensor]:
         self.uploads += 1
         nbytes = sum(window.rows * window.columns * window.dtype.itemsize for window in windows)
-        if nbytes > self.room or self.uploads in self.busy:
+        if nbytes > self.fits or self.uploads in self.busy:
             self.failures += 1
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes.\nmore")
         return super().upload(windows)
@@ -97,6 +97,25 @@ def test_memory_that_is_short_for_a_moment_anywhere_changes_no_byte(
     assert found == expected[method][1]
     assert device.failures > 0
     assert result.warnings != ()
+
+
+@pytest.mark.parametrize("method", ["widen", "ties"])
+def test_a_device_that_keeps_tensors_first_gives_that_up(
+    trio: list[Path],
+    expected: dict[str, Merged],
+    tmp_path: Path,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    device = crowd(monkeypatch, smallest=2_000, room=1 << 30, busy=range(4, 5))
+    upload = device.upload
+    monkeypatch.setattr(device, "room", 1 << 30)
+    monkeypatch.setattr(device, "upload", lambda windows: [tensor.clone() for tensor in upload(windows)])
+    result, found = merged(trio, tmp_path / "out", method)
+    assert found == expected[method][1]
+    assert "going on without keeping tensors there" in caplog.text
+    assert result.warnings == expected[method][0].warnings, "windows are what they were"
 
 
 def test_a_device_with_no_room_at_all_leaves_everything_to_the_cpu(

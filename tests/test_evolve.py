@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import mergecore
+from mergecore import evolve
 from mergecore.cli import main
 from mergecore.confined import OutputFolder
 from mergecore.errors import InputFault, Interrupted, MergecoreError, OutputError, OutputExistsError
@@ -177,9 +178,9 @@ def begin(point: str, spec: Path, out: Path) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize(
     ("point", "scored"),
     [
-        ("merge:_count:20", 1),  # the second candidate is merged
+        ("merge:_count:20", 4),  # the second generation is merged
         ("search:_try:7", 7),  # the seventh has a score, which is nowhere yet
-        (f"merge:_count:{12 * 12 + 5}", 12),  # the best one is merged
+        (f"merge:_count:{3 * 12 + 5}", 12),  # the best one is merged
     ],
 )
 def test_a_search_that_is_killed_goes_on_where_it_was(folder: Path, tmp_path: Path, point: str, scored: int) -> None:
@@ -234,17 +235,10 @@ def test_a_stop_ends_a_scorer_at_once_with_what_it_has_started(folder: Path, tmp
 @pytest.mark.parametrize("change", ["spec", "input", "no resume"])
 def test_another_spec_or_input_is_searched_from_zero(small: Path, tmp_path: Path, change: str) -> None:
     spec = write_search(tmp_path, generations=2)
-    seen = 0
-
-    def stop() -> bool:
-        nonlocal seen
-        seen += 1
-        return seen > 60
-
     with pytest.raises(Interrupted):
-        mergecore.merge(spec, tmp_path / "out", should_stop=stop)
+        mergecore.merge(spec, tmp_path / "out", should_stop=lambda: len(calls(tmp_path)) > 2)
     before = len(calls(tmp_path))
-    assert before > 2
+    assert before == 3
     if change == "spec":
         spec.write_text(json.dumps(search_dict(tmp_path, generations=2, sigma=0.2)))
     if change == "input":
@@ -259,7 +253,7 @@ def test_an_input_that_changes_while_a_candidate_is_scored_ends_the_search(tmp_p
     far = tmp_path / "models" / "far" / "model.safetensors"
 
     def change() -> bool:
-        if len(calls(tmp_path)) == 2 and (tmp_path / ".out.evolve" / "candidate").exists():
+        if len(calls(tmp_path)) == 2 and (tmp_path / ".out.evolve" / "candidate-3").exists():
             far.write_bytes(far.read_bytes())
         return False
 
@@ -269,16 +263,52 @@ def test_an_input_that_changes_while_a_candidate_is_scored_ends_the_search(tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_there_is_one_model_at_a_time_beside_the_inputs(folder: Path, tmp_path: Path) -> None:
-    candidate, seen = tmp_path / ".out.evolve" / "candidate", set()
+@pytest.mark.parametrize(("room", "together"), [(1.5, 1), (3.5, 2), (4.5, 3), (100, 4)])
+def test_candidates_are_merged_together_as_far_as_the_disk_has_room_and_the_result_is_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: float, together: int
+) -> None:
+    one = mergecore.plan(load_spec(search_dict(folder)))
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(room * one.bytes_to_write))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    seen = set()
 
     def look(now: Progress) -> None:
-        assert now.search is not None
-        if now.search.candidate == 0 or (tmp_path / ".out.evolve" / ".candidate.partial" / "output").exists():
-            seen.add(candidate.exists())
+        seen.add(len(list((tmp_path / ".out.evolve").glob("candidate-*"))))
 
-    mergecore.merge(folder / "search.json", tmp_path / "out", progress=look)
-    assert seen == {False}
+    result = mergecore.merge(folder / "search.json", tmp_path / "out", progress=look)
+    assert max(seen) == (together if together > 1 else 0)  # nothing is reported while a single one is there
+    assert history(tmp_path / "out") == history(folder / "out")
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(folder / "out")
+    reads = 3 * -(-4 // together) + 1
+    assert result.bytes_read == reads * one.bytes_to_read
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_candidates_that_fail_fail_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = write_search(tmp_path, generations=2)
+    given = json.loads(spec.read_text())
+    given["out_dtype"] = "float16"
+    given["evolve"]["parameters"] = {WEIGHTS[0]: [0.0, 3e6]}  # some of them overflow
+    given["evolve"]["score"]["command"] = f"{sys.executable} -c 'import os; print(len(os.listdir(\"{{model}}\")))'"
+    mergecore.merge(load_spec(given), tmp_path / "together")
+    found = trials(tmp_path / "together")
+    assert {bool(row["error"]) for row in found} == {False, True}
+    assert all("overflow float16" in row["error"] for row in found if row["error"])
+    monkeypatch.setattr(evolve, "MOST_TOGETHER", 1)
+    mergecore.merge(load_spec(given), tmp_path / "alone")
+    assert history(tmp_path / "together") == history(tmp_path / "alone")
+
+
+def test_candidates_that_are_merged_when_a_search_is_stopped_are_not_merged_again(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        mergecore.merge(folder / "search.json", tmp_path / "out", should_stop=lambda: len(calls(folder)) > 1)
+    left = {path.name for path in (tmp_path / ".out.evolve").iterdir()}
+    assert left == {"journal.jsonl", "candidate-3", "candidate-4"} | (left & {"candidate-2"})
+    result = mergecore.merge(folder / "search.json", tmp_path / "out", resume=True)
+    one = mergecore.plan(load_spec(search_dict(folder)))
+    known = 1 if "candidate-2" in left else 2
+    assert result.bytes_read == (known + 3) * one.bytes_to_read
+    assert history(tmp_path / "out") == history(folder / "out")
 
 
 def test_what_another_machine_has_scored_counts_where_it_lies(folder: Path, tmp_path: Path) -> None:

@@ -29,7 +29,13 @@ def block(kind: str, containing: str) -> str:
     return text
 
 
-TESTED = [("sh", "make demo"), ("yaml", "merge_method"), ("sh", "mergecore plan"), ("sh", "mergecore serve")]
+TESTED = [
+    ("sh", "make demo"),
+    ("yaml", "merge_method: widen"),
+    ("yaml", "sweep:"),
+    ("sh", "mergecore plan"),
+    ("sh", "mergecore serve"),
+]
 TESTED += [("sh", "install-service"), ("sh", "curl"), ("python", "import mergecore")]
 
 
@@ -45,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
             for key, tensor in base.items()
         }
         write_model(tmp_path / "models" / name, tensors, {"model_type": "qwen2"})
-    (tmp_path / "my-merge.yaml").write_text(block("yaml", "merge_method"))
+    (tmp_path / "my-merge.yaml").write_text(block("yaml", "merge_method: widen"))
     return tmp_path
 
 
@@ -81,6 +87,12 @@ def test_the_commands_on_a_spec(folder: Path) -> None:
     shell(block("sh", "mergecore plan"), folder)
     assert (folder / "merged" / "model.safetensors").is_file()
     assert "properties" in json.loads((folder / "spec.schema.json").read_text())
+
+
+def test_the_sweep(folder: Path) -> None:
+    (folder / "sweep.yaml").write_text(block("yaml", "sweep:"))
+    shell("mergecore merge sweep.yaml swept", folder)
+    assert (folder / "swept" / "ties_density-0.2" / "model.safetensors").is_file()
 
 
 def test_the_python_code(folder: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_stop_ends_the_scoring_of_texts(models: list[Path], tmp_path: Path) ->
 
     def stop() -> bool:
         nonlocal asked_while_scoring
-        asked_while_scoring += (tmp_path / ".out.evolve" / "candidate").exists()
+        asked_while_scoring += (tmp_path / ".out.evolve" / "candidate-1").exists()
         return asked_while_scoring > 2
 
     with pytest.raises(Interrupted, match="the scores so far are kept"):

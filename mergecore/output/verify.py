@@ -29,6 +29,8 @@ def verify_output(out: str | Path, progress: Callable[[int, int], None] | None =
     out = Path(out)
     try:
         manifest = json.loads((out / MANIFEST_NAME).read_bytes())
+        if "points" in manifest:
+            return _verify_sweep(out, [point["name"] for point in manifest["points"]], progress)
         tensors: dict[str, dict[str, Any]] = manifest["tensors"]
         by_file: dict[str, dict[str, dict[str, Any]]] = {}
         for name, entry in tensors.items():
@@ -58,6 +60,13 @@ def verify_output(out: str | Path, progress: Callable[[int, int], None] | None =
         else:
             problems.append(f"{file} is missing ({len(by_file[file])} tensors)")
     return problems
+
+
+def _verify_sweep(out: Path, names: list[str], progress: Callable[[int, int], None] | None) -> list[str]:
+    """What is wrong with the models of a sweep; progress is that of each of them."""
+    if any(Path(name).name != name for name in names):
+        raise ValueError("a point is named with a path")
+    return [f"{name}: {problem}" for name in names for problem in verify_output(out / name, progress)]
 
 
 def _check_index(out: Path, expected: dict[str, str]) -> list[str]:

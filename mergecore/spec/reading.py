@@ -217,7 +217,7 @@ def _table_at(keys: Keys) -> type[Table] | None:
         child = here.children.get(str(key))
         if child is None:
             return None
-        if key in ("sparsify", "calibration", "tokenizer", "evolve", "score", "run"):
+        if key in ("sparsify", "calibration", "tokenizer", "evolve", "sweep", "score", "run"):
             here = child
         elif rest:  # of a list or a mapping: its number or name
             rest.pop(0)

@@ -20,6 +20,7 @@ from mergecore.spec.evolve import Evolve
 from mergecore.spec.fields import Dtype, ModelPath, OnNonfinite, Orientation, Seed, Text, refused, table
 from mergecore.spec.parts import Models, Module, OutputSlice, Part, Slices, parts_of
 from mergecore.spec.problems import Keys, Problem
+from mergecore.spec.sweep import Sweep
 from mergecore.spec.tables import Calibration, ModelEntry, Parameters, Run, Sparsify, Table
 from mergecore.spec.tokenizer import Tokenizer, TokenOf
 from mergecore.spec.yaml_lines import Document
@@ -40,6 +41,7 @@ class MergeSpec(Table):
         "calibration": Calibration,
         "tokenizer": Tokenizer,
         "evolve": Evolve,
+        "sweep": Sweep,
         "run": Run,
     }
     ignored_when_empty = frozenset({"slices", "modules", "tokenizer"})
@@ -147,6 +149,13 @@ class MergeSpec(Table):
             }
         ],
     )
+    sweep: Sweep | None = Field(
+        default=None,
+        title="Sweep",
+        description="Many merges of the same inputs, which are read once: combinations of methods and parameters. The "
+        "output is a folder with a model for each.",
+        examples=[{"parameters": {"parameters.lambda": [0.2, 0.4, 0.6]}}],
+    )
     run: Run = Field(
         default_factory=Run,
         title="Run",
@@ -168,6 +177,8 @@ class MergeSpec(Table):
             raise refused(f"expected one of models, slices and modules, {found}")
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise refused("expected one of tokenizer and tokenizer_source, found both")
+        if self.evolve is not None and self.sweep is not None:
+            raise refused("expected one of evolve and sweep, found both")
         return self
 
     @property

@@ -1,0 +1,144 @@
+"""A tensor as its statistics read it, and its windows: planned reads in the order of the loop, others apart.
+
+The order of the loop is the engine's; what statistics do with the windows is in statistics.py and selecting.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mergecore._stream import WindowStream
+from mergecore.confined import open_input
+from mergecore.jobs import TensorJob
+from mergecore.selecting import Part
+from mergecore.sources import DTYPES, Source
+
+if TYPE_CHECKING:
+    from mergecore.engine import Merge
+
+WHOLE_ENTRIES = 1 << 22  # read at once of what is held whole
+
+
+@dataclass(frozen=True)
+class Window:
+    """One step of the loop: rows of one matrix of a tensor."""
+
+    job: TensorJob
+    matrix: int
+    first_row: int
+    rows: int
+    is_last: bool = False
+    """Whether nothing reads it again."""
+    stays: bool = False
+    """Whether it stays on the device for the reads after this one."""
+    is_there: bool = False
+    """Whether it stayed there."""
+
+    @property
+    def entries(self) -> tuple[int, int]:
+        """The first entry in the tensor, and how many."""
+        return (self.matrix * self.job.rows + self.first_row) * self.job.columns, self.rows * self.job.columns
+
+
+Windows = Iterator[tuple[Window, list[memoryview]]]
+
+
+def windows_of(
+    job: TensorJob, matrices: Iterable[int], *, is_last: bool = False, stays: bool = False, is_there: bool = False
+) -> Iterator[Window]:
+    """One read of these matrices."""
+    for matrix in matrices:
+        for first_row, rows in job.windows():
+            yield Window(job, matrix, first_row, rows, is_last, stays, is_there)
+
+
+class TensorReads:
+    """A job's tensor as its statistics read it: planned reads from the merge's windows, others from a stream apart."""
+
+    def __init__(self, merge: Merge, job: TensorJob, windows: Windows) -> None:
+        self.merge, self.job, self.windows = merge, job, windows
+        self.entries = job.matrices * job.rows * job.columns
+        self.block = job.block_rows * job.columns
+        self.device = merge.placement.of(job).torch_device
+
+    def nonfinite(self) -> None:
+        self.merge.nonfinite(self.job)
+
+    def planned(self) -> Iterator[Part]:
+        for matrix in range(self.job.matrices):
+            yield from self.matrix(matrix)
+
+    def matrix(self, number: int) -> Iterator[Part]:
+        for _ in self.job.windows():
+            window, views = next(self.windows)
+            yield self._part(window, views)
+            self.merge._count(self.merge.nbytes(window), 0)
+
+    def further(self) -> Iterator[Part]:
+        yield from self._apart(windows_of(self.job, range(self.job.matrices)))
+
+    def only(self, first_entry: int, entries: int) -> Part:
+        matrix, row = divmod(first_entry // self.job.columns, max(1, self.job.rows))
+        return next(self._apart([Window(self.job, matrix, row, entries // self.job.columns)]))
+
+    def _apart(self, windows: Iterable[Window]) -> Iterator[Part]:
+        with self.merge.stream(0) as stream:
+            for window in windows:
+                there = self.merge.resident.get((window.matrix, window.first_row))
+                if there is not None and there.models[0].shape[0] == window.rows:
+                    yield there
+                    continue
+                stream.submit(self.merge.pieces(window), keep=False)
+                views = stream.next()
+                yield self._part(window, views)
+                stream.check()
+                self.merge.read += sum(map(len, views))
+
+    def _part(self, window: Window, views: list[memoryview]) -> Part:
+        return self.merge._upload(window, views)
+
+    def input_grams(self) -> tuple[Tensor, ...]:
+        with self.merge.stream(0) as stream:
+            grams = tuple(self._whole(source, stream) for source in self.job.input_grams)
+        if not all(bool(gram.isfinite().all()) for gram in grams):
+            self.nonfinite()
+        return grams
+
+    def _whole(self, source: Source, stream: WindowStream) -> Tensor:
+        """A source apart from the windows, on the device."""
+        size = math.prod(source.shape)
+        whole = torch.empty(size, dtype=DTYPES[source.dtype], device=self.device)
+        for first in range(0, size, WHOLE_ENTRIES):
+            count = min(WHOLE_ENTRIES, size - first)
+            stream.submit(self.merge.mapped(source, first, count), keep=False)
+            views = stream.next()
+            whole[first : first + count] = source.window(first, count, views).to(self.device)
+            stream.check()
+            self.merge._count(sum(map(len, views)), 0)
+        return whole.view(source.shape)
+
+
+def open_stream(files: Iterable[Path], mode: str, depth: int, threads: int) -> WindowStream:
+    """Windows of these files, by their numbers."""
+    return WindowStream([str(path) for path in files], mode, depth, threads=threads, opener=open_input)
+
+
+def count_nonfinite(source: Source) -> int:
+    """NaN and Inf entries of an input: a second look, only when something is wrong."""
+    count, step, entries = 0, 4 << 20, math.prod(source.shape)
+    for first in range(0, entries, step):
+        views = []
+        for file, offset, nbytes in source.pieces(first, min(step, entries - first)):
+            with os.fdopen(open_input(file), "rb") as opened:
+                opened.seek(offset)
+                views.append(memoryview(bytearray(opened.read(nbytes))))
+        count += int((~torch.isfinite(source.window(first, min(step, entries - first), views))).sum())
+    return count
