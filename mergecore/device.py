@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,6 +45,13 @@ class CpuDevice:
     """Buffers of the writer: one is filled while the other is written."""
     room = 0
     """Bytes of tensors that stay on the device from one pass to the next."""
+
+    def __enter__(self) -> Self:
+        """Keeps this program to the device's memory until it is left."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
 
     def new_buffer(self, nbytes: int) -> Buffer:
         """A page-aligned buffer for results, at least `nbytes` long."""
@@ -101,7 +109,7 @@ class CudaDevice:
         self.torch_device = device
         free, total = torch.cuda.mem_get_info(device)
         allowed = min(free // 5 * 4 if memory is None else memory, total)
-        torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+        self._share = allowed / total
         self.room = allowed // 2  # the rest is for windows under way, statistics, results
         # A core copies about half as fast as PCIe does; more than a few of them share what the memory gives.
         self.readers = max(1, min(8, (os.cpu_count() or 1) // 2))
@@ -109,6 +117,13 @@ class CudaDevice:
         self._pending: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
         self._slots = [_Slot(), _Slot()]
         self._uploads = 0
+
+    def __enter__(self) -> Self:
+        torch.cuda.set_per_process_memory_fraction(self._share, self.torch_device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
 
     def new_buffer(self, nbytes: int) -> Buffer:
         return torch.empty(max(nbytes, 1), dtype=torch.uint8, pin_memory=True).numpy()

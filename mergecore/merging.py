@@ -68,7 +68,8 @@ def merge(
 
     def run_together(merges: Sequence[tuple[MergeSpec, Path]], progress: Show | None) -> int:
         plans = [(plan(spec, resolve=resolve, stages=stages_folder(out)), out) for spec, out in merges]
-        _together(plans, open_device(spec.run.device, spec.run.device_memory), True, progress, should_stop, told)
+        with open_device(spec.run.device, spec.run.device_memory) as computing:
+            _together(plans, computing, True, progress, should_stop, told)
         return bytes_of([planned.jobs for planned, _ in plans], spec)
 
     told: set[str] = set()
@@ -113,10 +114,11 @@ def _merge(
             return merge_points(planned, out, together, resume=resume, progress=show)
         return together([(planned, out)], show)[0]
 
-    if not planned.earlier:
-        return run(planned, out, progress)
-    with Stages(out, resume=resume) as stages:
-        return _run_all(planned, out, stages, run, progress)
+    with computing:
+        if not planned.earlier:
+            return run(planned, out, progress)
+        with Stages(out, resume=resume) as stages:
+            return _run_all(planned, out, stages, run, progress)
 
 
 def _together(

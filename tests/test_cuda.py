@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergecore import load_spec, merge, ops
+from mergecore import load_spec, merge, merging, ops
+from mergecore.device import CudaDevice
 from mergecore.features.columns import scaled_sum
 from mergecore.ops import Axis, Drop, Elect, Measure, Place
 from tests.models import llama, spec_dict, tensor_bytes, write_trio
@@ -513,18 +514,25 @@ def test_the_ops_run_on_the_tensors_device() -> None:
 
 
 def test_a_merge_for_which_the_gpu_has_too_little_memory_goes_on_with_less_and_has_the_same_bytes(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trio = write_trio(tmp_path / "models", llama(layers=1, hidden=512, vocabulary=20_000))
     spec = spec_dict("ties", *trio, parameters={"density": 0.3, "weight": 1.0})
     merge(load_spec(spec), tmp_path / "cpu", device="cpu")
     torch.cuda.empty_cache()
-    _, total = torch.cuda.mem_get_info(GPU)
     for room in (48 << 20, 1 << 20):  # for smaller windows, and for none
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(GPU) + room) / total)
-        try:
-            result = merge(load_spec(spec), tmp_path / f"gpu {room}", device="cuda")
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
+        device = CudaDevice(torch.device("cuda", 0), torch.cuda.memory_reserved(GPU) + room)
+        monkeypatch.setattr(merging, "open_device", lambda name, memory, device=device: device)
+        result = merge(load_spec(spec), tmp_path / f"gpu {room}", device="cuda")
         assert any("ran out of memory" in warning for warning in result.warnings)
         assert tensor_bytes(result.output) == tensor_bytes(tmp_path / "cpu")
+
+
+def test_a_merge_keeps_to_the_memory_that_it_is_given_and_frees_the_rest_for_others(tmp_path: Path) -> None:
+    trio = write_trio(tmp_path / "models", llama(layers=1, hidden=512, vocabulary=20_000))
+    allowed = 256 << 20
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(GPU)
+    merge(load_spec(spec_dict("widen", *trio, run={"device_memory": allowed})), tmp_path / "out", device="cuda")
+    assert torch.cuda.max_memory_reserved(GPU) <= allowed
+    torch.empty(2 * allowed, dtype=torch.uint8, device=GPU)
