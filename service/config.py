@@ -207,7 +207,8 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
         raise problem
     if key in ("port", "jobs", "attempts", "threads", "jobs_per_device"):
         least = 0 if key in ("port", "threads") else 1
-        if not isinstance(value, int) or not least <= value <= 65535:
+        most = 65535 if key == "port" else float("inf")
+        if not isinstance(value, int) or not least <= value <= most:
             raise problem
         return value
     if key == "lease_seconds" and not 1 <= value <= LONGEST:

@@ -83,6 +83,8 @@ def kills(work: Path, count: int, jobs: int, seed: int) -> dict[str, Any]:
     daemon.start()
     while killed.total() < count:
         time.sleep(random_.uniform(0.05, 4.0))
+        if daemon.process.poll() is not None:
+            raise RuntimeError(f"the daemon ended: {daemon.log.read_text()[-2000:]}")
         while len(visible(daemon.spool.incoming)) < 2:
             drop()
         if daemon.ended() * count < jobs * (killed.total() - 8):
