@@ -455,6 +455,10 @@ def test_a_wrong_setting_is_named_with_what_was_expected(key: str, value: object
         load_config(None, {"spool": "s", "outputs": "o", key: value})
 
 
+def test_a_number_that_is_no_port_may_be_large() -> None:
+    assert load_config(None, {"spool": "s", "outputs": "o", "attempts": 1_000_000}).attempts == 1_000_000
+
+
 def test_the_configuration_file_is_overridden_by_the_command_line(folder: Path) -> None:
     file = folder / "mergecore.toml"
     file.write_text('spool = "spool"\noutputs = "/o"\nmodels = ["m", "/n"]\nport = 1\nrescan = 2\n')
