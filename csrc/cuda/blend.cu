@@ -100,28 +100,28 @@ __device__ __forceinline__ void store(const double (&values)[kEntries], int n, v
     }
   }
   Bits* to = static_cast<Bits*>(out) + entry;
-  if constexpr (!kVector) {
+  if constexpr (kVector) {
+    uint32_t words[kEntries * kSize / 4] = {};
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) {
+      if constexpr (kSize == 8) {
+        words[2 * j] = static_cast<uint32_t>(bits[j]);
+        words[2 * j + 1] = static_cast<uint32_t>(bits[j] >> 32);
+      } else {
+        words[j * kSize / 4] |=
+            kSize == 4 ? bits[j] : static_cast<uint32_t>(bits[j]) << (16 * (j % 2));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) {
+      reinterpret_cast<uint4*>(to)[i] =
+          make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+    }
+  } else {
 #pragma unroll
     for (int j = 0; j < kEntries; ++j) {
       if (j < n) to[j] = bits[j];
     }
-    return;
-  }
-  uint32_t words[kEntries * kSize / 4] = {};
-#pragma unroll
-  for (int j = 0; j < kEntries; ++j) {
-    if constexpr (kSize == 8) {
-      words[2 * j] = static_cast<uint32_t>(bits[j]);
-      words[2 * j + 1] = static_cast<uint32_t>(bits[j] >> 32);
-    } else {
-      words[j * kSize / 4] |=
-          kSize == 4 ? bits[j] : static_cast<uint32_t>(bits[j]) << (16 * (j % 2));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kSize / 2; ++i) {
-    reinterpret_cast<uint4*>(to)[i] =
-        make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
   }
 }
 

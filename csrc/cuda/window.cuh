@@ -118,7 +118,7 @@ template <class Bits, bool kVector>
 __device__ __forceinline__ void load_bits(const void* data, int64_t entry, int n, uint32_t* words) {
   const Bits* from = static_cast<const Bits*>(data) + entry;
   constexpr int kSize = sizeof(Bits);
-  if (kVector) {
+  if constexpr (kVector) {
 #pragma unroll
     for (int i = 0; i < kSize / 2; ++i) {
       const uint4 four = reinterpret_cast<const uint4*>(from)[i];
@@ -127,19 +127,19 @@ __device__ __forceinline__ void load_bits(const void* data, int64_t entry, int n
       words[4 * i + 2] = four.z;
       words[4 * i + 3] = four.w;
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kEntries * kSize / 4; ++i) words[i] = 0;
+    for (int i = 0; i < kEntries * kSize / 4; ++i) words[i] = 0;
 #pragma unroll
-  for (int j = 0; j < kEntries; ++j) {
-    if (j >= n) continue;
-    const Bits bits = from[j];
-    if constexpr (kSize == 2) {
-      words[j / 2] |= static_cast<uint32_t>(bits) << (16 * (j % 2));
-    } else {
-      words[j * kSize / 4] = static_cast<uint32_t>(bits);
-      if constexpr (kSize == 8) words[2 * j + 1] = static_cast<uint32_t>(bits >> 32);
+    for (int j = 0; j < kEntries; ++j) {
+      if (j >= n) continue;
+      const Bits bits = from[j];
+      if constexpr (kSize == 2) {
+        words[j / 2] |= static_cast<uint32_t>(bits) << (16 * (j % 2));
+      } else {
+        words[j * kSize / 4] = static_cast<uint32_t>(bits);
+        if constexpr (kSize == 8) words[2 * j + 1] = static_cast<uint32_t>(bits >> 32);
+      }
     }
   }
 }
