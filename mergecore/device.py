@@ -123,6 +123,10 @@ class CudaDevice:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # After an error copies may still be under way, into buffers that are free for others now.
+        torch.cuda.synchronize(self.torch_device)
+        with torch.cuda.device(self.torch_device):
+            torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
 
     def new_buffer(self, nbytes: int) -> Buffer:
