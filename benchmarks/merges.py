@@ -55,6 +55,10 @@ NO_BASE = ("linear", "karcher")
 OURS_ALONE = ("widen", "pcb", "consensus_ta", "metagpt")
 
 
+WHOLE_TENSORS = 3
+"""Memory that the whole-tensor WIDEN needs, in bytes for each byte of bf16 input: where there is less it is left out."""
+
+
 @dataclass
 class Measurement:
     """One command: seconds of wall time (minimum over rounds) and peak resident bytes (maximum)."""
@@ -133,13 +137,14 @@ def measure(
     work: Path, folders: list[Path], rounds: int, mergekit: str | None, methods: list[str]
 ) -> list[Measurement]:
     """All merges, alternating between the tools round by round."""
+    nbytes = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
     commands = {}
     for method, spec in write_specs(work, folders, methods).items():
         ours = [sys.executable, "-m", "mergecore.cli", "merge", str(spec), "OUT", "--memory", MEMORY, "--json"]
         commands[f"mergecore {method}"] = ours
         if mergekit is not None and method not in OURS_ALONE:
             commands[f"peer {method}"] = [mergekit, str(spec), "OUT"]
-        if method == "widen":
+        if method == "widen" and WHOLE_TENSORS * nbytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             whole = [sys.executable, "-m", "benchmarks.whole_tensor_widen", *map(str, folders), "OUT"]
             commands[f"peer {method}"] = whole
     results: dict[str, Measurement] = {}
