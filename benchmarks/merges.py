@@ -56,7 +56,7 @@ OURS_ALONE = ("widen", "pcb", "consensus_ta", "metagpt")
 
 
 WHOLE_TENSORS = 3
-"""Memory that the whole-tensor WIDEN needs, in bytes for each byte of bf16 input: where there is less it is left out."""
+"""Memory that the whole-tensor WIDEN needs, bytes for each byte of bf16 input: where there is less it is left out."""
 
 
 @dataclass
