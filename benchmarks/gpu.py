@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
-import mmap
 import multiprocessing
 import os
 import subprocess
@@ -28,6 +27,7 @@ import torch
 from rich.table import Table
 
 from benchmarks.checkpoints import GEOMETRIES, make_one, names
+from benchmarks.floors import mapped
 from benchmarks.merges import write_specs
 from benchmarks.reporting import add_json, tell
 
@@ -55,10 +55,8 @@ def floors(file: Path, folder: Path) -> dict[str, float]:
         "GPU to pinned": best(GIB, lambda: pinned.copy_(there[:GIB], non_blocking=True)),
         "copy on the GPU": best(4 * GIB, lambda: other.copy_(there)),
     }
-    with open(file, "rb") as opened:
-        size = min(os.fstat(opened.fileno()).st_size, 2 * GIB)
-        mapped = mmap.mmap(opened.fileno(), size, mmap.MAP_SHARED, mmap.PROT_READ)
-    pages = torch.frombuffer(mapped, dtype=torch.uint8)
+    pages = mapped(file)[: 2 * GIB]
+    size = pages.numel()
 
     def to_pinned() -> None:
         for begin in range(0, size, PIECE):
