@@ -25,12 +25,15 @@ PAGE = os.sysconf("SC_PAGESIZE")
 
 Piece = tuple[int, int, int]
 
-# "touch" is what mode "map" does on kernels without MADV_POPULATE_READ.
-ways = pytest.mark.parametrize("way", ["map", "touch", "pread"])
+# "touch" is what mode "map" does on kernels without MADV_POPULATE_READ; "by 3": so many threads share a window.
+WAYS = ["map", "touch", "pread", "map by 3", "pread by 3"]
+ways = pytest.mark.parametrize("way", WAYS)
 
 
 def stream(files: list[Path], way: str, depth: int = 1) -> WindowStream:
-    return WindowStream(files, "pread" if way == "pread" else "map", depth, populate=way != "touch")
+    kind, _, threads = way.partition(" by ")
+    mode = "pread" if kind == "pread" else "map"
+    return WindowStream(files, mode, depth, threads=int(threads or 1), populate=kind != "touch")
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def partitions(draw: st.DrawFn) -> tuple[list[bytes], list[list[Piece]]]:
 @settings(max_examples=150, deadline=None)
 @given(
     case=partitions(),
-    way=st.sampled_from(["map", "touch", "pread"]),
+    way=st.sampled_from(WAYS),
     depth=st.integers(0, 3),
     passes=st.lists(st.booleans(), min_size=1, max_size=3),
 )
@@ -180,6 +183,8 @@ def test_other_wrong_arguments_say_what_is_wrong(path: Path) -> None:
         WindowStream([path], "mmap")
     with pytest.raises(ValueError, match="depth"):
         WindowStream([path], "map", -1)
+    with pytest.raises(ValueError, match="threads must be 1 or more"):
+        WindowStream([path], threads=0)
     with WindowStream([path]) as windows, pytest.raises(IndexError, match="no file 1: the stream has 1"):
         windows.submit([(1, 0, 1)])
 

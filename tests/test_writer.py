@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -117,6 +118,28 @@ def test_published_files_are_the_planned_bytes_and_nothing_else_is_left(tmp_path
         with safe_open(tmp_path / "new" / "out" / layout.shards[slot.shard].filename, framework="pt") as file:
             tensor = file.get_tensor(name)
             assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == content(name, slot.nbytes)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_buffers_may_be_another_ones_and_more_than_two(tmp_path: Path) -> None:
+    """As many and such as a GPU copies its results to: arrays, which compare entry by entry, and grow."""
+    layout, made = layout_of(), []
+
+    def new_buffer(nbytes: int) -> np.ndarray[Any, Any]:
+        made.append(nbytes)
+        return np.empty(nbytes, np.uint8)
+
+    with OutputWriter(tmp_path / "out", layout, "a merge", buffers=4, new_buffer=new_buffer) as writer:
+        for window, name in enumerate(layout.slots, 300):
+            put(writer, name, window)
+        held = [writer.acquire(10) for _ in range(4)]
+        with pytest.raises(ValueError, match="all 4 output buffers are held"):
+            writer.acquire(10)
+        del held
+        writer.publish()
+    assert files_in(tmp_path / "out") == expected_files(layout)
+    assert made[:4] == [1] * 4
+    assert set(made[4:]) <= set(range(300, 300 + len(layout.slots))), "made anew only where a larger one was wanted"
 
 
 def test_windows_of_several_tensors_may_alternate(tmp_path: Path) -> None:
