@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/* csrc/stream/*)
 CPP := $(shell git ls-files "*.cpp" "*.h" "*.cu" "*.cuh")
 
 # Waiting threads sleep: spinning ones starve the other processes of a test on few cores.
