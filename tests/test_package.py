@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -77,12 +78,22 @@ def test_every_package_of_python_code_is_installed() -> None:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A copy of what a build reads, and an empty folder `stubs` for modules that hide the real ones."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "mergecore", "service"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "stubs").mkdir()
     return tmp_path
+
+
+def test_a_source_distribution_has_all_that_a_build_reads(source: Path) -> None:
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=source, check=True, capture_output=True)
+    (archive,) = (source / "dist").iterdir()
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    wanted = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()}
+    assert wanted <= names
+    assert "service/deploy/mergecore.service" in names
 
 
 def refusal(source: Path, **environment: str) -> str:
