@@ -121,6 +121,13 @@ def windowed(job: TensorJob, spec: MergeSpec, others: Sequence[TensorJob] = (), 
     return kept if kept.keep and held(kept, others) <= memory else windowed
 
 
+def result_bytes(job: TensorJob) -> int:
+    """Bytes of the output of one window."""
+    if job.parameters is None:
+        return job.window_rows * ITEM_BYTES[job.dtype]
+    return job.window_rows * _row_bytes(job)[1]
+
+
 def device_bytes(job: TensorJob) -> int:
     """Bytes of all inputs of a tensor as they lie on a device."""
     return _row_bytes(job)[0] * job.rows * job.matrices
