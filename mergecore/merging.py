@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from mergecore.batches import batched, bytes_of
-from mergecore.budget import result_bytes
+from mergecore.budget import result_bytes, waiting_bytes
 from mergecore.device import Device, open_device
 from mergecore.engine import Merge, Output
 from mergecore.history import Evolved
@@ -33,8 +33,8 @@ Show = Callable[[Progress], None]
 Planned = MergePlan | SweepPlan
 Run = Callable[[Planned, Path, Show | None], MergeResult]
 
-UNWRITTEN, LEAST_DIRTY = 256 << 20, 16 << 20
-"""Bytes that are computed and not on disk yet: at most, of all outputs, and what one may have in the page cache."""
+DIRTY, LEAST_DIRTY = 256 << 20, 16 << 20
+"""Bytes in the page cache that are not on disk yet: of all outputs together, and of one at least."""
 
 
 def merge(
@@ -133,9 +133,8 @@ def _together(
     """One merge, or several of the same inputs at once: each to a folder of its own."""
     run = merges[0][0].spec.run
     batches = batched([planned.jobs for planned, _ in merges], merges[0][0].spec)
-    # Beside two windows of results what memory is left holds more of them: so the disk works on while there are none.
     held = max((batch.held_bytes for batch in batches), default=0)
-    waiting = max(0, min(run.memory - held, UNWRITTEN)) // len(merges)
+    waiting = waiting_bytes(held, run.memory) // len(merges)
     with ExitStack() as writers:
         outputs = []
         for planned, path in merges:
@@ -148,7 +147,7 @@ def _together(
                 planned.identity(),
                 resume=resume,
                 direct=run.write == "direct",
-                dirty_limit=max(LEAST_DIRTY, UNWRITTEN // len(merges)),
+                dirty_limit=max(LEAST_DIRTY, DIRTY // len(merges)),
                 buffer_bytes=waiting + (2 + computing.pending) * max(map(result_bytes, planned.jobs), default=0),
                 new_buffer=computing.new_buffer,
             )
