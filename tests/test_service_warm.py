@@ -440,6 +440,7 @@ def test_when_the_daemon_is_killed_no_worker_stays_and_the_next_one_goes_on(tmp_
         wait_until(lambda: len(children(daemon)) == 3, "two idle ones beside the job")
         workers = children(daemon)
         daemon.process.kill()
+        daemon.process.wait(60)
         wait_until(lambda: not any(map(is_alive, workers)), "the end of all workers")
     with running_daemon(tmp_path, warm_workers=1, **options) as daemon:
         daemon.wait_started("a.yaml", times=2)
@@ -457,6 +458,7 @@ def test_a_real_one_that_still_loads_ends_with_the_daemon(tmp_path: Path) -> Non
     with running_daemon(tmp_path, warm_workers=1, worker_command=command) as daemon:
         (worker,) = idle(daemon)
         daemon.process.kill()
+        daemon.process.wait(60)
         wait_until(lambda: not is_alive(worker), "its end")
 
 
