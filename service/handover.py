@@ -7,6 +7,7 @@ and the descriptors that keep the job owned. No torch here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ WAIT = "--wait"
 _HELLO = b"."
 """What it says before it loads anything: this program understands the message."""
 _MOST_BYTES = 1 << 20
-"""More than a socket takes at once."""
+"""Of a message. Most systems' sockets take less."""
 _MOST_DESCRIPTORS = 16
 
 
@@ -46,6 +47,8 @@ def hand_over(
     Raises OSError if the worker is dead or the message too long.
     """
     message = json.dumps([list(arguments), dict(environment)]).encode()
+    if len(message) > _MOST_BYTES:
+        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
     socket.send_fds(ours, [message], [output, *owned])
 
 
