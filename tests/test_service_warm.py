@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import mergecore
 from service.commands import cancel_command, drain_command, pause_command
@@ -221,6 +222,19 @@ def test_an_idle_worker_has_loaded_torch_and_sees_no_gpu(tmp_path: Path) -> None
         assert not [name for name in os.listdir(f"/proc/{worker.pid}/fd") if "nvidia" in _target(worker.pid, name)]
 
 
+def test_a_job_on_a_warm_worker_uses_the_gpu_that_it_was_granted(tmp_path: Path, models: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU: none is visible to torch")
+    spec = spec_dict("widen", *(models / "models" / name for name in ("base", "near", "far")))
+    mergecore.merge(mergecore.load_spec(spec), tmp_path / "cpu" / "out", device="cpu")
+    with running_daemon(tmp_path, worker_command=WORKER_COMMAND, warm_workers=1, models=[str(models)]) as daemon:
+        wait_until(lambda: any(map(has_torch, children(daemon))), "an idle worker")
+        daemon.drop("a.json", **{**spec, "run": {"device": "cuda", "output": "out"}})
+        daemon.wait_for("done", "a.json")
+        assert starts(daemon) == {"warm": 1, "cold": 0}
+        assert weights(daemon.outputs) == weights(tmp_path / "cpu")
+
+
 def _target(pid: int, descriptor: str) -> str:
     with contextlib.suppress(OSError):
         return os.readlink(f"/proc/{pid}/fd/{descriptor}")
@@ -407,6 +421,21 @@ def test_one_that_cannot_live_is_tried_less_and_less_often_and_jobs_run_all_the_
         wait_until(lambda: "the next one is started in 4 s" in daemon.log(), "its third death")
         assert strange.with_suffix(".py.tried").stat().st_size == 3
         assert "an idle worker ended: exit code 1; the next one is started in 1 s" in daemon.log()
+
+
+def test_a_program_that_waits_and_does_not_know_for_what_gets_no_job(tmp_path: Path) -> None:
+    deaf = tmp_path / "deaf.py"
+    deaf.write_text(
+        "import sys, time\n"
+        "if '--wait' in sys.argv: time.sleep(1000)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests import stand_in_worker\nsys.exit(stand_in_worker.main())\n"
+    )
+    with running_daemon(tmp_path, warm_workers=1, worker_command=[sys.executable, "-P", str(deaf)]) as daemon:
+        wait_until(lambda: len(children(daemon)) == 1, "the program")
+        daemon.drop("a.yaml")
+        daemon.wait_for("done", "a.yaml")
+        assert starts(daemon) == {"warm": 0, "cold": 1}
 
 
 def test_a_warm_one_that_is_killed_with_its_job_is_a_death_of_the_job(tmp_path: Path) -> None:
