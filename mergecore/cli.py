@@ -23,6 +23,7 @@ from mergecore import __version__
 from mergecore.errors import Interrupted, MergecoreError, SpecError
 from mergecore.printable import printable, printable_lines
 from mergecore.sizes import told_size
+from mergecore.starting import importing
 
 if TYPE_CHECKING:
     from mergecore.progress import Progress
@@ -206,7 +207,8 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _merge_spec(spec: MergeSpec, options: argparse.Namespace) -> int:
-    from mergecore.merging import merge
+    with importing():
+        from mergecore.merging import merge
 
     with _stop_on_signals() as stopped, _bar() as show:
 
