@@ -15,16 +15,16 @@ struct Moments {
 MERGECORE_CLONES
 void add_model_pieces(const Matrix& matrix, const Pieces& pieces, const double* base,
                       Moments sums) {
-  const int count = pieces.count;
   with_dtype(matrix.dtype, [&](auto type) __attribute__((always_inline)) {
-    auto add = [&](auto as, const auto* model, int i) __attribute__((always_inline)) {
+    auto add = [&](auto as, auto count, const auto* model, int i) __attribute__((always_inline)) {
       typename decltype(as)::Lanes dd, da, xx, x, a;
       load(sums.dd + i, dd);
       load(sums.da + i, da);
       load(sums.xx + i, xx);
-      for (int p = 0; p < count; ++p) {
-        load(model + p * kRun, x);
-        load(base + p * kBlock + i, a);
+      const double* start = base + i;
+      for (int p = 0; p < count; ++p, model += kPart, start += kBlock) {
+        load(model, x);
+        load(start, a);
         const auto d = x - a;
         multiply_add(d, d, dd);
         multiply_add(d, a, da);
@@ -41,14 +41,14 @@ void add_model_pieces(const Matrix& matrix, const Pieces& pieces, const double* 
 // Adds the squares and leaves the pieces in `base`.
 MERGECORE_CLONES
 void add_base_pieces(const Matrix& matrix, const Pieces& pieces, double* base, double* sums) {
-  const int count = pieces.count;
   with_dtype(matrix.dtype, [&](auto type) __attribute__((always_inline)) {
-    auto add = [&](auto as, const auto* numbers, int i) __attribute__((always_inline)) {
+    auto add = [&](auto as, auto count, const auto* numbers, int i) __attribute__((always_inline)) {
       typename decltype(as)::Lanes aa, a;
       load(sums + i, aa);
-      for (int p = 0; p < count; ++p) {
-        load(numbers + p * kRun, a);
-        store(a, base + p * kBlock + i);
+      double* to = base + i;
+      for (int p = 0; p < count; ++p, numbers += kPart, to += kBlock) {
+        load(numbers, a);
+        store(a, to);
         multiply_add(a, a, aa);
       }
       store(aa, sums + i);
@@ -90,6 +90,8 @@ auto moment_adder(const Inputs& in) {
     if (in.base.data != nullptr) {
       add_base_pieces(in.base, pieces, entries, to);
       base = entries;
+    } else {
+      for (int i = 0; i < pieces.n; ++i) to[i] += 0.0;  // zeros are added as well: -0.0 becomes 0.0
     }
     for (int m = 0; m < in.count; ++m) {
       double* first = to + (1 + 3 * m) * to_stride;

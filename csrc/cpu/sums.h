@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "chunk.h"
 #include "lanes.h"
@@ -16,7 +17,7 @@ namespace mergecore::cpu {
 
 constexpr int kPieces = 8;        // pieces added per visit of the accumulators
 constexpr int kBlock = 256;       // entries of a piece at most: 8 of float64 are half an L1 cache
-constexpr int kRun = 32;          // entries of each piece that are converted and added at a time
+constexpr int kPart = 32;         // entries of each piece that are converted and added at a time
 constexpr int64_t kStrip = 2048;  // columns whose accumulators stay in the L2 cache; a page of bf16
 constexpr int64_t kMaxSums = 1 + 3 * kMaxModels;
 
@@ -36,39 +37,48 @@ struct As {
   using Lanes = Type;
 };
 
-// numbers[p * kRun + i] is entry i of piece p from `bits` on, exactly.
+// numbers[p * kPart + i] is entry i of piece p from `bits` on, exactly.
 template <class T>
-inline __attribute__((always_inline)) void load_run(const typename T::Bits* bits, int64_t stride,
-                                                    int count, int n, typename T::Number* numbers) {
+inline __attribute__((always_inline)) void load_part(const typename T::Bits* bits, int64_t stride,
+                                                     int count, int n,
+                                                     typename T::Number* numbers) {
   for (int p = 0; p < count; ++p) {
-    for (int i = 0; i < n; ++i) numbers[p * kRun + i] = T::load(bits[p * stride + i]);
+    const auto* from = bits + p * stride;
+    auto* to = numbers + p * kPart;
+    for (int i = 0; i < n; ++i) to[i] = T::load(from[i]);
   }
 }
 
-// Calls f(As<Lanes>, numbers, i) for all pieces' entries i, i + 1, ...: those of piece p are
-// numbers[p * kRun] on. Reading goes on evenly beside the arithmetic: only so many lines can be
-// under way at once, and a processor looks only so far ahead.
+// Calls f(As<Lanes>, count, numbers, i) for entries i, i + 1, ... of all pieces: those of piece p
+// are numbers[p * kPart] on. `count` is pieces.count, as a constant where it is kPieces. Reading
+// goes on evenly beside the arithmetic: only so many lines can be under way at once, and a
+// processor looks only so far ahead.
 template <class T, class F>
 inline __attribute__((always_inline)) void each_lanes(const Matrix& matrix, const Pieces& pieces,
                                                       const F& f) {
-  alignas(64) typename T::Number numbers[kPieces * kRun];
+  alignas(64) typename T::Number numbers[kPieces * kPart];
   const auto* data = static_cast<const typename T::Bits*>(matrix.data);
   constexpr int kLine = 64 / sizeof(typename T::Bits);
-  for (int first = 0; first < pieces.n; first += kRun) {
+  for (int first = 0; first < pieces.n; first += kPart) {
     const auto* bits = data + pieces.entry + first;
     const auto* ahead = data + pieces.next + first;
-    const int n = std::min(kRun, pieces.n - first);
-    if (n == kRun) {  // of a length that the compiler knows
-      load_run<T>(bits, pieces.stride, pieces.count, kRun, numbers);
+    const int n = std::min(kPart, pieces.n - first);
+    if (n == kPart) {  // of a length that the compiler knows
+      load_part<T>(bits, pieces.stride, pieces.count, kPart, numbers);
     } else {
-      load_run<T>(bits, pieces.stride, pieces.count, n, numbers);
+      load_part<T>(bits, pieces.stride, pieces.count, n, numbers);
     }
     for (int i = 0; i < n; i += kLine) {
       for (int p = 0; p < kPieces; ++p) __builtin_prefetch(ahead + p * pieces.stride + i, 0, 2);
     }
     int i = 0;
-    for (; i + kEight <= n; i += kEight) f(As<Eight>{}, numbers + i, first + i);
-    for (; i < n; ++i) f(As<double>{}, numbers + i, first + i);
+    if (n == kPart && pieces.count == kPieces) {
+      constexpr std::integral_constant<int, kPieces> all;
+      for (; i < kPart; i += kEight) f(As<Eight>{}, all, numbers + i, first + i);
+      continue;
+    }
+    for (; i + kEight <= n; i += kEight) f(As<Eight>{}, pieces.count, numbers + i, first + i);
+    for (; i < n; ++i) f(As<double>{}, pieces.count, numbers + i, first + i);
   }
 }
 
