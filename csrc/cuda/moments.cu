@@ -35,10 +35,11 @@ __device__ __forceinline__ void add(const Entries<T>& model, const Entries<T>& b
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
     if (j >= n) continue;
-    if (m == 0) sums.aa[j] = fma(a[j], a[j], sums.aa[j]);
-    sums.xx[j] = fma(x[j], x[j], sums.xx[j]);
+    // In this order ptxas keeps all of it in registers.
     sums.da[j] = fma(d[j], a[j], sums.da[j]);
+    if (m == 0) sums.aa[j] = fma(a[j], a[j], sums.aa[j]);
     sums.dd[j] = fma(d[j], d[j], sums.dd[j]);
+    sums.xx[j] = fma(x[j], x[j], sums.xx[j]);
   }
 }
 
