@@ -82,7 +82,7 @@ GRAM_BLOCK = 4096
 
 
 def moment_count(models: int) -> int:
-    """Rows of a moments tensor: a.a, then d.d, d.(x + a) and x.x of each model."""
+    """Rows of a moments tensor: a.a, then d.d, d.a and x.x of each model."""
     return 1 + 3 * models
 
 

@@ -3,36 +3,103 @@
 // Both are the same loop: pieces of entries are added lane by lane, in order. For columns across
 // rows a piece is one row's share of a column block; for columns along rows the pieces are
 // consecutive parts of one row, and the lanes are added last. Either way a caller's
-//   add(entry, stride, pieces, n, to, to_stride)
-// adds `pieces` pieces of n entries, which start at window entry `entry` and lie `stride` apart, to
-// the first n of each run of accumulators; runs lie `to_stride` apart.
+//   add(pieces, to, to_stride)
+// adds them to the first pieces.n of each run of accumulators; runs lie `to_stride` apart.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "chunk.h"
+#include "lanes.h"
 
 namespace mergecore::cpu {
 
-constexpr int kPieces = 16;       // pieces added per visit of the accumulators
+constexpr int kPieces = 8;        // pieces added per visit of the accumulators
+constexpr int kBlock = 256;       // entries of a piece at most: 8 of float64 are half an L1 cache
+constexpr int kPart = 32;         // entries of each piece that are converted and added at a time
 constexpr int64_t kStrip = 2048;  // columns whose accumulators stay in the L2 cache; a page of bf16
 constexpr int64_t kMaxSums = 1 + 3 * kMaxModels;
 
+// `count` (at most kPieces) pieces of n (at most kBlock) entries, `stride` entries apart, that
+// start at window entry `entry`. Those of the next visit start at `next`.
+struct Pieces {
+  int64_t entry;
+  int64_t next;
+  int64_t stride;
+  int count;
+  int n;
+};
+
+// Which lanes a function of each_lanes is to take: Eight or double.
+template <class Type>
+struct As {
+  using Lanes = Type;
+};
+
+// numbers[p * kPart + i] is entry i of piece p from `bits` on, exactly.
+template <class T>
+inline __attribute__((always_inline)) void load_part(const typename T::Bits* bits, int64_t stride,
+                                                     int count, int n,
+                                                     typename T::Number* numbers) {
+  for (int p = 0; p < count; ++p) {
+    const auto* from = bits + p * stride;
+    auto* to = numbers + p * kPart;
+    for (int i = 0; i < n; ++i) to[i] = T::load(from[i]);
+  }
+}
+
+// Calls f(As<Lanes>, count, numbers, i) for entries i, i + 1, ... of all pieces: those of piece p
+// are numbers[p * kPart] on. `count` is pieces.count, as a constant where it is kPieces. Reading
+// goes on evenly beside the arithmetic: only so many lines can be under way at once, and a
+// processor looks only so far ahead.
+template <class T, class F>
+inline __attribute__((always_inline)) void each_lanes(const Matrix& matrix, const Pieces& pieces,
+                                                      const F& f) {
+  alignas(64) typename T::Number numbers[kPieces * kPart];
+  const auto* data = static_cast<const typename T::Bits*>(matrix.data);
+  constexpr int kLine = 64 / sizeof(typename T::Bits);
+  for (int first = 0; first < pieces.n; first += kPart) {
+    const auto* bits = data + pieces.entry + first;
+    const auto* ahead = data + pieces.next + first;
+    const int n = std::min(kPart, pieces.n - first);
+    if (n == kPart) {  // of a length that the compiler knows
+      load_part<T>(bits, pieces.stride, pieces.count, kPart, numbers);
+    } else {
+      load_part<T>(bits, pieces.stride, pieces.count, n, numbers);
+    }
+    for (int i = 0; i < n; i += kLine) {
+      for (int p = 0; p < kPieces; ++p) __builtin_prefetch(ahead + p * pieces.stride + i, 0, 2);
+    }
+    int i = 0;
+    if (n == kPart && pieces.count == kPieces) {
+      constexpr std::integral_constant<int, kPieces> all;
+      for (; i < kPart; i += kEight) f(As<Eight>{}, all, numbers + i, first + i);
+      continue;
+    }
+    for (; i + kEight <= n; i += kEight) f(As<Eight>{}, pieces.count, numbers + i, first + i);
+    for (; i < n; ++i) f(As<double>{}, pieces.count, numbers + i, first + i);
+  }
+}
+
 // Columns [begin, end) of sums[count][columns] (finished tiles) and pending[count][columns], in
-// blocks of at most `block` columns.
+// blocks of at most kBlock columns.
 template <class Add>
-void sum_columns(const Window& w, int64_t count, int64_t block, double* sums, double* pending,
-                 int64_t begin, int64_t end, const Add& add) {
+void sum_columns(const Window& w, int64_t count, double* sums, double* pending, int64_t begin,
+                 int64_t end, const Add& add) {
   for (int64_t strip = begin; strip < end; strip += kStrip) {
     const int64_t strip_end = std::min(end, strip + kStrip);
     for (int64_t row = 0; row < w.rows;) {
       const int64_t in_tile = (w.first_row + row) % kTileRows;
       const int64_t left = std::min(w.rows - row, kTileRows - in_tile);
       const int pieces = static_cast<int>(std::min<int64_t>(kPieces, left));
-      for (int64_t column = strip; column < strip_end; column += block) {
-        const int n = static_cast<int>(std::min(block, strip_end - column));
+      // The next rows of the strip, or the next strip.
+      const int64_t below = row + pieces < w.rows ? (row + pieces) * w.columns + strip : strip_end;
+      for (int64_t column = strip; column < strip_end; column += kBlock) {
+        const int n = static_cast<int>(std::min<int64_t>(kBlock, strip_end - column));
         const int64_t entry = row * w.columns + column;
-        add(entry, w.columns, pieces, n, pending + column, w.columns);
+        const int64_t next = column + kBlock < strip_end ? entry + kBlock : below;
+        add(Pieces{entry, next, w.columns, pieces, n}, pending + column, w.columns);
       }
       row += pieces;
       if ((w.first_row + row) % kTileRows != 0) continue;
@@ -53,16 +120,14 @@ void sum_rows(const Window& w, int64_t count, double* sums, int64_t total_rows, 
   alignas(64) double lanes[kMaxSums * kLanes];
   for (int64_t row = begin; row < end; ++row) {
     std::fill_n(lanes, count * kLanes, 0.0);
-    const int64_t first = row * w.columns;
-    int64_t column = 0;
-    while (w.columns - column >= kLanes) {
-      const int64_t whole = (w.columns - column) / kLanes;
-      const int pieces = static_cast<int>(std::min<int64_t>(kPieces, whole));
-      add(first + column, kLanes, pieces, kLanes, lanes, kLanes);
-      column += pieces * kLanes;
-    }
-    if (column < w.columns) {
-      add(first + column, kLanes, 1, static_cast<int>(w.columns - column), lanes, kLanes);
+    int64_t entry = row * w.columns;
+    for (int64_t left = w.columns; left > 0;) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, left));
+      const int pieces = static_cast<int>(std::min<int64_t>(kPieces, left / n));
+      const int64_t next = entry + pieces * n;
+      add(Pieces{entry, next, kLanes, pieces, n}, lanes, kLanes);
+      entry = next;
+      left -= pieces * n;
     }
     for (int64_t k = 0; k < count; ++k) {
       double* lane = lanes + k * kLanes;

@@ -11,7 +11,7 @@ namespace {
 struct Lanes {
   double aa[kEntries] = {};
   double dd[kEntries] = {};
-  double dg[kEntries] = {};  // d.(x + a)
+  double da[kEntries] = {};
   double xx[kEntries] = {};
 };
 
@@ -35,9 +35,10 @@ __device__ __forceinline__ void add(const Entries<T>& model, const Entries<T>& b
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
     if (j >= n) continue;
+    // In this order ptxas keeps all of it in registers.
+    sums.da[j] = fma(d[j], a[j], sums.da[j]);
     if (m == 0) sums.aa[j] = fma(a[j], a[j], sums.aa[j]);
     sums.dd[j] = fma(d[j], d[j], sums.dd[j]);
-    sums.dg[j] = fma(d[j], x[j] + a[j], sums.dg[j]);
     sums.xx[j] = fma(x[j], x[j], sums.xx[j]);
   }
 }
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   if (tile == 0) {
     if (m == 0) load_sums(pending + column, n, sums.aa);
     load_sums(pending + first * w.columns + column, n, sums.dd);
-    load_sums(pending + (first + 1) * w.columns + column, n, sums.dg);
+    load_sums(pending + (first + 1) * w.columns + column, n, sums.da);
     load_sums(pending + (first + 2) * w.columns + column, n, sums.xx);
   }
   constexpr int kSteps = kInFlight<T>;
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   double* to = partial + tile * moments * w.columns + column;
   if (m == 0) store_sums<kVector>(to, sums.aa, n);
   store_sums<kVector>(to + first * w.columns, sums.dd, n);
-  store_sums<kVector>(to + (first + 1) * w.columns, sums.dg, n);
+  store_sums<kVector>(to + (first + 1) * w.columns, sums.da, n);
   store_sums<kVector>(to + (first + 2) * w.columns, sums.xx, n);
 }
 
@@ -121,13 +122,13 @@ __global__ void __launch_bounds__(kRowThreads)
     }
   }
   // Threads without a row take part, so that the whole warp meets in every shuffle.
-  const double aa = halve(sums.aa), dd = halve(sums.dd), dg = halve(sums.dg), xx = halve(sums.xx);
+  const double aa = halve(sums.aa), dd = halve(sums.dd), da = halve(sums.da), xx = halve(sums.xx);
   if (row >= w.rows || thread != 0) return;
   double* to = out + w.first_row + row;
   const int64_t first = 1 + 3 * static_cast<int64_t>(m);
   if (m == 0) to[0] = aa;
   to[first * total_rows] = dd;
-  to[(first + 1) * total_rows] = dg;
+  to[(first + 1) * total_rows] = da;
   to[(first + 2) * total_rows] = xx;
 }
 

@@ -176,7 +176,7 @@ class Moments:
 
     aa: Tensor
     dd: Tensor
-    dg: Tensor
+    da: Tensor
     xx: Tensor
 
     @classmethod
@@ -208,9 +208,9 @@ class Moments:
         return torch.where(most > 2.0 * noise, divergence, differs)
 
     def _magnitude_change(self) -> Tensor:
-        # |x| - |a| = d.(x + a) / (|x| + |a|)
+        # |x| - |a| = d.(x + a) / (|x| + |a|), and d.(x + a) = 2 d.a + d.d up to the noise of |d| (|d| + |a|).
         total = self.xx.sqrt() + self.aa.sqrt()
-        return torch.where(total > 0, self.dg / total, torch.zeros_like(total))
+        return torch.where(total > 0, (2.0 * self.da + self.dd) / total, torch.zeros_like(total))
 
 
 @dataclass(frozen=True)

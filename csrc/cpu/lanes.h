@@ -1,0 +1,44 @@
+// Eight adjacent float64 numbers as one value, for sums that stay in registers while entries pass
+// by. Not for loops that compilers vectorise well by themselves: through narrow types they take
+// wider steps, and pay for them in shuffles.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+namespace mergecore::cpu {
+
+constexpr int kEight = 8;
+using Eight = double __attribute__((vector_size(kEight * sizeof(double))));
+
+// The same names for one number, for what is left of a run. All go by reference: the registers
+// that vectors are passed in differ between instruction sets.
+template <class Number>
+inline __attribute__((always_inline)) void load(const Number* from, double& to) {
+  to = from[0];
+}
+
+template <class Number>
+inline __attribute__((always_inline)) void load(const Number* from, Eight& to) {
+  to = Eight{from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7]};
+}
+
+template <class Lanes>
+inline __attribute__((always_inline)) void store(const Lanes& from, double* to) {
+  memcpy(to, &from, sizeof(Lanes));
+}
+
+// sum += a * b, rounded once.
+inline __attribute__((always_inline)) void multiply_add(const double& a, const double& b,
+                                                        double& sum) {
+  sum = fma(a, b, sum);
+}
+
+inline __attribute__((always_inline)) void multiply_add(const Eight& a, const Eight& b,
+                                                        Eight& sum) {
+  sum = Eight{fma(a[0], b[0], sum[0]), fma(a[1], b[1], sum[1]), fma(a[2], b[2], sum[2]),
+              fma(a[3], b[3], sum[3]), fma(a[4], b[4], sum[4]), fma(a[5], b[5], sum[5]),
+              fma(a[6], b[6], sum[6]), fma(a[7], b[7], sum[7])};
+}
+
+}  // namespace mergecore::cpu
