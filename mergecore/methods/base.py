@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -187,7 +188,7 @@ class Moments:
 
     def magnitude_divergence(self) -> Tensor:
         """| |x| - |a| | per column, (models, columns) (WIDEN eq. 2, first line)."""
-        return self._magnitude_change().abs()
+        return self._magnitude_change.abs()
 
     def direction_divergence(self) -> Tensor:
         """1 - cos(x, a) per column, (models, columns) (WIDEN eq. 2, second line), without cancellation.
@@ -195,11 +196,11 @@ class Moments:
         Columns that are zero in both count 0, in one of them 1; so does one that is 2^-41 of the other
         or less, whose direction float64 sums do not tell.
         """
-        change = self._magnitude_change()
+        change, (x, a) = self._magnitude_change, self._norms
         # d.d - (|x| - |a|)^2 = 2 |x| |a| (1 - cos) lies in [0, most]: at the ends, parallel and opposite
         # columns, it is exact up to the noise of d.d.
         numerator = self.dd - change * change
-        product = self.xx.sqrt() * self.aa.sqrt()
+        product = x * a
         most, noise = 4.0 * product, NOISE * self.dd
         divergence = numerator / (2.0 * product)
         divergence = torch.where(numerator <= noise, torch.zeros_like(divergence), divergence)
@@ -207,9 +208,15 @@ class Moments:
         differs = (self.dd > 0).to(divergence.dtype)
         return torch.where(most > 2.0 * noise, divergence, differs)
 
+    @cached_property
+    def _norms(self) -> tuple[Tensor, Tensor]:
+        return self.xx.sqrt(), self.aa.sqrt()
+
+    @cached_property
     def _magnitude_change(self) -> Tensor:
         # |x| - |a| = d.(x + a) / (|x| + |a|), and d.(x + a) = 2 d.a + d.d up to the noise of |d| (|d| + |a|).
-        total = self.xx.sqrt() + self.aa.sqrt()
+        x, a = self._norms
+        total = x + a
         return torch.where(total > 0, (2.0 * self.da + self.dd) / total, torch.zeros_like(total))
 
 
