@@ -2,10 +2,10 @@
 one run. Peers: mergekit for what it has, and for widen a whole-tensor implementation (whole_tensor_widen.py).
 
     python -m benchmarks.merges [--geometry 1.8b] [--work DIR] [--mergekit PATH/TO/mergekit-yaml] [--methods A,B]
-                               [--json [FILE]]
+                               [--cold] [--json [FILE]]
 
-Needs about 5 times the checkpoint's bytes of disk (1.8b: 19 GB). Inputs are read once beforehand, so
-the page cache is warm where it is large enough. Rounds alternate between the tools; the table shows
+Needs about 5 times the checkpoint's bytes of disk (1.8b: 19 GB). Inputs are read once beforehand, so the page cache is
+warm where it is large enough; with --cold it holds none of them. Rounds alternate between the tools; the table shows
 each one's minimum, beside mergekit's for the methods that it has.
 """
 
@@ -134,7 +134,7 @@ def write_specs(work: Path, folders: list[Path], methods: list[str]) -> dict[str
 
 
 def measure(
-    work: Path, folders: list[Path], rounds: int, mergekit: str | None, methods: list[str]
+    work: Path, folders: list[Path], rounds: int, mergekit: str | None, methods: list[str], *, cold: bool
 ) -> list[Measurement]:
     """All merges, alternating between the tools round by round."""
     nbytes = sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
@@ -152,7 +152,10 @@ def measure(
         for name, command in commands.items():
             out = work / "out"
             shutil.rmtree(out, ignore_errors=True)
-            warm(folders)
+            if cold:
+                floors.forget(path for folder in folders for path in folder.glob("*.safetensors"))
+            else:
+                warm(folders)
             told = work / "told.json"
             try:
                 seconds, peak = run([str(out) if part == "OUT" else part for part in command], told)
@@ -177,6 +180,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"), help="the peer's command, if installed")
     parser.add_argument("--methods", default="linear,task_arithmetic,slerp,ties,widen", help=f"of {', '.join(SPECS)}")
+    parser.add_argument("--cold", action="store_true", help="read the inputs from the disk")
     add_json(parser)
     options = parser.parse_args()
     temporary = None if options.work else tempfile.TemporaryDirectory(prefix="mergecore-bench-")
@@ -185,10 +189,10 @@ def main() -> int:
     methods = options.methods.split(",")
     folders = make(work / options.geometry, GEOMETRIES[options.geometry])
     least = floors.measure(folders, work)
-    results = measure(work, folders, options.rounds, options.mergekit, methods)
+    results = measure(work, folders, options.rounds, options.mergekit, methods, cold=options.cold)
     if temporary is not None:
         temporary.cleanup()
-    floor = floors.floor_of_a_merge(least)
+    floor = floors.floor_of_a_merge(least, cold=options.cold)
     peers = "peer: process", "peak memory", "times faster"
     table = Table("method", "merge", "of the floor", "whole process", "peak memory", *peers)
     found = {result.name: result for result in results}
@@ -205,8 +209,14 @@ def main() -> int:
             row += [f"{theirs.seconds:.1f} s", f"{theirs.peak_rss >> 20} MiB", ratio]
         table.add_row(method, *row)
     title = f"three {options.geometry} bf16 checkpoints, mergecore with --memory {MEMORY}"
-    told = f"floor of a merge: inputs once, output written and synced: {floor:.2f} s"
-    everything = {"geometry": options.geometry, "floors": least, "merges": [asdict(result) for result in results]}
+    inputs = "inputs once from the disk" if options.cold else "inputs once from memory"
+    told = f"floor of a merge: {inputs}, output written and synced: {floor:.2f} s"
+    everything = {
+        "geometry": options.geometry,
+        "cold": options.cold,
+        "floors": least,
+        "merges": [asdict(result) for result in results],
+    }
     tell(options, everything, title, floors.table(least), told, table)
     return 0
 

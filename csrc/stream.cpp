@@ -1,9 +1,12 @@
-// mergecore._stream as Python sees it: windows over files (stream/windows.h), and early write-back
-// for the writer. Knows bytes, pages and faults; knows nothing of tensors or safetensors.
+// mergecore._stream as Python sees it: windows over files (stream/windows.h), and what the writer
+// needs of the kernel: early write-back, and whether the page cache may be left out. Knows bytes,
+// pages and faults; knows nothing of tensors or safetensors.
 #include <fcntl.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <memory>
 #include <string>
@@ -22,6 +25,21 @@ void sync_range(int fd, int64_t offset, int64_t nbytes, unsigned flags) {
   if (errno == ENOSYS || errno == EINVAL || errno == ESPIPE) return;  // cannot, or need not
   throw os_error("write-back of " + std::to_string(nbytes) + " bytes at offset " +
                  std::to_string(offset) + " failed");
+}
+
+// The multiple that offsets in the file, lengths and addresses must have for O_DIRECT; 0 where the
+// file system does not say that it has it (Linux 6.1).
+int64_t direct_alignment(int fd) {
+#ifdef STATX_DIOALIGN
+  struct statx status = {};
+  if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) == 0 &&
+      (status.stx_mask & STATX_DIOALIGN) != 0 && status.stx_dio_offset_align != 0) {
+    return std::max(status.stx_dio_offset_align, status.stx_dio_mem_align);
+  }
+#else
+  static_cast<void>(fd);
+#endif
+  return 0;
 }
 
 // ---- Python -------------------------------------------------------------------------------------
@@ -116,6 +134,7 @@ PYBIND11_MODULE(_stream, module) {
         sync_range(fd, offset, nbytes, SYNC_FILE_RANGE_WRITE);
       },
       py::arg("fd"), py::arg("offset"), py::arg("nbytes"));
+  module.def("direct_alignment", &direct_alignment, py::arg("fd"));
   module.def(
       "wait_writeback",
       [](int fd, int64_t offset, int64_t nbytes) {

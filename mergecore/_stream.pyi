@@ -72,6 +72,10 @@ class WindowStream:
         traceback: TracebackType | None,
     ) -> None: ...
 
+def direct_alignment(fd: int) -> int:
+    """The multiple that offsets, lengths and addresses must have where a file is read or written with O_DIRECT; 0 if
+    its file system does not say that this is possible."""
+
 def start_writeback(fd: int, offset: int, nbytes: int) -> None:
     """Starts writing dirty pages of the range to disk and returns; does nothing where it is not supported."""
 

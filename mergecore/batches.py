@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mergecore.budget import held, windowed
 from mergecore.jobs import TensorJob
@@ -30,7 +31,7 @@ class Batch:
     is_last: bool = True
     """Whether no other batch reads the tensor after it."""
 
-    @property
+    @cached_property
     def reads_before(self) -> int:
         """Reads of the whole tensor before its first matrix is looked at: what is kept, and sums over what is kept."""
         jobs = [job for _, job in self.jobs if job.scope == "tensor"]
@@ -39,7 +40,7 @@ class Batch:
         sums = {statistics_key(job) for job in jobs if job.elects and job.statistics.is_read}
         return sum(sparsified.values()) + sum(kept.values()) + len(sums)
 
-    @property
+    @cached_property
     def reads_of_matrix(self) -> int:
         """Reads of each matrix before its blend."""
         jobs = [job for _, job in self.jobs if job.scope == "tensor" and not job.elects]
@@ -55,7 +56,7 @@ class Batch:
         """Bytes of windows, every read counted."""
         return self.form.input_bytes * self.reads + sum(gram.nbytes for gram in self.form.input_grams)
 
-    @property
+    @cached_property
     def held_bytes(self) -> int:
         """Memory held at most, beside the process itself."""
         return held(self.form, [job for _, job in self.jobs[1:]])

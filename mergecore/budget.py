@@ -14,6 +14,8 @@ from mergecore.selecting import BLOCK, held_bytes
 from mergecore.sources import Stored, scratch_bytes
 from mergecore.spec import MergeSpec
 
+MOST_WAITING = 256 << 20
+
 
 def _row_bytes(job: TensorJob) -> tuple[int, int]:
     """Bytes of one row of all inputs, and of the output. What is derived while it streams is made in float64."""
@@ -119,6 +121,19 @@ def windowed(job: TensorJob, spec: MergeSpec, others: Sequence[TensorJob] = (), 
     windowed = replace(job, window_rows=max(1, rows), keep=False)
     kept = replace(windowed, keep=again or (job.passes > 1 and job.scope == "tensor"))
     return kept if kept.keep and held(kept, others) <= memory else windowed
+
+
+def waiting_bytes(held: int, memory: int) -> int:
+    """Bytes of results that may wait for the disk, beside two windows of them, in what is left of a merge's memory: so
+    the disk has something to write while only statistics are gathered."""
+    return max(0, min(memory - held, MOST_WAITING))
+
+
+def result_bytes(job: TensorJob) -> int:
+    """Bytes of the output of one window."""
+    if job.parameters is None:
+        return job.window_rows * ITEM_BYTES[job.dtype]
+    return job.window_rows * _row_bytes(job)[1]
 
 
 def device_bytes(job: TensorJob) -> int:

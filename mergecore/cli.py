@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 from mergecore import __version__
 from mergecore.errors import Interrupted, MergecoreError, SpecError
 from mergecore.printable import printable, printable_lines
+from mergecore.sizes import told_size
+from mergecore.starting import importing
 
 if TYPE_CHECKING:
-    from mergecore.planning import MergePlan
     from mergecore.progress import Progress
     from mergecore.spec import MergeSpec
 
@@ -206,7 +207,8 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _merge_spec(spec: MergeSpec, options: argparse.Namespace) -> int:
-    from mergecore.merging import merge
+    with importing():
+        from mergecore.merging import merge
 
     with _stop_on_signals() as stopped, _bar() as show:
 
@@ -227,8 +229,8 @@ def _merge_spec(spec: MergeSpec, options: argparse.Namespace) -> int:
         print(json.dumps(result.as_dict(), indent=2))
     else:
         print(
-            f"{result.output}: {result.tensors} tensors by {result.method}, read {_gb(result.bytes_read)}, "
-            f"wrote {_gb(result.bytes_written)} in {result.seconds:.1f} s, "
+            f"{result.output}: {result.tensors} tensors by {result.method}, read {told_size(result.bytes_read)}, "
+            f"wrote {told_size(result.bytes_written)} in {result.seconds:.1f} s, "
             f"peak memory {result.peak_rss / 2**20:.0f} MiB"
         )
     return 0
@@ -273,98 +275,30 @@ def _log_lines(interval: float = 10.0) -> Callable[[str, int, int], None]:
         nonlocal last
         if time.monotonic() - last >= interval:
             last = time.monotonic()
-            logging.info("%s, %s of %s", what, _gb(done), _gb(total))
+            logging.info("%s, %s of %s", what, told_size(done), told_size(total))
 
     return log
 
 
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**7 else f"{nbytes / 1e6:.2f} MB"
-
-
 def _plan(options: argparse.Namespace) -> int:
-    from mergecore import estimate
     from mergecore.planning import plan, with_run
     from mergecore.spec import load_spec
 
     spec = with_run(load_spec(options.spec), device=options.device, memory=options.memory, threads=options.threads)
+    report: Any
+    planned: Any
     if spec.sweep is not None:
-        return _plan_sweep(spec, options.json)
-    planned = plan(spec)
-    facts: dict[str, Any] = {
-        "method": planned.method.name,
-        "models": [str(model.path) for model in planned.models],
-        "base": str(planned.base.path) if planned.base is not None else None,
-        "tensors": len(planned.jobs),
-        "passes": planned.passes,
-        "bytes_read": planned.bytes_to_read,
-        "bytes_written": planned.bytes_to_write,
-        "memory_held": planned.held_bytes,
-        "shards": [shard.filename for shard in planned.layout.shards],
-        "compute_seconds": round(estimate.seconds(planned), 3),
-        "warnings": list(planned.warnings),
-        "candidates": spec.evolve.generations * spec.evolve.candidates if spec.evolve is not None else 0,
-        "earlier": [
-            {"name": path.name, "method": merge.method.name, "bytes_read": merge.bytes_to_read,
-             "bytes_written": merge.bytes_to_write, "warnings": list(merge.warnings)}
-            for path, merge in planned.earlier
-        ],
-    }  # fmt: skip
-    if planned.data:
-        from mergecore.features.fitting import held_bytes, kept_bytes
+        from mergecore import sweep_report as report
+        from mergecore.sweeping import plan_sweep
 
-        facts["fit_bytes"] = kept_bytes(planned)
-        facts["memory_held"] = max(planned.held_bytes, held_bytes(planned))
-    if options.json:
-        print(json.dumps({**facts, "jobs": _jobs(planned)}, indent=2))
-        return 0
-    if spec.evolve is not None:
-        print(f"search    {spec.evolve.generations} generations of {spec.evolve.candidates} candidates; one merge is:")
-    for merge in facts["earlier"]:
-        print(f"before    {merge['name']} by {merge['method']}: read {_gb(merge['bytes_read'])}, write "
-              f"{_gb(merge['bytes_written'])}")  # fmt: skip
-    print(
-        f"method    {facts['method']}, {len(facts['models'])} models"
-        + (f", base {facts['base']}" if facts["base"] else "")
-    )
-    print(f"read      {_gb(facts['bytes_read'])} in {facts['passes']} pass(es) over {facts['tensors']} tensors")
-    print(f"write     {_gb(facts['bytes_written'])} in {len(facts['shards'])} file(s)")
-    print(f"hold      {facts['memory_held'] / 2**20:.0f} MiB beside the process itself")
-    for what, nbytes in facts.get("fit_bytes", {}).items():
-        where = "" if what.endswith("in memory") else "; beyond --memory in a file beside the output"
-        print(f"fit       {_gb(nbytes)} of {what} at most{where}")
-    print(f"compute   {facts['compute_seconds']:.1f} s at the speed of this machine's memory; slow disks come on top")
-    for warning in planned.warnings:
-        print(f"warning   {printable(warning)}")
-    return 0
-
-
-def _plan_sweep(spec: MergeSpec, as_json: bool) -> int:
-    from mergecore import sweep_report
-    from mergecore.sweeping import plan_sweep
-
-    sweep = plan_sweep(spec)
-    if as_json:
-        print(json.dumps(sweep_report.facts(sweep), indent=2))
+        planned = plan_sweep(spec)
     else:
-        print("\n".join(map(printable, sweep_report.lines(sweep))))
+        from mergecore import plan_report as report
+
+        planned = plan(spec)
+    facts = report.facts(planned)
+    print(json.dumps(facts, indent=2) if options.json else "\n".join(map(printable, report.lines(planned))))
     return 0
-
-
-def _jobs(planned: MergePlan) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": job.name,
-            "shape": list(job.shape),
-            "dtype": job.dtype,
-            "action": "merge" if job.parameters is not None else "copy",
-            "orientation": job.orientation,
-            "matrices": job.matrices,
-            "window_rows": job.window_rows,
-            "parameters": dict(job.parameters) if job.parameters is not None else None,
-        }
-        for job in planned.jobs
-    ]
 
 
 def _linearity(options: argparse.Namespace) -> int:
@@ -409,7 +343,7 @@ def _inspect(options: argparse.Namespace) -> int:
         )
     _print_table(table)
     total = sum(info.nbytes for info in model.tensors.values())
-    print(f"{len(model.tensors)} tensors, {_gb(total)}, {len(model.files)} file(s)")
+    print(f"{len(model.tensors)} tensors, {told_size(total)}, {len(model.files)} file(s)")
     return 0
 
 
@@ -436,7 +370,7 @@ def _stats(options: argparse.Namespace) -> int:
         return 0
     print(
         f"{result.output}: {' and '.join(result.kinds)} of {result.tensors} tensors from {result.samples} texts of "
-        f"{result.tokens} tokens, wrote {_gb(result.bytes_written)} in {result.seconds:.1f} s"
+        f"{result.tokens} tokens, wrote {told_size(result.bytes_written)} in {result.seconds:.1f} s"
     )
     if result.left_out:
         print(f"{len(result.left_out)} matrices have no Gram matrix and will be averaged by regmean")

@@ -41,8 +41,8 @@ class CpuDevice:
     torch_device = torch.device("cpu")
     readers = 1
     """Threads that bring windows into memory while others are computed."""
-    buffers = 2
-    """Buffers of the writer: one is filled while the other is written."""
+    pending = 0
+    """Results that are on their way to the writer at most."""
     room = 0
     """Bytes of tensors that stay on the device from one pass to the next."""
 
@@ -103,7 +103,7 @@ class CudaDevice:
     keeps; None: most of what is free.
     """
 
-    buffers = 4
+    pending = 2
 
     def __init__(self, device: torch.device, memory: int | None = None) -> None:
         self.torch_device = device
@@ -168,8 +168,7 @@ class CudaDevice:
             result.record_stream(self._out)
             arrived.record(self._out)
         self._pending.append((arrived, then))
-        # The writer has a buffer to write, and one is for the next result.
-        while len(self._pending) > self.buffers - 2:
+        while len(self._pending) > self.pending:
             self._arrive()
 
     def flush(self) -> None:

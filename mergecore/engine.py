@@ -208,9 +208,10 @@ class Merge:
             _, (data,) = next(windows)
             for number, job in batch.jobs:
                 writer = self.outputs[number].writer
-                buffer = writer.acquire(data.nbytes)
+                offset = first_row * (data.nbytes // rows)
+                buffer = writer.acquire(job.name, offset, data.nbytes)
                 buffer[:] = data
-                writer.write(job.name, first_row * (data.nbytes // rows), buffer)
+                writer.write(job.name, offset, buffer)
             self._count(data.nbytes, data.nbytes * len(batch.jobs))
 
     def _merge(self, batch: Batch, counts: Tensor, reads: TensorReads) -> None:
@@ -307,11 +308,11 @@ class Merge:
             for (number, job), compute in zip(batch.jobs, computed, strict=True):
                 writer, dtype = self.outputs[number].writer, DTYPES[job.dtype]
                 nbytes = rows * job.columns * dtype.itemsize
-                buffer = writer.acquire(nbytes)
+                offset = part.first_entry * dtype.itemsize
+                buffer = writer.acquire(job.name, offset, nbytes)
                 target = HostWindow(buffer, dtype, rows, job.columns)
                 result = self.device.output(target)
                 compute(result, part)
-                offset = part.first_entry * dtype.itemsize
                 self.device.deliver(result, target, partial(writer.write, job.name, offset, buffer))
                 written += nbytes
             self._count(self.nbytes(window), written)

@@ -79,7 +79,7 @@ class TensorJob:
     input_grams: tuple[Source, ...] = ()
     """Gathered.INPUTS of every model: read whole before the tensor."""
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[Source | None, ...]:
         """The tensors whose windows are read: the base first, if the method uses one."""
         return ((self.base,) if self.has_base else ()) + self.models + self.beside

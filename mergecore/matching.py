@@ -75,7 +75,8 @@ class Matching:
         self.constants = {slot.name for slot in self.slots if is_buffer(slot.name, self.any_tensor(slot).shape)}
         self.merged = {slot.name for slot in self.slots if slot.name not in self.constants and self._has_floats(slot)}
         self._check()
-        copied = [name for name in self.names if name not in self.merged | self.constants]
+        placed = self.merged | self.constants
+        copied = [name for name in self.names if name not in placed]
         if copied:
             self.warnings.append(
                 f"{_count(copied)} of whole numbers copied from {self.reference.path}: {listed(copied)}"

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from mergecore.batches import bytes_of
+from mergecore.batches import batched, bytes_of
+from mergecore.budget import result_bytes, waiting_bytes
 from mergecore.device import Device, open_device
 from mergecore.engine import Merge, Output
 from mergecore.history import Evolved
@@ -33,7 +34,7 @@ Planned = MergePlan | SweepPlan
 Run = Callable[[Planned, Path, Show | None], MergeResult]
 
 DIRTY, LEAST_DIRTY = 256 << 20, 16 << 20
-"""Bytes that are written and not on disk yet: of all outputs together, and of one at least."""
+"""Bytes in the page cache that are not on disk yet: of all outputs together, and of one at least."""
 
 
 def merge(
@@ -130,20 +131,24 @@ def _together(
     told: set[str],
 ) -> list[MergeResult]:
     """One merge, or several of the same inputs at once: each to a folder of its own."""
+    run = merges[0][0].spec.run
+    batches = batched([planned.jobs for planned, _ in merges], merges[0][0].spec)
+    held = max((batch.held_bytes for batch in batches), default=0)
+    waiting = waiting_bytes(held, run.memory) // len(merges)
     with ExitStack() as writers:
         outputs = []
         for planned, path in merges:
             strangers = unrelated(planned)
             _warn([*planned.warnings, *strangers], told)
             planned = replace(planned, warnings=(*planned.warnings, *strangers))
-            dirty = max(LEAST_DIRTY, DIRTY // len(merges))
             writer = OutputWriter(
                 path,
                 planned.layout,
                 planned.identity(),
                 resume=resume,
-                dirty_limit=dirty,
-                buffers=computing.buffers,
+                direct=run.write == "direct",
+                dirty_limit=max(LEAST_DIRTY, DIRTY // len(merges)),
+                buffer_bytes=waiting + (2 + computing.pending) * max(map(result_bytes, planned.jobs), default=0),
                 new_buffer=computing.new_buffer,
             )
             outputs.append(Output(planned, path, writers.enter_context(writer)))

@@ -27,3 +27,8 @@ def parse_size(size: str | int) -> int:
     if found is None or not 0 < found < 2**63:
         raise ValueError(f"expected {SIZE_EXAMPLES}")
     return found
+
+
+def told_size(nbytes: int) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**7 else f"{nbytes / 1e6:.2f} MB"

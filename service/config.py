@@ -31,6 +31,7 @@ _WHAT = {
     "client_cafile": "a path",
     "password_file": "a path",
     "jobs": "a whole number, at least 1",
+    "warm_workers": "a whole number, at least 0",
     "memory": '"auto" or a size such as 64GiB',
     "threads": "a whole number, at least 0",
     "devices": '"auto" or a list such as ["cuda:0", "cuda:1"]',
@@ -76,6 +77,8 @@ class ServeConfig:
     """One line USER:PASSWORD that clients must give (HTTP basic authentication)."""
     jobs: int = 1
     """Workers at once."""
+    warm_workers: int = 0
+    """Idle workers that have loaded what a merge needs, for jobs to start on at once (pool.py)."""
     memory: int | None = None
     """Bytes that they may hold together, by what their specs and plans say; None: what the host or the cgroup has."""
     threads: int = 0
@@ -106,7 +109,8 @@ class ServeConfig:
     """Which jobs stay in done/; outputs are never removed."""
     keep_failed: Keep = KEEP_ALL
     worker_command: tuple[str, ...] = WORKER_COMMAND
-    """Gets JOB_DIR --outputs DIR [--models DIR]... --memory BYTES [--allow-commands] appended."""
+    """Gets JOB_DIR --outputs DIR [--models DIR]... --memory BYTES [--allow-commands] appended; to be a warm one, --wait
+    (handover.py)."""
 
     @property
     def agreed_ownership(self) -> str | None:
@@ -205,8 +209,8 @@ def _checked(key: str, value: Any, where: str, folder: Path) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise problem
-    if key in ("port", "jobs", "attempts", "threads", "jobs_per_device"):
-        least = 0 if key in ("port", "threads") else 1
+    if key in ("port", "jobs", "attempts", "threads", "jobs_per_device", "warm_workers"):
+        least = 0 if key in ("port", "threads", "warm_workers") else 1
         most = 65535 if key == "port" else float("inf")
         if not isinstance(value, int) or not least <= value <= most:
             raise problem

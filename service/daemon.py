@@ -243,6 +243,8 @@ class Daemon:
             self.supervisor.refresh()
             self._say_why()
         self._keep_at = self.supervisor.keep()
+        if not self.supervisor.halted:
+            self.supervisor.pool.tend()
         self._tell()
 
     def _reconfigure(self) -> None:
@@ -270,6 +272,8 @@ class Daemon:
         moments = [self._rescan_at, self._scan_after(), self._keep_at]
         if self.supervisor.workers or self._why != self._wrote:
             moments.append(self._refresh_at)
+        if not self.supervisor.halted:
+            moments.append(self.supervisor.pool.next_start())
         if not self.supervisor.halted and not self.supervisor.holds_up:
             moments.append(self.supervisor.next_start())
         return min(moments)
@@ -297,6 +301,7 @@ class Daemon:
             self._rescan_at = min(self._rescan_at, time.monotonic())
         if not self._draining and self._drain_request() not in ("", self._drain_seen):
             self._draining = True
+            self.supervisor.pool.close()
             log.info("draining: %d worker(s) finish, then this daemon ends", len(self.supervisor.workers))
         self.supervisor.halted = bool(self._stop_signals) or self._paused or self._draining
         self.supervisor.cancel()
@@ -390,7 +395,7 @@ class Daemon:
     def _tell(self) -> None:
         """Tell systemd what is going on, when it has changed."""
         workers, room = len(self.supervisor.workers), self.supervisor.room
-        self.metrics.state(workers, self._paused)
+        self.metrics.state(workers, len(self.supervisor.pool), self._paused)
         self.metrics.reserved(room)
         saying = f"STATUS={workers} running, {self.incoming.waiting} waiting"
         saying += ", draining" if self._draining else ", paused" if self._paused else ""

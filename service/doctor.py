@@ -30,6 +30,7 @@ from service.config import ServeConfig, load_config
 from service.endpoint import Endpoint
 from service.host import free_and_size, memory_limit
 from service.process import package_environment
+from service.resources import WORKER_BYTES
 from service.spool import FOLDERS, Spool
 
 LITTLE_SPACE = 20e9
@@ -135,9 +136,10 @@ def check_space(config: ServeConfig) -> Iterator[Finding]:
 def check_memory(config: ServeConfig) -> Iterator[Finding]:
     """Whether the memory suffices for so many jobs at once."""
     limit = memory_limit() if config.memory is None else min(config.memory, memory_limit())
-    state = "ok" if limit >= LITTLE_MEMORY * config.jobs else "warning"
-    mend = "" if state == "ok" else "lower jobs, or raise MemoryMax= of the unit"
-    yield Finding("memory", state, f"{limit / 2**30:.1f} GiB for {config.jobs} job(s) at a time", mend)
+    state = "ok" if limit >= LITTLE_MEMORY * config.jobs + WORKER_BYTES * config.warm_workers else "warning"
+    mend = "" if state == "ok" else "lower jobs or warm_workers, or raise MemoryMax= of the unit"
+    idle = f" and {config.warm_workers} idle worker(s)" if config.warm_workers else ""
+    yield Finding("memory", state, f"{limit / 2**30:.1f} GiB for {config.jobs} job(s) at a time{idle}", mend)
 
 
 def check_limits(config: ServeConfig) -> Iterator[Finding]:

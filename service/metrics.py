@@ -74,6 +74,11 @@ class Metrics:
         self._jobs = Counter("jobs", "Jobs that ended, by final state and merge method.", ["state", "method"], **own)
         self._queue = Gauge("queue_jobs", "Specs that wait in the drop folder.", **own)
         self._running = Gauge("running_jobs", "Jobs that have a worker.", **own)
+        self._warm = Gauge("warm_workers", "Idle workers that wait for a job.", **own)
+        self._starts = Counter(
+            "worker_starts", "Jobs that were started, on a warm worker or on a new (cold) one.", ["worker"], **own
+        )
+        self._idle_deaths = Counter("warm_worker_deaths", "Idle workers that ended without being told to.", **own)
         self._paused = Gauge("paused", "1 while the spool is paused.", **own)
         self._duration = Histogram(
             "job_duration_seconds",
@@ -85,7 +90,7 @@ class Metrics:
         self._read = Counter("read_bytes", "Bytes of model weights read.", **own)
         self._written = Counter("written_bytes", "Bytes of merged weights written.", **own)
         self._progress = Gauge("job_progress_ratio", "Part of a running job that is done, from 0 to 1.", ["job"], **own)
-        self._resident = Gauge("worker_resident_bytes", "Resident memory of all worker processes together.", **own)
+        self._resident = Gauge("worker_resident_bytes", "Resident memory of all workers together, idle too.", **own)
         self._last_success = Gauge(
             "last_success_timestamp_seconds", "Unix time at which a job was last done; 0 if none was.", **own
         )
@@ -104,15 +109,18 @@ class Metrics:
         for state in STATES:
             for method in (*METHODS, "other", "unknown"):
                 self._jobs.labels(state, method)
+        for worker in ("warm", "cold"):
+            self._starts.labels(worker)
         self._seen: dict[str, dict[str, float]] = {}
 
     def queue(self, jobs: int) -> None:
         """Set the number of specs that wait."""
         self._queue.set(jobs)
 
-    def state(self, running: int, paused: bool) -> None:
-        """Set how many jobs have a worker, and whether the spool is paused."""
+    def state(self, running: int, warm: int, paused: bool) -> None:
+        """Set how many jobs have a worker, how many workers wait for a job, and whether the spool is paused."""
         self._running.set(running)
+        self._warm.set(warm)
         self._paused.set(paused)
 
     def reserved(self, room: Room) -> None:
@@ -137,8 +145,13 @@ class Metrics:
         """Set the time of the last success, in Unix seconds."""
         self._last_success.set(timestamp)
 
-    def started(self, job: str) -> None:
-        """A worker begins with a job, whose progress starts from nothing."""
+    def idle_worker_died(self) -> None:
+        """A worker that waited has ended."""
+        self._idle_deaths.inc()
+
+    def started(self, job: str, warm: bool = False) -> None:
+        """A worker begins with a job, whose progress starts from nothing; it was `warm` if it had waited."""
+        self._starts.labels("warm" if warm else "cold").inc()
         self._seen[job] = {}
         self._progress.labels(job).set(0)
 

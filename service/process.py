@@ -1,4 +1,4 @@
-"""A worker process as the daemon sees it: started, watched, stopped. What it does inside: worker.py."""
+"""A worker process as the daemon sees it: started, watched, stopped. What it does inside: worker.py; idle: pool.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from mergecore.errors import Interrupted
 from service.spool import DAEMON_PID, LOG, Job
@@ -21,23 +22,10 @@ ABORT_TIME = 10.0
 
 
 class Worker:
-    """A running worker process and the job that it runs; `environment` has what it does not inherit from us.
+    """A running worker process and the job that it runs."""
 
-    Raises OSError if no process can be had.
-    """
-
-    def __init__(self, job: Job, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.job = job
-        with open(job.folder / LOG, "ab", opener=_no_link) as output:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**_environment(), **environment},
-                pass_fds=job.owned.descriptors,  # a locked job stays owned while the worker lives, also without us
-                start_new_session=True,
-            )
+    def __init__(self, job: Job, process: subprocess.Popen[bytes]) -> None:
+        self.job, self.process = job, process
         self.started = time.monotonic()
         self.cancelled = self.hung = self.killed = False
         """What we did to it, and why."""
@@ -89,20 +77,49 @@ class Worker:
             return "the worker was told to stop, but not by the daemon"
         if code >= 0:
             return f"worker ended with exit code {code} and no report"
-        if -code == signal.SIGKILL:
-            return "worker was killed by signal 9: likely out of memory; see dmesg"
-        name = ""
-        with contextlib.suppress(ValueError):
-            name = f" ({signal.Signals(-code).name})"
-        return f"worker was killed by signal {-code}{name}"
+        return f"worker was {how_ended(code)}"
 
-    def resident_bytes(self) -> int:
-        """Its resident memory; 0 when it has ended."""
-        try:
-            pages = int(Path(f"/proc/{self.process.pid}/statm").read_bytes().split()[1])
-        except (OSError, IndexError, ValueError):
-            return 0
-        return pages * os.sysconf("SC_PAGE_SIZE")
+
+def start(
+    job: Job, command: Sequence[str], arguments: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """A new process on a job; `environment` has what it does not inherit from us. Raises OSError."""
+    with open_log(job) as output:
+        return subprocess.Popen(
+            [*command, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=worker_environment(environment),
+            pass_fds=job.owned.descriptors,  # a locked job stays owned while the worker lives, also without us
+            start_new_session=True,
+        )
+
+
+def open_log(job: Job) -> BinaryIO:
+    """What a job's worker says goes to the end of this file. Raises OSError."""
+    return open(job.folder / LOG, "ab", opener=_no_link)
+
+
+def how_ended(code: int) -> str:
+    """What a process's return code says, for people."""
+    if code >= 0:
+        return f"exit code {code}"
+    if -code == signal.SIGKILL:
+        return "killed by signal 9: likely out of memory; see dmesg"
+    name = ""
+    with contextlib.suppress(ValueError):
+        name = f" ({signal.Signals(-code).name})"
+    return f"killed by signal {-code}{name}"
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process; 0 when it has ended."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_bytes().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -134,12 +151,12 @@ def package_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
-def _environment() -> dict[str, str]:
-    """A worker's: ours, without what concerns only us."""
+def worker_environment(differing: Mapping[str, str]) -> dict[str, str]:
+    """A worker's: ours, without what concerns only us, and with what differs."""
     ours = {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
     environment = {key: value for key, value in package_environment().items() if key not in ours}
     environment["PYTHONUNBUFFERED"] = "1"
     # Models are read from this machine and nowhere else; what the libraries would fetch or report stays off.
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment[DAEMON_PID] = str(os.getpid())
-    return environment
+    return {**environment, **differing}

@@ -113,7 +113,7 @@ class Room:
                 f"{gib(WORKER_BYTES)} for the worker itself, but jobs may hold only {gib(self.memory)} on this server; "
                 "lower run.memory, or raise `memory` of the daemon"
             )
-        threads = (needs.threads or max(1, self._threads // self._jobs)) if self._threads else 0
+        threads = (needs.threads or self._share()) if self._threads else 0
         if threads > self._threads:
             raise NeverFits(
                 f"run.threads {threads} is more than the {self._threads} that jobs may use on this server; "
@@ -133,6 +133,16 @@ class Room:
         if wanted and device is None:
             return f"needs {' or '.join(dict.fromkeys(wanted))}, which other jobs hold"
         return Grant(needs.memory, threads, device, self._environment(needs, threads, device))
+
+    def idle_environment(self) -> dict[str, str]:
+        """With what a worker is to start that waits for a job. What torch reads when it is loaded is as for a job that
+        says nothing about threads; others set them as they run. No GPU is seen: a job brings its own."""
+        threads = {"OMP_NUM_THREADS": str(self._share())} if self._threads else {}
+        return {**threads, "CUDA_VISIBLE_DEVICES": ""}
+
+    def _share(self) -> int:
+        """Threads of a job that declares none, where they are counted."""
+        return max(1, self._threads // self._jobs)
 
     def _wanted(self, device: str) -> tuple[str, ...]:
         """The devices of which a job holds one; none if it computes on the CPU, or if devices are not counted."""

@@ -1,7 +1,7 @@
 """The jobs that this daemon owns: taken over, started, watched, ended. What a job is and how it moves: spool.py.
 
 When this happens is the main loop's to decide (daemon.py), what a job may hold resources.py's; what a worker does:
-worker.py.
+worker.py; workers that wait for a job: pool.py.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from mergecore.printable import printable
+from service import process
 from service.clock import SteadyDate
 from service.complaints import Complaints
 from service.config import ServeConfig
 from service.durable import dated, utc_now, write_atomic
 from service.leases import token_of
 from service.metrics import Metrics
-from service.process import Worker
+from service.pool import Pool
+from service.process import Worker, resident_bytes
 from service.resources import Grant, Needs, NeverFits, Room, gib, read_needs
 from service.spool import ERROR, LOG, MORE_MEMORY, SPEC, Job, Spool
 from service.status import read_status
@@ -37,6 +39,7 @@ class Supervisor:
     ) -> None:
         self.spool, self.metrics, self.config = spool, metrics, config
         self.room = Room(config)
+        self.pool = Pool(self.room, metrics, config)
         self.workers: dict[str, Worker] = {}
         self.stopping = False
         """The daemon ends: workers that stop have been told to."""
@@ -56,6 +59,7 @@ class Supervisor:
         """For what starts from now on."""
         self.config = config
         self.room.configure(config)
+        self.pool.configure(config)
 
     @property
     def holds_up(self) -> str:
@@ -184,7 +188,9 @@ class Supervisor:
                 progress={},
                 error="",
             )
-            worker = Worker(job, self._command(job, grant), grant.environment)
+            arguments = self._arguments(job, grant)
+            warm = self.pool.give(job, arguments, grant.environment)
+            started = warm or process.start(job, self.config.worker_command, arguments, grant.environment)
         except OSError as error:
             if os.path.exists(job.folder) or not os.path.isdir(self.spool.running):
                 log.error("job %s: cannot start a worker: %s; trying again later", job.name, error)
@@ -192,17 +198,17 @@ class Supervisor:
                 log.error("job %s: cannot be run: somebody removed its folder", job.name)
             job.release()
             return
-        self.workers[job.name] = worker
+        self.workers[job.name] = Worker(job, started)
         self.room.held[job.name] = grant
-        self.metrics.started(job.name)
-        log.info("job %s: worker %d started", job.name, worker.process.pid)
+        self.metrics.started(job.name, warm=warm is not None)
+        log.info("job %s: worker %d started%s", job.name, started.pid, " (it waited)" if warm else "")
 
-    def _command(self, job: Job, grant: Grant) -> list[str]:
-        command = [*self.config.worker_command, str(job.folder), "--outputs", str(self.config.outputs)]
+    def _arguments(self, job: Job, grant: Grant) -> list[str]:
+        arguments = [str(job.folder), "--outputs", str(self.config.outputs)]
         for folder in self.config.models:
-            command += ["--models", str(folder)]
-        command += ["--memory", str(grant.memory)]
-        return [*command, "--allow-commands"] if self.config.allow_commands else command
+            arguments += ["--models", str(folder)]
+        arguments += ["--memory", str(grant.memory)]
+        return [*arguments, "--allow-commands"] if self.config.allow_commands else arguments
 
     # --- watching ---
 
@@ -228,7 +234,8 @@ class Supervisor:
                 log.error("job %s: worker hangs: no progress and no CPU time for %.0f s", worker.job.name, idle)
                 worker.abort()
         self.kill_overdue()
-        self.metrics.resident(sum(worker.resident_bytes() for worker in self.workers.values()))
+        running = sum(resident_bytes(worker.process.pid) for worker in self.workers.values())
+        self.metrics.resident(running + self.pool.resident_bytes())
 
     def kill_overdue(self, *, all_of_them: bool = False) -> None:
         """Kill the workers whose time to stop is up."""
@@ -240,6 +247,7 @@ class Supervisor:
     def stop(self) -> None:
         """Have all workers keep their work and end."""
         self.stopping = self.halted = True
+        self.pool.close()
         for worker in self.workers.values():
             worker.stop(self.config.stop_timeout)
 
@@ -247,6 +255,7 @@ class Supervisor:
 
     def reap(self) -> bool:
         """Deal with the workers that have ended; whether there was one."""
+        self.pool.reap()
         ended = [worker for worker in self.workers.values() if worker.process.poll() is not None]
         for worker in ended:
             del self.workers[worker.job.name]
@@ -255,6 +264,8 @@ class Supervisor:
 
     def release_all(self) -> None:
         """Whatever ended the loop: no worker stays behind unseen, nothing is owned on."""
+        self.pool.close()
+        self.pool.wait()
         for worker in self.workers.values():
             worker.kill()
             worker.process.wait()

@@ -1,6 +1,7 @@
 """One job in a process of its own: running/JOB/spec.yaml -> a merged model below the outputs folder.
 
     python -m service.worker JOB_DIR --outputs DIR [--models DIR ...] [--memory BYTES] [--allow-commands]
+    python -m service.worker --wait         loads everything, and gets these arguments later (handover.py)
 
 Exit codes: 0 done, 1 the merge failed, 2 the spec or an input is wrong, 3 stopped by SIGTERM or SIGINT and resumable,
 4 its plan says that it needs more than BYTES of memory.
@@ -36,8 +37,10 @@ from mergecore.errors import CheckpointError, Interrupted, MergecoreError, Outpu
 from mergecore.output.stages import search_folder, stages_folder
 from mergecore.printable import PrintableFormatter, printable, printable_lines
 from mergecore.references import local_folder
+from mergecore.starting import importing
 from service.duplicates import UNLIKE_ANY, done_before, fingerprint, running_before
 from service.durable import utc_now, write_atomic
+from service.handover import WAIT, wait_for_job
 from service.leases import Tenancy, is_leased, job_of
 from service.publishing import Workplace, is_taken, published_by
 from service.spool import DAEMON_PID, ERROR, MORE_MEMORY, SPEC, Spool
@@ -159,6 +162,13 @@ class Reporter:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one job; the exit code."""
+    if (sys.argv[1:] if arguments is None else arguments) == [WAIT]:
+        faulthandler.enable()
+        follow_daemon()
+        prefer_to_be_killed()
+        arguments = wait_for_job(load_merging)
+        if arguments is None:
+            return 0
     parser = argparse.ArgumentParser(prog="python -m service.worker", description="Run one job of the spool.")
     parser.add_argument("job", type=Path, help="the job's folder, with its spec.yaml")
     parser.add_argument("--outputs", type=Path, required=True, help="merged models appear below it")
@@ -217,7 +227,8 @@ def run(options: argparse.Namespace, reporter: Reporter, stop: Stop, tenancy: Te
         reporter.record(output=str(out))
     stop.check()
 
-    import mergecore  # and with it torch
+    load_merging()
+    import mergecore
 
     def resolve(model: str, revision: str | None) -> Path:
         return find_model(model, revision, models)
@@ -253,6 +264,12 @@ def run(options: argparse.Namespace, reporter: Reporter, stop: Stop, tenancy: Te
     with contextlib.suppress(OSError):  # the model is there: exit code 0 says so too
         reporter.record(output=str(out), result=result)
     return 0
+
+
+def load_merging() -> None:
+    """Load torch and all that a merge needs."""
+    with importing():
+        import mergecore.merging  # noqa: F401
 
 
 def held_by_fit(spec: MergeSpec, resolve: Callable[[str, str | None], Path]) -> int:
@@ -294,8 +311,9 @@ def load(path: Path, name: str) -> MergeSpec:
     It is a file of anybody's: links are not followed, nothing is waited for, and a hard link could be to a file that
     only the daemon may read.
     """
-    from mergecore.spec import parse_spec
-    from mergecore.spec.yaml_lines import MAX_BYTES
+    with importing():
+        from mergecore.spec import parse_spec
+        from mergecore.spec.yaml_lines import MAX_BYTES
 
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:

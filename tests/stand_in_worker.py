@@ -10,6 +10,8 @@ deaf: true          do not listen to SIGTERM
 deaths: 2           so many attempts die of `signal`; later ones do not
 hang: true          sleep at the gate and look no more
 spin: true          use the processor while waiting at the gate
+
+Like a real one it can wait for its job (--wait).
 """
 
 from __future__ import annotations
@@ -22,13 +24,22 @@ import sys
 import time
 from pathlib import Path
 
+from service.handover import WAIT, wait_for_job
 from service.status import read_status, write_status
+from service.worker import follow_daemon
 
 
 def main() -> int:
     """Run the job in argv[1]; the exit code."""
     faulthandler.enable()
-    folder, outputs = Path(sys.argv[1]), Path(sys.argv[sys.argv.index("--outputs") + 1])
+    arguments = sys.argv[1:]
+    if arguments == [WAIT]:
+        follow_daemon()
+        job = wait_for_job(lambda: None)
+        if job is None:
+            return 0
+        arguments = job
+    folder, outputs = Path(arguments[0]), Path(arguments[arguments.index("--outputs") + 1])
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     spec = json.loads((folder / "spec.yaml").read_text())

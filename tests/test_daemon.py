@@ -437,6 +437,8 @@ def test_a_worker_that_is_no_program_is_a_clear_error(folder: Path) -> None:
         ("port", True, "port is True, but must be"),
         ("jobs", 0, "jobs is 0, but must be a whole number, at least 1"),
         ("jobs", 1.5, "jobs is 1.5, but must be"),
+        ("warm_workers", -1, "warm_workers is -1, but must be a whole number, at least 0"),
+        ("warm_workers", True, "warm_workers is True, but must be"),
         ("rescan", 0, "rescan is 0, but must be a number of seconds above 0"),
         ("settle", -1, "settle is -1, but must be"),
         ("attempts", 0, "attempts is 0, but must be a whole number, at least 1"),

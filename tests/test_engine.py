@@ -166,17 +166,27 @@ def expected(trio: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict
     threads=st.integers(1, 2),
     shard_size=st.integers(1, 200_000),
     read=st.sampled_from(["map", "pread"]),
+    write=st.sampled_from(["direct", "cached"]),
 )
-def test_bytes_depend_on_no_window_thread_shard_or_way_of_reading(
-    trio: list[Path], expected: dict[str, Any], method: str, random: Random, threads: int, shard_size: int, read: str
+def test_bytes_depend_on_no_window_thread_shard_or_way_of_reading_or_writing(
+    trio: list[Path],
+    expected: dict[str, Any],
+    method: str,
+    random: Random,
+    threads: int,
+    shard_size: int,
+    read: str,
+    write: str,
 ) -> None:
-    run = {"threads": threads, "shard_size": shard_size, "read": read}
+    run = {"threads": threads, "shard_size": shard_size, "read": read, "write": write}
     with scratch() as folder, cut_anywhere(random):
         assert merged(spec_of(trio, **METHODS[method], run=run), folder / "out") == expected[method]
 
 
 class LateDevice(CpuDevice):
     """Delivers each result when the next one is computed, as a GPU does."""
+
+    pending = 1
 
     def __init__(self) -> None:
         self.under_way: deque[tuple[Tensor, HostWindow, Callable[[], None]]] = deque()
@@ -186,7 +196,7 @@ class LateDevice(CpuDevice):
 
     def deliver(self, result: Tensor, window: HostWindow, then: Callable[[], None]) -> None:
         self.under_way.append((result, window, then))
-        if len(self.under_way) > 1:
+        if len(self.under_way) > self.pending:
             self._arrive()
 
     def flush(self) -> None:

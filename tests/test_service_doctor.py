@@ -175,7 +175,15 @@ def test_little_space_is_told(
 def test_little_memory_for_many_jobs_is_told(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "memory_limit", lambda: 4 << 30)
     assert found(doctor.check_memory, config).state == "ok"
-    assert found(doctor.check_memory, changed(config, jobs=2)).mend == "lower jobs, or raise MemoryMax= of the unit"
+    mend = "lower jobs or warm_workers, or raise MemoryMax= of the unit"
+    assert found(doctor.check_memory, changed(config, jobs=2)).mend == mend
+
+
+def test_idle_workers_count_with_the_memory(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "memory_limit", lambda: 4 << 30)
+    two, three = (found(doctor.check_memory, changed(config, warm_workers=count)) for count in (2, 3))
+    assert (two.state, two.message) == ("ok", "4.0 GiB for 1 job(s) at a time and 2 idle worker(s)")
+    assert three.state == "warning"
 
 
 def test_few_open_files_are_told(config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -593,6 +593,7 @@ SPECS = st.fixed_dictionaries(
                 "shard_size": st.integers(1, 2**63 - 1) | st.just("5GB"),
                 "priority": st.integers(-9, 9),
                 "read": st.sampled_from(["map", "pread"]),
+                "write": st.sampled_from(["direct", "cached"]),
             },
         ),
     },

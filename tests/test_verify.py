@@ -23,7 +23,7 @@ def make_output(out: Path, shard_size: int = 850) -> Path:
     shapes = {name: (dtype, list(shape)) for name, dtype, shape in TENSORS}
     with OutputWriter(out, layout, "a merge") as writer:
         for name, slot in layout.slots.items():
-            buffer = writer.acquire(slot.nbytes)
+            buffer = writer.acquire(slot.name, 0, slot.nbytes)
             buffer[:] = (name.encode() * slot.nbytes)[: slot.nbytes]
             writer.write(name, 0, buffer)
             writer.finish(name)

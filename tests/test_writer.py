@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from mergecore.errors import CheckpointError, Interrupted, OutputError, OutputExistsError
+from mergecore.output import shards as shards_module
 from mergecore.output import writer as writer_module
 from mergecore.output.layout import INDEX_NAME, OutputLayout, plan_layout
 from mergecore.output.writer import OutputWriter
@@ -62,7 +63,7 @@ def put(writer: OutputWriter, name: str, window: int = 1000) -> None:
     data = content(name, writer.layout.slots[name].nbytes)
     for begin in range(0, len(data), window):
         piece = data[begin : begin + window]
-        buffer = writer.acquire(len(piece))
+        buffer = writer.acquire(name, begin, len(piece))
         buffer[:] = piece
         writer.write(name, begin, buffer)
     writer.finish(name)
@@ -93,7 +94,7 @@ def everything_below(folder: Path) -> set[str]:
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "WRITE_STEP", 4096)
+    monkeypatch.setattr(shards_module, "WRITE_STEP", 4096)
     monkeypatch.setattr(writer_module, "CHECKPOINT_BYTES", 3000)
 
 
@@ -121,25 +122,21 @@ def test_published_files_are_the_planned_bytes_and_nothing_else_is_left(tmp_path
 
 
 @pytest.mark.usefixtures("small_steps")
-def test_buffers_may_be_another_ones_and_more_than_two(tmp_path: Path) -> None:
-    """As many and such as a GPU copies its results to: arrays, which compare entry by entry, and grow."""
+def test_buffers_may_lie_in_memory_of_another_kind(tmp_path: Path) -> None:
+    """Such as a GPU copies its results to: arrays, which compare entry by entry, and grow."""
     layout, made = layout_of(), []
 
     def new_buffer(nbytes: int) -> np.ndarray[Any, Any]:
         made.append(nbytes)
         return np.empty(nbytes, np.uint8)
 
-    with OutputWriter(tmp_path / "out", layout, "a merge", buffers=4, new_buffer=new_buffer) as writer:
+    with OutputWriter(tmp_path / "out", layout, "a merge", buffer_bytes=5000, new_buffer=new_buffer) as writer:
         for name in layout.slots:
             put(writer, name, window=1 << 20)
-            writer.sync()  # all buffers are free, of different lengths
-        sizes = [slot.nbytes for slot in layout.slots.values()]
-        larger = [size for n, size in enumerate(sizes) if size > max([1, *sizes[:n]])]
-        assert made == [1] * 4 + larger, "made anew only where a larger one was wanted"
-        held = [writer.acquire(1) for _ in range(4)]
-        with pytest.raises(ValueError, match="all 4 output buffers are held"):
-            writer.acquire(1)
-        del held
+            writer.sync()  # all buffers are free
+        needed = [slot.offset % 4096 + slot.nbytes for slot in layout.slots.values()]
+        larger = [size for n, size in enumerate(needed) if size > max([5000, *needed[:n]])]
+        assert made == [5000, *larger], "made anew only where more was wanted"
         writer.publish()
     assert files_in(tmp_path / "out") == expected_files(layout)
 
@@ -151,7 +148,7 @@ def test_windows_of_several_tensors_may_alternate(tmp_path: Path) -> None:
         for begin in range(0, 10000, 500):
             for name, data in (("embed", first), ("layers.1.a", second)):
                 if piece := data[begin : begin + 500]:
-                    buffer = writer.acquire(500)
+                    buffer = writer.acquire(name, begin, 500)
                     buffer[: len(piece)] = piece
                     writer.write(name, begin, buffer[: len(piece)])
         writer.finish("layers.1.a")
@@ -252,7 +249,7 @@ def writer(tmp_path: Path) -> Iterator[OutputWriter]:
 
 
 def test_windows_out_of_order_beyond_the_tensor_or_after_its_end_are_refused(writer: OutputWriter) -> None:
-    buffer = writer.acquire(5000)
+    buffer = writer.acquire("embed", 0, 5000)
     for name, offset, nbytes, words in [
         ("embed", 8, 100, "0 come next"),
         ("embed", 0, 4225, "do not fit"),
@@ -271,7 +268,7 @@ def test_windows_out_of_order_beyond_the_tensor_or_after_its_end_are_refused(wri
 
 
 def test_a_tensor_with_missing_bytes_cannot_be_finished_nor_the_output_published(writer: OutputWriter) -> None:
-    writer.write("embed", 0, writer.acquire(4222))
+    writer.write("embed", 0, writer.acquire("embed", 0, 4222))
     with pytest.raises(ValueError, match="4,222 of 4,224 bytes"):
         writer.finish("embed")
     with pytest.raises(ValueError, match="6 of 6 tensors are not finished, first 'embed'"):
@@ -281,36 +278,35 @@ def test_a_tensor_with_missing_bytes_cannot_be_finished_nor_the_output_published
 def test_only_buffers_of_the_writer_are_taken_and_each_once(writer: OutputWriter) -> None:
     with pytest.raises(ValueError, match="not in a buffer"):
         writer.write("embed", 0, memoryview(bytearray(10)))
-    buffer = writer.acquire(10)
+    buffer = writer.acquire("embed", 0, 10)
     writer.write("embed", 0, buffer)
     with pytest.raises(ValueError, match="not in a buffer"):
         writer.write("embed", 10, buffer)
 
 
-def test_holding_all_buffers_is_an_error_and_no_deadlock(writer: OutputWriter) -> None:
-    first, second = writer.acquire(1), writer.acquire(1)
-    assert first.obj is not second.obj
-    with pytest.raises(ValueError, match="held by the caller"):
-        writer.acquire(1)
+def test_holding_all_buffers_is_an_error_and_no_deadlock(tmp_path: Path) -> None:
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge", buffer_bytes=8192) as writer:
+        held = [writer.acquire("embed", 0, 1000), writer.acquire("embed", 1000, 3000)]
+        with pytest.raises(ValueError, match="the caller holds all 8,192 bytes"):
+            writer.acquire("embed", 4000, 4200)
+        del held
 
 
 def test_a_closed_writer_says_so(writer: OutputWriter) -> None:
     writer.abandon(keep=False)
     writer.abandon(keep=True)  # the first one counts
-    for call in (lambda: writer.acquire(1), writer.sync, writer.publish, lambda: writer.add_file("a", b"")):
+    for call in (lambda: writer.acquire("embed", 0, 1), writer.sync, writer.publish, lambda: writer.add_file("a", b"")):
         with pytest.raises(ValueError, match="is closed"):
             call()
 
 
-def test_buffers_are_page_aligned_and_reused(writer: OutputWriter) -> None:
-    addresses = set()
+def test_a_buffer_lies_in_its_page_as_its_bytes_do_in_the_file(writer: OutputWriter) -> None:
     for begin in range(0, 4224, 64):
-        buffer = writer.acquire(64)
+        buffer = writer.acquire("embed", begin, 64)
         assert buffer.nbytes == 64
-        addresses.add(ctypes.addressof(ctypes.c_char.from_buffer(buffer)))
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        assert address % 4096 == (writer.layout.slots["embed"].offset + begin) % 4096
         writer.write("embed", begin, buffer)
-    assert len(addresses) <= 2
-    assert {address % 4096 for address in addresses} == {0}
 
 
 # Two at once.
@@ -380,7 +376,7 @@ def interrupted_after(out: Path, names: list[str], identity: str = "a merge") ->
     with suppress(Interrupted), OutputWriter(out, layout_of(), identity) as writer:
         for name in names:
             put(writer, name)
-        writer.write("layers.1.b", 0, writer.acquire(100))
+        writer.write("layers.1.b", 0, writer.acquire("layers.1.b", 0, 100))
         raise Interrupted
 
 
@@ -581,7 +577,7 @@ class Merge:
     checkpoint_bytes: int
 
     def run(self, out: Path, resume: bool) -> None:
-        writer_module.WRITE_STEP = 4096
+        shards_module.WRITE_STEP = 4096
         writer_module.CHECKPOINT_BYTES = self.checkpoint_bytes
         with OutputWriter(out, self.layout, "a merge", resume=resume) as writer:
             for name in self.order:
@@ -742,14 +738,14 @@ def test_a_failed_write_surfaces_at_the_next_call_and_leaves_nothing(
 
     def merge() -> None:
         with OutputWriter(tmp_path / "parent" / "out", layout, "a merge") as writer:
-            held = writer.acquire(1000)
-            buffer = writer.acquire(2_000_000)
+            buffer = writer.acquire("a", 0, 2_000_000)
+            held = writer.acquire("a", 2_000_000, 1000)
             limit_files(1_000_000)
             writer.write("a", 0, buffer)
             while writer._failure is None:
                 time.sleep(0.001)
             calls: dict[str, Callable[[], object]] = {
-                "acquire": lambda: writer.acquire(1000),
+                "acquire": lambda: writer.acquire("a", 2_001_000, 1000),
                 "write": lambda: writer.write("a", 2_000_000, held),
                 "finish": lambda: writer.finish("empty"),
                 "sync": writer.sync,
@@ -789,11 +785,12 @@ def test_a_failed_sync_keeps_its_tensors_out_of_the_journal(tmp_path: Path, monk
 
 @pytest.mark.parametrize("stage", ["_start_writeback", "_wait_writeback"])
 def test_a_failed_write_back_is_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    monkeypatch.setattr(writer_module, "WRITE_STEP", 4096)
+    monkeypatch.setattr(shards_module, "WRITE_STEP", 4096)
 
     def merge() -> None:
-        with OutputWriter(tmp_path / "out", layout_of(), "a merge", dirty_limit=0) as writer:
-            monkeypatch.setattr(writer._write_back, stage, raising(errno.EIO))
+        with OutputWriter(tmp_path / "out", layout_of(), "a merge", direct=False, dirty_limit=0) as writer:
+            assert writer._shards is not None
+            monkeypatch.setattr(writer._shards._write_back, stage, raising(errno.EIO))
             put_rest(writer)
             writer.sync()
 
@@ -812,14 +809,13 @@ def test_a_caller_that_waits_for_a_buffer_is_woken_by_a_failure(
         goes_wrong.wait()
         raise failure
 
-    with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge", buffer_bytes=0) as writer:
         monkeypatch.setattr(os, "pwrite", pwrite)
-        for begin in (0, 100):
-            writer.write("embed", begin, writer.acquire(100))
+        writer.write("embed", 0, writer.acquire("embed", 0, 100))
         timer = threading.Timer(0.1, goes_wrong.set)
         timer.start()
         with pytest.raises(OutputError, match=r"Input/output error|RuntimeError\('a bug'\)"):
-            writer.acquire(100)
+            writer.acquire("embed", 100, 4000)
         timer.join()
 
 
@@ -841,6 +837,91 @@ def test_an_error_of_the_caller_leaves_nothing_behind_but_what_was_there(tmp_pat
     assert everything_below(tmp_path) == {"there"}
 
 
+# Past the page cache.
+
+
+def is_direct(descriptor: int) -> bool:
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+@pytest.fixture
+def direct_disk(tmp_path: Path) -> Path:
+    from mergecore import _stream
+
+    with (tmp_path / "probe").open("wb") as file:
+        if _stream.direct_alignment(file.fileno()) == 0:
+            pytest.skip(f"the file system of {tmp_path} does not say that it can write past the page cache")
+    (tmp_path / "probe").unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize("window", [1000, 4096, 10_000, 1 << 20])
+@pytest.mark.parametrize("direct", [True, False])
+def test_whole_pages_go_past_the_page_cache_if_wanted_and_the_rest_through_it(
+    direct_disk: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, window: int
+) -> None:
+    written: list[tuple[bool, int, int]] = []
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        written.append((is_direct(descriptor), offset, len(data)))
+        return real(descriptor, data, offset)
+
+    layout = layout_of([("a", "BF16", (9000,)), ("b", "BF16", (7,)), ("c", "BF16", (20000,))], 10**9)
+    with OutputWriter(direct_disk / "out", layout, "a merge", direct=direct, buffer_bytes=30_000) as writer:
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        for name in layout.slots:
+            put(writer, name, window)
+        writer.publish()
+    assert files_in(direct_disk / "out") == expected_files(layout)
+    for past_the_cache, offset, nbytes in written:
+        assert past_the_cache == (direct and offset % 4096 == 0 and nbytes >= 4096)
+        assert not past_the_cache or nbytes % 4096 == 0
+    pages = sum(nbytes for past_the_cache, _, nbytes in written if past_the_cache) // 4096
+    edges = 2 * sum(-(-slot.nbytes // window) for slot in layout.slots.values())
+    assert pages >= (layout.nbytes // 4096 - edges if direct else 0)
+
+
+def test_a_file_system_that_refuses_direct_writes_gets_cached_ones(
+    direct_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused, real = [], os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if is_direct(descriptor):
+            refused.append(offset)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(descriptor, data, offset)
+
+    with OutputWriter(direct_disk / "out", layout_of(), "a merge") as writer:
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        put(writer, "layers.1.a", 10_000)
+        for name in set(writer.layout.slots) - {"layers.1.a"}:
+            put(writer, name)
+        writer.publish()
+    assert files_in(direct_disk / "out") == expected_files(layout_of())
+    assert refused, "the test has seen no direct write"
+
+
+def test_a_direct_write_that_fails_is_a_failed_write(direct_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        if is_direct(descriptor):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, data, offset)
+
+    def merge() -> None:
+        with OutputWriter(direct_disk / "out", layout_of(), "a merge") as writer:
+            monkeypatch.setattr(os, "pwrite", pwrite)
+            put(writer, "layers.1.a", 10_000)
+            writer.sync()
+
+    with pytest.raises(OutputError, match=r"cannot write .* at offset [0-9,]+: Input/output error"):
+        merge()
+    assert everything_below(direct_disk) == set()
+
+
 # Write-back.
 
 
@@ -848,7 +929,7 @@ def test_bytes_not_on_disk_stay_below_the_limit_and_write_back_starts_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, limit = 4096, 20_000
-    monkeypatch.setattr(writer_module, "WRITE_STEP", step)
+    monkeypatch.setattr(shards_module, "WRITE_STEP", step)
     from mergecore import _stream
 
     events: list[tuple[str, int, int, int]] = []
@@ -867,11 +948,12 @@ def test_bytes_not_on_disk_stay_below_the_limit_and_write_back_starts_early(
         return real(descriptor, data, offset)
 
     layout = layout_of([(f"t{i}", "U8", (30_000,)) for i in range(4)], 60_000)
-    with OutputWriter(tmp_path / "out", layout, "a merge", dirty_limit=limit) as writer:
+    with OutputWriter(tmp_path / "out", layout, "a merge", direct=False, dirty_limit=limit) as writer:
         writer.sync()
+        assert writer._shards is not None
         for kind in ("start", "wait"):
             monkeypatch.setattr(
-                writer._write_back, f"_{kind}_writeback", recording(kind, getattr(_stream, f"{kind}_writeback"))
+                writer._shards._write_back, f"_{kind}_writeback", recording(kind, getattr(_stream, f"{kind}_writeback"))
             )
         monkeypatch.setattr(os, "pwrite", pwrite)
         for name in layout.slots:
@@ -901,8 +983,8 @@ def test_the_limit_holds_for_a_real_disk_and_python_is_not_blocked(tmp_path: Pat
     """The real module, 16 MiB steps and a window of more than one step."""
     layout = plan_layout([("large", "U8", (40 << 20,))], 10**9)
     data = os.urandom(1 << 20) * 40
-    with OutputWriter(tmp_path / "out", layout, "a merge", dirty_limit=8 << 20) as writer:
-        buffer = writer.acquire(40 << 20)
+    with OutputWriter(tmp_path / "out", layout, "a merge", direct=False, dirty_limit=8 << 20) as writer:
+        buffer = writer.acquire("large", 0, 40 << 20)
         buffer[:] = data
         writer.write("large", 0, buffer)
         writer.finish("large")

@@ -150,7 +150,7 @@ class _Put:
         flat, item = tensor.reshape(-1), self.dtype.itemsize
         for first in range(0, flat.numel(), WRITE_BYTES // item):
             piece = flat[first : first + WRITE_BYTES // item]
-            buffer = self.writer.acquire(piece.numel() * item)
+            buffer = self.writer.acquire(name, first * item, piece.numel() * item)
             torch.frombuffer(buffer, dtype=self.dtype).copy_(piece)
             self.writer.write(name, first * item, buffer)
         self.writer.finish(name)

@@ -1,12 +1,11 @@
-"""Writes tensors to their planned places: buffers, one writer thread, checksums, early write-back, checkpoints.
+"""Writes tensors to their planned places: buffers, one writer thread, checksums, checkpoints.
 
-Not for deciding where bytes go (layout.py), for the folder they grow in and its publishing (staging.py), or for what
-lies beside the weights (manifest.py).
+Not for deciding where bytes go (layout.py), for the files themselves (shards.py), for the folder they grow in and its
+publishing (staging.py), or for what lies beside the weights (manifest.py).
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -23,14 +22,14 @@ from types import TracebackType
 import xxhash
 
 from mergecore.errors import Interrupted, OutputError, OutputExistsError
-from mergecore.output.buffers import Buffer, new_buffer
-from mergecore.output.layout import INDEX_NAME, OutputLayout, Shard, TensorSlot
+from mergecore.output.buffers import Buffer, Ring, address_of, new_buffer
+from mergecore.output.layout import INDEX_NAME, OutputLayout, TensorSlot
+from mergecore.output.shards import DiskFull, ShardFiles
 from mergecore.output.staging import Staging, reporting
 from mergecore.small_files import read_bytes
 
 log = logging.getLogger(__name__)
 
-WRITE_STEP = 16 << 20  # bytes written before their write-back starts
 CHECKPOINT_BYTES = 256 << 20  # a crash costs the tensors at work and at most about this much of finished ones,
 CHECKPOINT_SECONDS = 5.0  # or this much time
 
@@ -38,11 +37,13 @@ CHECKPOINT_SECONDS = 5.0  # or this much time
 class OutputWriter:
     """Writes the tensors of `layout` and publishes them as the directory `out`, all or nothing.
 
-    Tensor bytes go through buffers of this writer: `acquire` one, fill it, `write` (part of) it; a thread puts it at
-    its planned offset and reuses it. One thread calls these methods; a tensor's windows come in order, tensors in any.
-    `buffers` of them, made by `new_buffer`, are in use at most. `identity` names the merge (spec, inputs, code): with
-    `resume`, the tensors that an interrupted run with equal identity and layout has finished are kept (`resumed`,
-    `finished`); otherwise everything starts from zero.
+    Tensor bytes go through buffers of this writer: `acquire` one, fill it, `write` (the first bytes of) it; a thread
+    puts it at its planned offset and reuses it. One thread calls these methods; a tensor's windows come in order,
+    tensors in any. Buffers have `buffer_bytes` together, or as many as the largest one, in memory that `new_buffer`
+    makes. With `direct` they go straight to the disk where the file system can; else `dirty_limit` bytes are in the
+    page cache and not on disk at most. `identity` names the merge (spec, inputs, code): with `resume`, the tensors that
+    an interrupted run with equal identity and layout has finished are kept (`resumed`, `finished`); otherwise
+    everything starts from zero.
 
     Leaving it as a context manager abandons what was not published. The work is kept for `resume` if the reason was
     Interrupted, or OutputExistsError at the very end; else nothing stays behind.
@@ -58,8 +59,9 @@ class OutputWriter:
         identity: str,
         *,
         resume: bool = False,
+        direct: bool = True,
         dirty_limit: int = 256 << 20,
-        buffers: int = 2,
+        buffer_bytes: int = 64 << 20,
         new_buffer: Callable[[int], Buffer] = new_buffer,
     ) -> None:
         self.layout = layout
@@ -68,8 +70,8 @@ class OutputWriter:
         self.written = 0  # tensor bytes written by this process, without what an earlier run had finished
 
         self._staging = Staging(out)
-        self._shards: list[int] = []  # file descriptors
-        self._write_back = _WriteBack(dirty_limit)
+        self._shards: ShardFiles | None = None
+        self._direct, self._dirty_limit = direct, dirty_limit
         self._added: set[str] = set()
         self._closed = False
 
@@ -79,10 +81,9 @@ class OutputWriter:
         self._submitted = self._done = 0
         self._stopping = False
         self._failure: BaseException | None = None
-        self._new_buffer = new_buffer
-        self._free = [self._new_buffer(1) for _ in range(buffers)]
-        self._buffers = buffers
-        self._lent: dict[int, Buffer] = {}  # by id: acquired, not yet written
+        self._ring = Ring(buffer_bytes, new_buffer)
+        self._lent: dict[int, memoryview] = {}  # by address: acquired, not yet given to `write`
+        self._queued = 0  # buffers that the thread has still to write
 
         # Of the calling thread.
         self._begun: dict[str, int] = {}  # bytes accepted, per tensor that has no end yet
@@ -91,7 +92,6 @@ class OutputWriter:
         # Of the writer thread.
         self._summing = ThreadPoolExecutor(1, "checksums of " + self._staging.out.name)
         self._hashes: dict[str, xxhash.xxh3_128] = {}
-        self._unsynced: set[int] = set()  # shard numbers
         self._complete: dict[str, str] = {}  # written and summed, not yet synced and journaled
         self._complete_since = 0.0
         self._since_checkpoint = 0  # bytes
@@ -116,28 +116,29 @@ class OutputWriter:
         """Names of the tensors that are complete and on disk, those of an earlier run included."""
         return frozenset(self.checksums.copy())
 
-    def acquire(self, nbytes: int) -> memoryview:
-        """A writable, page-aligned buffer of `nbytes` bytes with arbitrary content; waits until one is free.
+    def acquire(self, name: str, offset_in_tensor: int, nbytes: int) -> memoryview:
+        """A writable buffer of arbitrary content for these bytes of a tensor; waits until there is room for it.
 
-        Raises ValueError if the caller holds all of them already, OutputError if writing has failed.
+        It lies in its page as the bytes do in the file. Raises ValueError if the caller holds all room already,
+        OutputError if writing has failed.
         """
+        slot = self._open_slot(name)
         if nbytes < 0:
             raise ValueError(f"cannot acquire a buffer of {nbytes} bytes")
         with self._changed:
             self._check_usable()
-            if len(self._lent) == self._buffers:
-                raise ValueError(f"all {self._buffers} output buffers are held by the caller; write one of them first")
-            while not self._free:
+            if nbytes == 0:
+                return memoryview(bytearray())
+            while (buffer := self._ring.lend(nbytes, slot.offset + offset_in_tensor)) is None:
+                if self._queued == 0:
+                    raise ValueError(f"the caller holds all {self._ring.nbytes:,} bytes of output buffers; write them")
                 self._changed.wait()
                 self._check_usable()
-            largest = max(self._free, key=len)
-            buffer = largest if len(largest) >= nbytes else self._new_buffer(nbytes)
-            self._free = [each for each in self._free if each is not largest]
-            self._lent[id(buffer)] = buffer
-            return memoryview(buffer)[:nbytes]
+            self._lent[address_of(buffer)] = buffer
+            return buffer
 
     def write(self, name: str, offset_in_tensor: int, data: memoryview) -> None:
-        """Queues the next bytes of a tensor; `data` is a slice of an acquired buffer and must not be touched any more.
+        """Queues the next bytes of a tensor: an acquired buffer, or its first bytes, not to be touched any more.
 
         Raises ValueError, and the buffer stays the caller's, if `data` is not the next part of the tensor; OutputError
         if writing has failed.
@@ -152,10 +153,14 @@ class OutputWriter:
             raise ValueError(f"tensor {name!r}: the data is not contiguous")
         with self._changed:
             self._check_usable()
-            buffer = self._lent.pop(id(data.obj), None)
-            if buffer is None:
-                raise ValueError(f"tensor {name!r}: the data is not in a buffer from acquire(), or was written already")
-            self._submit(partial(self._store, slot, begun, data.cast("B") if data.nbytes else memoryview(b""), buffer))
+            if data.nbytes:
+                data = data.cast("B")
+                if self._lent.pop(address_of(data), None) is None:
+                    raise ValueError(
+                        f"tensor {name!r}: the data is not in a buffer from acquire(), or was written already"
+                    )
+                self._queued += 1
+                self._submit(partial(self._store, slot, begun, data))
         self._begun[name] = begun + data.nbytes
 
     def finish(self, name: str) -> None:
@@ -181,7 +186,8 @@ class OutputWriter:
         self._open_slot(name)
         with self._changed:
             self._check_usable()
-            self._free.extend(self._lent.values())
+            for buffer in self._lent.values():
+                self._ring.give_back(buffer)
             self._lent.clear()
             self._submit(partial(self._forget, name))
         self._begun.pop(name, None)
@@ -272,20 +278,13 @@ class OutputWriter:
             free = shutil.disk_usage(staging.output.descriptor).free
         if not self.resumed and free < self.layout.nbytes:
             raise self._disk_full(free)
-        for shard in self.layout.shards:
-            with reporting("open", staging.output.path / shard.filename):
-                self._shards.append(staging.output.open(shard.filename, os.O_RDWR | os.O_CREAT))
-        # Side by side: a file system in memory makes the pages there and then.
-        with ThreadPoolExecutor() as pool:
-            failures = list(pool.map(_preallocate, self._shards, self.layout.shards))
-        for shard, failure in zip(self.layout.shards, failures, strict=True):
-            if failure is not None and failure.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._disk_full(free) from failure
-            if failure is not None:
-                path, reason = staging.output.path / shard.filename, failure.strerror
-                raise OutputError(f"cannot preallocate {shard.size:,} bytes for {path}: {reason}") from failure
-        for number, shard in enumerate(self.layout.shards):
-            self._write_all(number, 0, memoryview(shard.header))
+        self._shards = ShardFiles(
+            staging.output, self.layout.shards, direct=self._direct, dirty_limit=self._dirty_limit
+        )
+        try:
+            self._shards.open()
+        except DiskFull as error:
+            raise self._disk_full(free) from error
         with reporting("write", staging.journal.path):
             if self.resumed:
                 staging.journal.go_on()
@@ -326,8 +325,8 @@ class OutputWriter:
     def _close_shards(self) -> None:
         self._closed = True
         self._summing.shutdown()
-        while self._shards:
-            os.close(self._shards.pop())
+        if self._shards is not None:
+            self._shards.close()
 
     # Between the threads.
 
@@ -380,15 +379,17 @@ class OutputWriter:
                 self._failure = failure
                 self._changed.notify_all()
 
-    def _store(self, slot: TensorSlot, begin: int, data: memoryview, buffer: Buffer) -> None:
+    def _store(self, slot: TensorSlot, begin: int, data: memoryview) -> None:
+        assert self._shards is not None
         state = self._hashes.setdefault(slot.name, xxhash.xxh3_128())
         summed = self._summing.submit(state.update, data)  # as long as writing takes, and beside it
-        self._write_all(slot.shard, slot.offset + begin, data)
+        self._shards.write(slot.shard, slot.offset + begin, data)
         summed.result()
         self.written += data.nbytes
         self._since_checkpoint += data.nbytes
         with self._changed:
-            self._free.append(buffer)
+            self._ring.give_back(data)
+            self._queued -= 1
             self._changed.notify_all()
 
     def _forget(self, name: str) -> None:
@@ -398,22 +399,6 @@ class OutputWriter:
         if not self._complete:
             self._complete_since = time.monotonic()
         self._complete[name] = self._hashes.pop(name, xxhash.xxh3_128()).hexdigest()
-
-    def _write_all(self, number: int, offset: int, data: memoryview) -> None:
-        """Writes to a shard at an offset, in steps that end where the file offset is a multiple of WRITE_STEP."""
-        descriptor = self._shards[number]
-        self._unsynced.add(number)
-        while data:
-            step = data[: WRITE_STEP - offset % WRITE_STEP]
-            try:
-                nbytes = os.pwrite(descriptor, step, offset)
-                if nbytes == 0:
-                    raise OSError(errno.EIO, "the file system took no bytes")
-                self._write_back.wrote(descriptor, offset, nbytes)
-            except OSError as error:
-                raise self._failed("write", number, f" at offset {offset:,}", error) from error
-            offset += nbytes
-            data = data[nbytes:]
 
     def _checkpoint_wait(self) -> float | None:
         """Seconds until the next checkpoint is due; None while there is nothing to record."""
@@ -425,72 +410,10 @@ class OutputWriter:
 
     def _checkpoint(self) -> None:
         """First the data, then the journal lines that vouch for it."""
-        for number in sorted(self._unsynced):
-            try:
-                os.fdatasync(self._shards[number])
-            except OSError as error:
-                raise self._failed("sync", number, "", error) from error
-        self._unsynced.clear()
-        self._write_back.synced()
+        assert self._shards is not None
+        self._shards.sync()
         with reporting("write", self._staging.journal.path):
             self._staging.journal.append({"name": name, "xxh3_128": value} for name, value in self._complete.items())
         self.checksums.update(self._complete)
         self._complete.clear()
         self._since_checkpoint = 0
-
-    def _failed(self, doing: str, number: int, where: str, error: OSError) -> OutputError:
-        path = self._staging.output.path / self.layout.shards[number].filename
-        return OutputError(f"cannot {doing} {path}{where}: {error.strerror or error}")
-
-
-class _WriteBack:
-    """Starts write-back early and keeps what is not on disk yet below a limit, one contiguous range after another.
-
-    Left to itself the kernel collects gigabytes of dirty pages; then other writers stall and the last sync is long.
-    """
-
-    def __init__(self, limit: int) -> None:
-        from mergecore import _stream  # not above: importing this file needs no compiled code
-
-        self._start_writeback = _stream.start_writeback
-        self._wait_writeback = _stream.wait_writeback
-        self._limit = limit
-        self._descriptor = -1
-        self._begin = self._end = 0  # written, its write-back not started
-        self._started: deque[tuple[int, int, int]] = deque()
-        self._nbytes = 0  # of both
-
-    def wrote(self, descriptor: int, offset: int, nbytes: int) -> None:
-        """Takes note of bytes just written; may wait for earlier ones. Raises OSError if the disk failed on them."""
-        if (descriptor, offset) != (self._descriptor, self._end):
-            self._start()
-            self._descriptor, self._begin = descriptor, offset
-        self._end = offset + nbytes
-        self._nbytes += nbytes
-        if self._end % WRITE_STEP == 0:  # at a page boundary, so that no page is written back twice
-            self._start()
-        while self._nbytes > self._limit and self._started:
-            self._wait_writeback(*self._started[0])
-            self._nbytes -= self._started.popleft()[2]
-
-    def synced(self) -> None:
-        """Everything written so far is on disk."""
-        self._started.clear()
-        self._begin = self._end
-        self._nbytes = 0
-
-    def _start(self) -> None:
-        if self._begin < self._end:
-            job = (self._descriptor, self._begin, self._end - self._begin)
-            self._start_writeback(*job)
-            self._started.append(job)
-            self._begin = self._end
-
-
-def _preallocate(descriptor: int, shard: Shard) -> OSError | None:
-    """Reserves a shard's bytes; returns what prevents it."""
-    try:
-        os.posix_fallocate(descriptor, 0, shard.size)
-    except OSError as error:
-        return error
-    return None

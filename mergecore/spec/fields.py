@@ -172,6 +172,7 @@ Sparsifier = Annotated[
 ]
 OnNonfinite = Annotated[Literal["error", "warn"], choice("error", "warn")]
 Read = Annotated[Literal["map", "pread"], choice("map", "pread")]
+Write = Annotated[Literal["direct", "cached"], choice("direct", "cached")]
 Orientation = Annotated[Literal["rows", "columns"], choice("rows", "columns")]
 Switch = Annotated[bool, BeforeValidator(_boolean)]
 DropRate = Annotated[

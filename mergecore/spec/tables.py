@@ -26,6 +26,7 @@ from mergecore.spec.fields import (
     Switch,
     Text,
     Threads,
+    Write,
     expected,
     refused,
     table,
@@ -211,4 +212,9 @@ class Run(Table):
         default="map",
         title="Read",
         description="map: map the input files into memory. pread: read through buffers, for network mounts.",
+    )
+    write: Write = Field(
+        default="direct",
+        title="Write",
+        description="direct: past the page cache where possible. cached: leave the output in the page cache.",
     )
