@@ -41,6 +41,7 @@ PROGRAM = """
 #include "gradient.cpp"
 #include "moments.cpp"
 #include "quick.cpp"
+#include "random.cpp"
 #include "scores.cpp"
 #include "select.cpp"
 using namespace mergecore;
