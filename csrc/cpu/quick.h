@@ -3,18 +3,14 @@
 
 #include <vector>
 
-#include "chunk.h"
+#include "quick_run.h"
 
 namespace mergecore::cpu {
-
-constexpr int kQuick = 64;  // runs are a multiple of it
 
 // One thread's use of it. Entries that float32 does not decide wait until there are enough for the
 // float64 blend: finish() comes last.
 class QuickBlend {
  public:
-  struct Run;
-
   explicit QuickBlend(const Blend& blend);
 
   // Whether dtypes and coefficients are such that it can be tried at all.
@@ -29,16 +25,17 @@ class QuickBlend {
  private:
   bool take_coefficients();
   void fill(int64_t row);
-  void gather(const Run& run, int64_t entry, int64_t row, int64_t column, int i);
+  void gather(const QuickRun& run, int64_t entry, int64_t row, int64_t column,
+              const uint16_t* places, int count);
 
   const Blend& blend_;
   const bool of_rows_;
   bool applies_ = false;
   bool exact_ = false;  // float32 makes no error where an entry's numbers are of like size
-  uint16_t spread_ = 0, least_ = 0, greatest_ = 0;  // bits of numbers: see quick.cpp
+  uint16_t spread_ = 0, least_ = 0, greatest_ = 0;  // as in QuickRun
   double of_base_ = 0.0;
   std::vector<double> bounds_;       // of the error of an entry whose largest number is 1
-  std::vector<float> coefficients_;  // see quick.cpp
+  std::vector<float> coefficients_;  // as in QuickRun
   int64_t stride_ = 0;               // of their blocks
   int64_t row_ = 0;                  // that they are of
   std::vector<uint16_t> dropped_;  // [model][kChunk]: the run without what is dropped
