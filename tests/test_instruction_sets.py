@@ -41,6 +41,8 @@ PROGRAM = """
 #include "gradient.cpp"
 #include "moments.cpp"
 #include "quick.cpp"
+#include "quick_run.cpp"
+#include "random.cpp"
 #include "scores.cpp"
 #include "select.cpp"
 using namespace mergecore;

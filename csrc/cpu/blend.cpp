@@ -35,7 +35,6 @@ void add_scaled_chunk(const double* delta, const double* coefficient, bool per_e
 
 constexpr int64_t kAhead = 2 * kChunk;  // entries between use and prefetch
 
-// The float64 blend of n entries (at most kChunk) of one row, or of any with one coefficient.
 void blend_chunk(const Blend& b, int64_t entry, int64_t row, int64_t column, int n,
                  int64_t& nonfinite, int64_t& overflow) {
   const Inputs& in = b.inputs;
@@ -54,7 +53,7 @@ void blend_chunk(const Blend& b, int64_t entry, int64_t row, int64_t column, int
     const bool per_entry = b.axis == Axis::columns;
     const void* model = at(in.models[m], entry);
     const Dtype dtype = in.models[m].dtype;
-    if (in.drops != nullptr && drops_any(in.drops[m])) {
+    if (in.drops != nullptr && (drops_any(in.drops[m]) || in.drops[m].scale != 1.0)) {
       const int64_t index = w.first_entry + w.first_row * w.columns + entry;
       kept_delta_chunk(in.drops[m], model, dtype, base, index, n, keep, delta);
       add_scaled_chunk(delta, c, per_entry, n, sum);
@@ -67,18 +66,18 @@ void blend_chunk(const Blend& b, int64_t entry, int64_t row, int64_t column, int
               overflow);
 }
 
-constexpr int kBlocks = kChunk / kQuick;
-constexpr int kPatience = 15;  // chunks that are not tried after one of which a quarter failed
+constexpr int kPatience = 15;  // chunks that are not tried after one that failed
 
 void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow) {
   const Inputs& in = b.inputs;
   const Window& w = in.window;
-  const QuickBlend quick(b);
+  QuickBlend quick(b);
   int rest = quick.applies() ? 0 : -1;  // chunks until the next try; never
   for (int64_t entry = begin; entry < end;) {
     const int64_t row = entry / w.columns, column = entry % w.columns;
     int64_t run = std::min<int64_t>(end - entry, kChunk);
     if (b.axis != Axis::tensor) run = std::min(run, w.columns - column);
+    if (b.axis == Axis::columns && column % kQuick != 0) run = std::min(run, kQuick - column % kQuick);
     const int n = static_cast<int>(run);
     if (in.base.data != nullptr) {
       prefetch(at(in.base, entry + kAhead), n * dtype_size(in.base.dtype));
@@ -88,13 +87,11 @@ void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64
     }
     int done = 0;
     if (rest == 0) {
-      int failed = 0;
-      for (; done + kQuick <= n; done += kQuick) {
-        if (quick.store(entry + done, row, column + done)) continue;
-        blend_chunk(b, entry + done, row, column + done, kQuick, nonfinite, overflow);
-        ++failed;
+      done = n / kQuick * kQuick;
+      if (done > 0 && !quick.store(entry, row, column, done)) {
+        done = 0;
+        rest = kPatience;
       }
-      if (4 * failed > kBlocks) rest = kPatience;
     } else if (rest > 0) {
       --rest;
     }
@@ -103,6 +100,7 @@ void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64
     }
     entry += n;
   }
+  quick.finish();
 }
 
 }  // namespace mergecore::cpu

@@ -11,41 +11,17 @@ void load_chunk(const void* source, Dtype dtype, int n, double* out) {
   });
 }
 
-// numbers[0] is the first of the Philox block that holds entry `first`.
-inline __attribute__((always_inline)) int blocks_of_numbers(uint64_t key, uint64_t first, int n,
-                                                            uint32_t* numbers) {
-  const int lead = static_cast<int>(first & 3);
-  const uint64_t counter = first >> 2;
-  const int blocks = (lead + n + 3) / 4;
-  for (int i = 0; i < blocks; ++i) {
-    uint32_t out[4];
-    philox(key, counter + static_cast<uint64_t>(i), out);
-    numbers[4 * i] = out[0];
-    numbers[4 * i + 1] = out[1];
-    numbers[4 * i + 2] = out[2];
-    numbers[4 * i + 3] = out[3];
-  }
-  return lead;
-}
-
-MERGECORE_CLONES
-void numbers_chunk(uint64_t key, uint64_t first, int n, uint32_t* out) {
-  uint32_t numbers[kChunk + 8];
-  const int lead = blocks_of_numbers(key, first, n, numbers);
-  for (int i = 0; i < n; ++i) out[i] = numbers[lead + i];
-}
-
 MERGECORE_CLONES
 void keep_chunk(const Drop& drop, uint64_t first, int n, double* keep) {
   const double scale = drop.scale;
-  const uint64_t threshold = drop.threshold;
-  if (threshold == 0) {
+  if (drop.threshold == 0) {
     for (int i = 0; i < n; ++i) keep[i] = scale;
     return;
   }
-  uint32_t numbers[kChunk + 8];
-  const int lead = blocks_of_numbers(drop.key, first, n, numbers);
-  for (int i = 0; i < n; ++i) keep[i] = numbers[lead + i] >= threshold ? scale : 0.0;
+  alignas(64) uint32_t numbers[kChunk];
+  numbers_chunk(drop.key, first, n, numbers);
+  const auto last_dropped = static_cast<uint32_t>(drop.threshold - 1);
+  for (int i = 0; i < n; ++i) keep[i] = numbers[i] > last_dropped ? scale : 0.0;
 }
 
 MERGECORE_CLONES

@@ -10,6 +10,7 @@
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MERGECORE_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define MERGECORE_PICKS  // also among functions that are written once for each instruction set
 #else
 #define MERGECORE_CLONES
 #endif

@@ -1,170 +1,243 @@
-// Blends of bf16 by float32, where float32 is enough to tell which bf16 number the float64 result
-// rounds to: for nearly all entries, at several times the speed. Not for the others (blend.cpp).
-//
-// v is the value that blend.cpp computes, and M = |b a| + sum_n |c_n d_n| for the base's
-// coefficient b. With u = 2^-24, rounding d_n, c_n and b, N fused multiply-adds and the last one
-// make float32's value w differ from v by at most (N + 3) u M, to first order; float64 and its
-// rounding to 40 bits add less than 2^-15 u M. One more u M covers the rounding of w - e and w + e.
-// So with e >= (N + 6) u M v lies strictly between the two, and where both round to one bf16
-// number, v does.
+// Which blends of bf16 are tried in float32, with which bounds (see quick_run.cpp), and the float64
+// blend of the entries that are not decided.
 #include "quick.h"
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 namespace mergecore::cpu {
 
 namespace {
 
-constexpr float kLeast = 0x1p-120f;    // what e is at least: beside it underflow counts for nothing
-constexpr float kGreatest = 0x1p100f;  // of e, with room below float32's largest number
 constexpr double kSmallest = 0x1p-60;  // of coefficients, so that products are normal numbers
 constexpr double kLargest = 0x1p60;
+constexpr double kLeastError = 0x1p-120;
+constexpr double kGreatest = 0x1p120;  // of S X, with room below float32's largest number
+constexpr int kFewBinades = 8;         // between an entry's numbers: nearly always they are closer
 
-inline __attribute__((always_inline)) float above(double coefficient, int models) {
-  return static_cast<float>(fabs(coefficient) * (models + 6) * 0x1.01p-24);
-}
-
-inline bool is_tame(double coefficient) {
+MERGECORE_INLINE bool is_tame(double coefficient) {
   const double size = fabs(coefficient);
-  return size == 0.0 || (size >= kSmallest && size <= kLargest);
+  return (size == 0.0) | ((size >= kSmallest) & (size <= kLargest));
 }
 
-// A block's entries of kModels models are added to `sum` and `error`, or, where they are the last,
-// the results stored. False if float32 does not decide all of them.
-template <int kModels, bool kColumns, bool kLast>
-inline __attribute__((always_inline)) bool add_block(const uint16_t* base,
-                                                     const uint16_t* const* models,
-                                                     const float* const* coefficients,
-                                                     const float* const* errors, float of_base,
-                                                     float error_of_base, float* sum, float* error,
-                                                     uint16_t* out) {
-  const uint16_t* model[kModels];
-  const float* coefficient[kModels];
-  const float* bound[kModels];
-  float one[kModels], one_bound[kModels];
-  for (int m = 0; m < kModels; ++m) {
-    model[m] = models[m];
-    coefficient[m] = coefficients[m];
-    bound[m] = errors[m];
-    one[m] = *coefficients[m];
-    one_bound[m] = *errors[m];
+// sums[i] += times * |scale * from[i]|. Whether all these are tame.
+MERGECORE_CLONES
+bool add_sizes(const double* from, double scale, double times, int64_t n, double* sums) {
+  int64_t wild = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double c = from[i] * scale;
+    sums[i] += times * fabs(c);
+    wild |= is_tame(c) ? 0 : 1;
   }
-  uint32_t differ = 0, largest = 0;
-#pragma GCC ivdep
-  for (int i = 0; i < kQuick; ++i) {
-    const float a = BF16::load(base[i]);
-    float w = sum[i], e = error[i];
-#pragma GCC unroll 4
-    for (int m = 0; m < kModels; ++m) {
-      const float d = BF16::load(model[m][i]) - a;
-      w = fmaf(kColumns ? coefficient[m][i] : one[m], d, w);
-      e = fmaf(kColumns ? bound[m][i] : one_bound[m], fabsf(d), e);
-    }
-    if constexpr (kLast) {
-      w = fmaf(of_base, a, w);
-      e = fmaf(error_of_base, fabsf(a), e);
-      const uint32_t low = bit_cast<uint32_t>(w - e) + 0x8000u;
-      const uint32_t high = bit_cast<uint32_t>(w + e) + 0x8000u;
-      const uint32_t size = bit_cast<uint32_t>(e);
-      differ |= low ^ high;
-      largest = size > largest ? size : largest;
-      out[i] = static_cast<uint16_t>(high >> 16);
-    } else {
-      sum[i] = w;
-      error[i] = e;
-    }
-  }
-  return differ >> 16 == 0 && largest < bit_cast<uint32_t>(kGreatest);
+  return wild == 0;
 }
 
-// What all blocks of a call share.
-struct Terms {
-  const uint16_t* base;
-  const uint16_t* models[kMaxModels];
-  const float* coefficients[kMaxModels];
-  const float* errors[kMaxModels];
-  float of_base, error_of_base;
-};
-
-template <bool kColumns>
-inline __attribute__((always_inline)) bool add_models(const Terms& t, int count, uint16_t* out) {
-  alignas(64) float sum[kQuick] = {};
-  alignas(64) float error[kQuick];
-  std::fill_n(error, kQuick, kLeast);
-  auto add = [&](auto models, auto last, int first) __attribute__((always_inline)) {
-    return add_block<models.value, kColumns, last.value>(
-        t.base, t.models + first, t.coefficients + first, t.errors + first, t.of_base,
-        t.error_of_base, sum, error, out);
-  };
-  int first = 0;
-  for (; first + 4 < count; first += 4) {
-    add(std::integral_constant<int, 4>{}, std::false_type{}, first);
-  }
-  switch (count - first) {
-    case 1:
-      return add(std::integral_constant<int, 1>{}, std::true_type{}, first);
-    case 2:
-      return add(std::integral_constant<int, 2>{}, std::true_type{}, first);
-    case 3:
-      return add(std::integral_constant<int, 3>{}, std::true_type{}, first);
-    default:
-      return add(std::integral_constant<int, 4>{}, std::true_type{}, first);
+// Whole blocks of scale * from as they lie in QuickRun.
+MERGECORE_CLONES
+void put_coefficients(const double* from, double scale, int64_t n, int64_t stride, float* to) {
+  for (; n >= kQuick; n -= kQuick, from += kQuick, to += stride) {
+    for (int i = 0; i < kQuick / 2; ++i) {
+      to[i] = static_cast<float>(from[2 * i] * scale);
+      to[kQuick / 2 + i] = static_cast<float>(from[2 * i + 1] * scale);
+    }
   }
 }
 
 MERGECORE_CLONES
-bool store_block(const Terms& terms, int count, bool per_entry, uint16_t* out) {
-  return per_entry ? add_models<true>(terms, count, out) : add_models<false>(terms, count, out);
+void find_range(const double* values, int64_t n, double* least, double* greatest) {
+  double low = HUGE_VAL, high = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    low = values[i] < low ? values[i] : low;
+    high = values[i] > high ? values[i] : high;
+  }
+  *least = low;
+  *greatest = high;
 }
 
-constexpr uint16_t kZeros[kQuick] = {};
+// The least k >= 0 for which 2^k times a normal number is whole.
+int steps(double number) {
+  if (number == 0.0) return 0;
+  const uint64_t bits = bit_cast<uint64_t>(number);
+  const uint64_t significand = (bits & 0xfffffffffffffull) | 1ull << 52;
+  return std::max(0, 1075 - static_cast<int>(bits >> 52 & 0x7ff) - __builtin_ctzll(significand));
+}
+
+// The bits of a positive number cut to bf16.
+uint16_t cut(double number) {
+  return static_cast<uint16_t>(bit_cast<uint32_t>(static_cast<float>(number)) >> 16);
+}
+
+// The scale of kept deltas of a model.
+double scale_of(const Inputs& in, int model) {
+  return in.drops != nullptr && drops_any(in.drops[model]) ? in.drops[model].scale : 1.0;
+}
 
 }  // namespace
 
-QuickBlend::QuickBlend(const Blend& blend) : blend_(blend) {
+QuickBlend::QuickBlend(const Blend& blend) : blend_(blend), of_rows_(blend.axis == Axis::rows) {
   const Inputs& in = blend.inputs;
   const auto is_bf16 = [](const Matrix& matrix) { return matrix.dtype == Dtype::bf16; };
   if (blend.out_dtype != Dtype::bf16 || in.count == 0) return;
   if (in.base.data != nullptr && !is_bf16(in.base)) return;
   if (!std::all_of(in.models, in.models + in.count, is_bf16)) return;
-  if (in.drops != nullptr && std::any_of(in.drops, in.drops + in.count, drops_any)) return;
-  const Window& w = in.window;
-  const int64_t first = blend.axis == Axis::rows ? w.first_row : 0;
-  length_ = blend.axis == Axis::rows ? w.rows : blend.axis == Axis::columns ? w.columns : 1;
-  const double base = in.base.data == nullptr ? 0.0 : blend.base_coefficient;
-  if (!is_tame(base)) return;
-  of_base_ = static_cast<float>(base);
-  error_of_base_ = above(base, in.count);
-  coefficients_.resize(static_cast<size_t>(in.count * length_));
-  errors_.resize(coefficients_.size());
-  for (int m = 0; m < in.count; ++m) {
-    const double* from = blend.coefficients + m * blend.stride + first;
-    if (!std::all_of(from, from + length_, is_tame)) return;
-    for (int64_t i = 0; i < length_; ++i) {
-      coefficients_[static_cast<size_t>(m * length_ + i)] = static_cast<float>(from[i]);
-      errors_[static_cast<size_t>(m * length_ + i)] = above(from[i], in.count);
-    }
-  }
-  applies_ = true;
+  if (in.drops != nullptr && std::any_of(in.drops, in.drops + in.count, selects)) return;
+  applies_ = take_coefficients();
+  if (!applies_) return;
+  dropped_.resize(in.drops == nullptr ? 0 : static_cast<size_t>(in.count) * kChunk);
+  numbers_.resize(static_cast<size_t>(in.count + 1) * kChunk);
+  gathered_coefficients_.resize(static_cast<size_t>(in.count) * kChunk);
+  places_.resize(kChunk);
 }
 
-bool QuickBlend::store(int64_t entry, int64_t row, int64_t column) const {
+// False where float32 is not for them.
+bool QuickBlend::take_coefficients() {
   const Inputs& in = blend_.inputs;
-  const bool per_entry = blend_.axis == Axis::columns;
-  const int64_t place = per_entry ? column : blend_.axis == Axis::rows ? row : 0;
-  Terms terms;
-  terms.base =
-      in.base.data == nullptr ? kZeros : static_cast<const uint16_t*>(in.base.data) + entry;
+  const bool based = in.base.data != nullptr;
+  const int64_t first = of_rows_ ? in.window.first_row : 0;
+  const int64_t number = of_rows_                       ? in.window.rows
+                         : blend_.axis == Axis::columns ? in.window.columns
+                                                        : 1;
+  of_base_ = based ? blend_.base_coefficient : 0.0;
+  if (!is_tame(of_base_)) return false;
+  std::vector<double> sums(static_cast<size_t>(number), fabs(of_base_));  // S
+  int most_steps = steps(of_base_);
   for (int m = 0; m < in.count; ++m) {
-    terms.models[m] = static_cast<const uint16_t*>(in.models[m].data) + entry;
-    terms.coefficients[m] = coefficients_.data() + m * length_ + place;
-    terms.errors[m] = errors_.data() + m * length_ + place;
+    const double* from = blend_.coefficients + m * blend_.stride + first;
+    const double scale = scale_of(in, m);
+    if (!add_sizes(from, scale, based ? 2.0 : 1.0, number, sums.data())) return false;
+    for (int64_t i = 0; i < number && most_steps <= 16; ++i) {
+      most_steps = std::max(most_steps, steps(from[i]) + steps(scale));
+    }
   }
-  terms.of_base = of_base_;
-  terms.error_of_base = error_of_base_;
-  return store_block(terms, in.count, per_entry, static_cast<uint16_t*>(blend_.out) + entry);
+  double least_sum, greatest_sum;
+  find_range(sums.data(), number, &least_sum, &greatest_sum);
+  least_sum = std::max(least_sum, kSmallest);
+  greatest_sum = std::max(greatest_sum, kSmallest);
+  const double bound = (in.count + 6) * 0x1.01p-24;  // e / (S X), rounded up
+  const int binades = 16 - most_steps - static_cast<int>(std::ceil(std::log2(greatest_sum)));
+  exact_ = binades >= kFewBinades;
+  spread_ = static_cast<uint16_t>(std::min(binades, 15) << 7);
+  least_ = static_cast<uint16_t>(cut(kLeastError / (bound * least_sum)) + 1);
+  greatest_ = cut(kGreatest / std::max(greatest_sum, 1.0));
+
+
+  bounds_ = std::move(sums);
+  for (double& sum : bounds_) sum = std::max(sum, kSmallest) * bound;
+  const bool of_columns = blend_.axis == Axis::columns;
+  const int64_t block = (in.count + 1) * kQuick;
+  stride_ = of_columns ? block : 0;
+  coefficients_.resize(static_cast<size_t>(of_columns ? number / kQuick * block : block));
+  if (!of_columns) {
+    fill(0);
+    return true;
+  }
+  float* to = coefficients_.data();
+  for (int m = 0; m < in.count; ++m, to += kQuick) {
+    const double* from = blend_.coefficients + m * blend_.stride;
+    put_coefficients(from, scale_of(in, m), number, block, to);
+  }
+  put_coefficients(bounds_.data(), 1.0, number, block, to);
+  return true;
+}
+
+// Makes the coefficients those of a row, or of the tensor.
+void QuickBlend::fill(int64_t row) {
+  const Inputs& in = blend_.inputs;
+  const int64_t place = of_rows_ ? in.window.first_row + row : 0;
+  row_ = row;
+  float* to = coefficients_.data();
+  for (int m = 0; m < in.count; ++m, to += kQuick) {
+    const double c = blend_.coefficients[m * blend_.stride + place] * scale_of(in, m);
+    std::fill_n(to, kQuick, static_cast<float>(c));
+  }
+  std::fill_n(to, kQuick, static_cast<float>(bounds_[static_cast<size_t>(row)]));
+}
+
+bool QuickBlend::store(int64_t entry, int64_t row, int64_t column, int n) {
+  const Inputs& in = blend_.inputs;
+  const Window& w = in.window;
+  if (of_rows_ && row != row_) fill(row);
+  QuickRun run;
+  run.count = in.count;
+  run.base = in.base.data == nullptr ? nullptr : static_cast<const uint16_t*>(in.base.data) + entry;
+  uint16_t greatest = 0;
+  for (int m = 0; m < in.count; ++m) {
+    run.models[m] = static_cast<const uint16_t*>(in.models[m].data) + entry;
+    if (in.drops == nullptr || in.drops[m].threshold == 0) continue;
+    alignas(64) uint32_t numbers[kChunk];
+    const int64_t index = w.first_entry + w.first_row * w.columns + entry;
+    numbers_chunk(in.drops[m].key, static_cast<uint64_t>(index), n, numbers);
+    uint16_t* kept = dropped_.data() + m * kChunk;
+    const auto last = static_cast<uint32_t>(in.drops[m].threshold - 1);
+    greatest = std::max(greatest, drop_run(run.base, run.models[m], numbers, last, n, kept));
+    run.models[m] = kept;
+  }
+  if (greatest > greatest_) return false;
+  run.coefficients = coefficients_.data() + column / kQuick * stride_;
+  run.stride = stride_;
+  run.of_base = static_cast<float>(of_base_);
+  run.exact = exact_;
+  run.spread = spread_;
+  run.least = least_;
+  run.greatest = greatest_;
+  run.out = static_cast<uint16_t*>(blend_.out) + entry;
+  alignas(64) uint16_t undecided[kChunk];
+  if (!store_run(run, n, undecided)) return false;
+  uint16_t places[kChunk];
+  const int count = find_set(undecided, n, places);
+  if (count > n / 2) return false;
+  gather(run, entry, row, column, places, count);
+  return true;
+}
+
+// Entries of a run that wait for the float64 blend.
+void QuickBlend::gather(const QuickRun& run, int64_t entry, int64_t row, int64_t column,
+                        const uint16_t* places, int count) {
+  const Inputs& in = blend_.inputs;
+  if (waiting_ + count > kChunk) finish();
+  for (int m = -1; m < in.count; ++m) {
+    const uint16_t* from = m < 0 ? run.base : run.models[m];
+    uint16_t* to = numbers_.data() + (m + 1) * kChunk + waiting_;
+    for (int i = 0; i < count && from != nullptr; ++i) to[i] = from[places[i]];
+  }
+  for (int m = 0; m < in.count && blend_.axis != Axis::tensor; ++m) {
+    const double* from = blend_.coefficients + m * blend_.stride;
+    double* to = gathered_coefficients_.data() + m * kChunk + waiting_;
+    for (int i = 0; i < count; ++i) {
+      to[i] = from[of_rows_ ? in.window.first_row + row : column + places[i]];
+    }
+  }
+  int64_t* to = places_.data() + waiting_;
+  for (int i = 0; i < count; ++i) to[i] = entry + places[i];
+  waiting_ += count;
+}
+
+void QuickBlend::finish() {
+  if (waiting_ == 0) return;
+  const Inputs& in = blend_.inputs;
+  Matrix models[kMaxModels];
+  Drop scales[kMaxModels];  // what is dropped was taken out already
+  for (int m = 0; m < in.count; ++m) {
+    models[m] = {numbers_.data() + (m + 1) * kChunk, Dtype::bf16};
+    scales[m] = {0, 0, scale_of(in, m)};
+  }
+  const Matrix base = {in.base.data == nullptr ? nullptr : numbers_.data(), Dtype::bf16};
+  const Drop* drops = in.drops == nullptr ? nullptr : scales;
+  const bool same = blend_.axis == Axis::tensor;
+  uint16_t results[kChunk];
+  const Blend gathered = {{{1, waiting_, 0, 0}, base, models, drops, in.count},
+                          same ? Axis::tensor : Axis::columns,
+                          same ? blend_.coefficients : gathered_coefficients_.data(),
+                          same ? blend_.stride : kChunk,
+                          blend_.base_coefficient,
+                          results,
+                          Dtype::bf16};
+  int64_t nonfinite = 0, overflow = 0;  // stay so: the numbers are not that large
+  blend_chunk(gathered, 0, 0, 0, waiting_, nonfinite, overflow);
+  for (int i = 0; i < waiting_; ++i) {
+    static_cast<uint16_t*>(blend_.out)[places_[static_cast<size_t>(i)]] = results[i];
+  }
+  waiting_ = 0;
 }
 
 }  // namespace mergecore::cpu

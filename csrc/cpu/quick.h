@@ -3,12 +3,12 @@
 
 #include <vector>
 
-#include "chunk.h"
+#include "quick_run.h"
 
 namespace mergecore::cpu {
 
-constexpr int kQuick = 64;  // entries that are decided together
-
+// One thread's use of it. Entries that float32 does not decide wait until there are enough for the
+// float64 blend: finish() comes last.
 class QuickBlend {
  public:
   explicit QuickBlend(const Blend& blend);
@@ -16,16 +16,38 @@ class QuickBlend {
   // Whether dtypes and coefficients are such that it can be tried at all.
   bool applies() const { return applies_; }
 
-  // Stores the results of kQuick entries of one row; false where they are left to the float64
-  // blend.
-  bool store(int64_t entry, int64_t row, int64_t column) const;
+  // Stores the results of n <= kChunk entries of one row, n being a multiple of kQuick and, where
+  // coefficients are by column, so is `column`. False where all are left to the float64 blend.
+  bool store(int64_t entry, int64_t row, int64_t column, int n);
+
+  void finish();
 
  private:
+  bool take_coefficients();
+  void fill(int64_t row);
+  void gather(const QuickRun& run, int64_t entry, int64_t row, int64_t column,
+              const uint16_t* places, int count);
+
   const Blend& blend_;
+  const bool of_rows_;
   bool applies_ = false;
-  int64_t length_ = 0;                        // numbers of a model
-  std::vector<float> coefficients_, errors_;  // [model][number]
-  float of_base_ = 0.0f, error_of_base_ = 0.0f;
+  bool exact_ = false;  // float32 makes no error where an entry's numbers are of like size
+  uint16_t spread_ = 0, least_ = 0, greatest_ = 0;  // as in QuickRun
+  double of_base_ = 0.0;
+  std::vector<double> bounds_;       // of the error of an entry whose largest number is 1
+  std::vector<float> coefficients_;  // as in QuickRun
+  int64_t stride_ = 0;               // of their blocks
+  int64_t row_ = 0;                  // that they are of
+  std::vector<uint16_t> dropped_;  // [model][kChunk]: the run without what is dropped
+  // The entries that wait.
+  int waiting_ = 0;
+  std::vector<uint16_t> numbers_;              // [base, models][kChunk]
+  std::vector<double> gathered_coefficients_;  // [model][kChunk]
+  std::vector<int64_t> places_;
 };
+
+// The float64 blend of n entries (at most kChunk) of one row, or of any with one coefficient.
+void blend_chunk(const Blend& blend, int64_t entry, int64_t row, int64_t column, int n,
+                 int64_t& nonfinite, int64_t& overflow);
 
 }  // namespace mergecore::cpu

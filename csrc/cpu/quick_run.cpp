@@ -1,0 +1,257 @@
+// Blends of bf16 by float32, where float32 is enough to tell which bf16 number the float64 result
+// rounds to: for nearly all entries, at several times the speed. Which those are
+// is told here; quick.cpp has the others done.
+//
+// Bounded. v is the value that blend.cpp computes, X the largest of |a| and all |x_n| of an entry,
+// b the base's coefficient, and S = |b| + 2 sum_n |c_n|, or sum_n |c_n| without a base, so that
+// |b a| + sum_n |c_n d_n| <= S X. With u = 2^-24, rounding d_n, c_n, b and b a, N fused
+// multiply-adds and the last sum make float32's value w differ from v by at most (N + 3) u S X, to
+// first order; float64 and its rounding to 40 bits add less than 2^-15 u S X. One more u S X covers
+// the rounding of w - e and w + e. So with e >= (N + 6) u S X v lies strictly between the two, and
+// where both round to one bf16 number, v does. Small X count as such that e is at least 2^-120:
+// beside it underflow counts for nothing. Where X is 0, everything is exact.
+//
+// Exact. Let 2^k c_n and 2^k b be whole numbers. An entry's numbers other than 0 are multiples of
+// 2^-7 q, if q is the power of two at or below the least of them, so all terms and sums are
+// multiples of 2^(-7-k) q, and none is larger than S X. So float32, which has 24 bits, rounds
+// nothing where S X <= 2^(17-k) q, nor does it differences where 2 X <= 2^17 q: w is v, ties
+// included, and rounding to 40 bits leaves it as it is.
+//
+// Two neighbours are computed as the halves of a word, the first being the lower one (every machine
+// that this runs on is little-endian): widening and packing takes no shuffles.
+#include "quick_run.h"
+
+#include <algorithm>
+#include <type_traits>
+
+namespace mergecore::cpu {
+
+namespace {
+
+constexpr int kWords = kQuick / 2;
+
+using Word [[gnu::may_alias, gnu::aligned(2)]] = uint32_t;
+using Four [[gnu::may_alias, gnu::aligned(2)]] = uint64_t;  // entries
+
+enum class End { none, bounded, exact };
+
+inline __attribute__((always_inline)) float lower(uint32_t word) {
+  return bit_cast<float>(word << 16);
+}
+
+inline __attribute__((always_inline)) float upper(uint32_t word) {
+  return bit_cast<float>(word & 0xffff0000u);
+}
+
+inline __attribute__((always_inline)) uint32_t packed(uint32_t lower, uint32_t upper) {
+  return (upper & 0xffff0000u) | lower >> 16;
+}
+
+// sum + b a; a zero sum leaves the base bit for bit, the sign of its zeros included.
+inline __attribute__((always_inline)) float with_base(float sum, float of_base, float a) {
+  const float product = of_base * a;
+  return sum == 0.0f ? product : product + sum;
+}
+
+// To nearest even in the upper half.
+inline __attribute__((always_inline)) uint32_t rounded(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  return bits + ((bits & 0x10000u) != 0 ? 0x8000u : 0x7fffu);
+}
+
+// Of one block: largest[i] is what bounds the error of entry i; with `exact`, undecided[i] is set
+// where its numbers are too far from each other. greatest[i] is the largest of all blocks.
+inline __attribute__((always_inline)) void find_sizes(const QuickRun& run, int64_t place,
+                                                      uint16_t* largest, uint16_t* greatest,
+                                                      uint16_t* undecided) {
+  alignas(64) uint16_t smallest[kQuick];  // less one: beside it zeros do not count
+  std::fill_n(largest, kQuick, uint16_t{0});
+  std::fill_n(smallest, kQuick, uint16_t{0xffff});
+  for (int m = run.base == nullptr ? 0 : -1; m < run.count; ++m) {
+    const uint16_t* numbers = (m < 0 ? run.base : run.models[m]) + place;
+    for (int i = 0; i < kQuick; ++i) {
+      const uint16_t size = numbers[i] & 0x7fffu;
+      largest[i] = size > largest[i] ? size : largest[i];
+    }
+    if (!run.exact) continue;
+    for (int i = 0; i < kQuick; ++i) {
+      const uint16_t less = static_cast<uint16_t>((numbers[i] & 0x7fffu) - 1);
+      smallest[i] = less < smallest[i] ? less : smallest[i];
+    }
+  }
+  for (int i = 0; i < kQuick; ++i) {
+    greatest[i] = largest[i] > greatest[i] ? largest[i] : greatest[i];
+  }
+  const uint16_t spread = run.spread, least = run.least;
+  if (run.exact) {
+    for (int i = 0; i < kQuick; ++i) {
+      undecided[i] = static_cast<uint16_t>(largest[i] - smallest[i]) > spread;
+    }
+  } else {
+    for (int i = 0; i < kQuick; ++i) {
+      const uint16_t size = largest[i] > least ? largest[i] : least;
+      largest[i] = largest[i] == 0 ? 0 : size;
+    }
+  }
+}
+
+// Adds a block's entries of kModels models to the sums; where they are the last, stores results,
+// and with End::bounded what is undecided.
+template <int kModels, bool kBase, End kEnd>
+inline __attribute__((always_inline)) void add_models(const QuickRun& run, int64_t place, int first,
+                                                      const float* coefficients, float* even,
+                                                      float* odd, const uint16_t* largest,
+                                                      uint16_t* undecided) {
+  const Word* model[kModels];
+  for (int m = 0; m < kModels; ++m) {
+    model[m] = reinterpret_cast<const Word*>(run.models[first + m] + place);
+  }
+  const auto* base = reinterpret_cast<const Word*>(run.base + (kBase ? place : 0));
+  const auto* size = reinterpret_cast<const Word*>(largest);
+  auto* out = reinterpret_cast<Word*>(run.out + place);
+  auto* differ = reinterpret_cast<Word*>(undecided);
+  const float* of_lower = coefficients + first * kQuick;
+  const float* of_upper = of_lower + kWords;
+  const float of_base = run.of_base;
+#pragma GCC ivdep
+  for (int i = 0; i < kWords; ++i) {
+    const uint32_t a = kBase ? base[i] : 0;
+    float w0 = even[i], w1 = odd[i];
+#pragma GCC unroll 4
+    for (int m = 0; m < kModels; ++m) {
+      const uint32_t x = model[m][i];
+      const float d0 = kBase ? lower(x) - lower(a) : lower(x);
+      const float d1 = kBase ? upper(x) - upper(a) : upper(x);
+      w0 = fmaf(of_lower[m * kQuick + i], d0, w0);
+      w1 = fmaf(of_upper[m * kQuick + i], d1, w1);
+    }
+    if constexpr (kEnd == End::none) {
+      even[i] = w0;
+      odd[i] = w1;
+      continue;
+    }
+    if constexpr (kBase) {
+      w0 = with_base(w0, of_base, lower(a));
+      w1 = with_base(w1, of_base, upper(a));
+    }
+    if constexpr (kEnd == End::exact) {
+      out[i] = packed(rounded(w0), rounded(w1));
+    } else {
+      const float bound0 = of_lower[kModels * kQuick + i], bound1 = of_upper[kModels * kQuick + i];
+      const float x0 = lower(size[i]), x1 = upper(size[i]);
+      const uint32_t low0 = bit_cast<uint32_t>(fmaf(-bound0, x0, w0)) + 0x8000u;
+      const uint32_t low1 = bit_cast<uint32_t>(fmaf(-bound1, x1, w1)) + 0x8000u;
+      const uint32_t high0 = bit_cast<uint32_t>(fmaf(bound0, x0, w0)) + 0x8000u;
+      const uint32_t high1 = bit_cast<uint32_t>(fmaf(bound1, x1, w1)) + 0x8000u;
+      differ[i] = packed(low0 ^ high0, low1 ^ high1);
+      out[i] = packed(high0, high1);
+    }
+  }
+}
+
+template <bool kBase, End kEnd>
+inline __attribute__((always_inline)) void add_block(const QuickRun& run, int64_t place,
+                                                     const float* coefficients,
+                                                     const uint16_t* largest,
+                                                     uint16_t* undecided) {
+  alignas(64) float even[kWords], odd[kWords];
+  std::fill_n(even, kWords, -0.0f);  // the neutral element, as in blend.cpp
+  std::fill_n(odd, kWords, -0.0f);
+  int first = 0;
+  auto add = [&](auto models, auto end) __attribute__((always_inline)) {
+    add_models<models.value, kBase, end.value>(run, place, first, coefficients, even, odd, largest,
+                                               undecided);
+  };
+  constexpr std::integral_constant<End, kEnd> kLast;
+  for (; first + 4 < run.count; first += 4) {
+    add(std::integral_constant<int, 4>{}, std::integral_constant<End, End::none>{});
+  }
+  switch (run.count - first) {
+    case 1:
+      return add(std::integral_constant<int, 1>{}, kLast);
+    case 2:
+      return add(std::integral_constant<int, 2>{}, kLast);
+    case 3:
+      return add(std::integral_constant<int, 3>{}, kLast);
+    default:
+      return add(std::integral_constant<int, 4>{}, kLast);
+  }
+}
+
+}  // namespace
+
+MERGECORE_CLONES
+bool store_run(const QuickRun& run, int n, uint16_t* undecided) {
+  alignas(64) uint16_t greatest[kQuick] = {};
+  const float* c = run.coefficients;
+  for (int place = 0; place < n; place += kQuick, c += run.stride, undecided += kQuick) {
+    alignas(64) uint16_t largest[kQuick];
+    find_sizes(run, place, largest, greatest, undecided);
+    if (run.base == nullptr) {
+      run.exact ? add_block<false, End::exact>(run, place, c, largest, undecided)
+                : add_block<false, End::bounded>(run, place, c, largest, undecided);
+    } else {
+      run.exact ? add_block<true, End::exact>(run, place, c, largest, undecided)
+                : add_block<true, End::bounded>(run, place, c, largest, undecided);
+    }
+  }
+  uint16_t over = 0;
+  for (int i = 0; i < kQuick; ++i) over |= greatest[i] > run.greatest;
+  return over == 0;
+}
+
+namespace {
+
+MERGECORE_CLONES
+bool is_any_set(const uint16_t* flags, int n) {
+  uint16_t any = 0;
+  for (int i = 0; i < n; ++i) any |= flags[i];
+  return any != 0;
+}
+
+// Bit i is set where flags[i] is not 0, i < kQuick.
+MERGECORE_CLONES
+uint64_t set_bits(const uint16_t* flags) {
+  alignas(64) uint16_t ones[kQuick];
+  for (int i = 0; i < kQuick; ++i) ones[i] = flags[i] != 0;
+  uint64_t bits = 0;
+  for (int i = 0; i < kQuick / 4; ++i) {
+    const uint64_t four = reinterpret_cast<const Four*>(ones)[i];
+    // Each product of a one and a power has a place of its own; bits 48 to 51 are the four ones.
+    bits |= (four * (1ull << 48 | 1ull << 33 | 1ull << 18 | 1ull << 3)) >> 48 << 4 * i;
+  }
+  return bits;
+}
+
+}  // namespace
+
+int find_set(const uint16_t* flags, int n, uint16_t* places) {
+  if (!is_any_set(flags, n)) return 0;
+  int count = 0;
+  for (int first = 0; first < n; first += kQuick) {
+    for (uint64_t bits = set_bits(flags + first); bits != 0; bits &= bits - 1) {
+      places[count++] = static_cast<uint16_t>(first + __builtin_ctzll(bits));
+    }
+  }
+  return count;
+}
+
+MERGECORE_CLONES
+uint16_t drop_run(const uint16_t* base, const uint16_t* model, const uint32_t* numbers,
+                  uint32_t last_dropped, int n, uint16_t* kept) {
+  uint16_t greatest = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint16_t size = model[i] & 0x7fffu;
+    greatest = size > greatest ? size : greatest;
+  }
+  if (base != nullptr) {
+    for (int i = 0; i < n; ++i) kept[i] = numbers[i] > last_dropped ? model[i] : base[i];
+  } else {
+    for (int i = 0; i < n; ++i) {
+      kept[i] = model[i] & (numbers[i] > last_dropped ? 0xffffu : 0x8000u);
+    }
+  }
+  return greatest;
+}
+
+}  // namespace mergecore::cpu
