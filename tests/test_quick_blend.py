@@ -107,6 +107,79 @@ def test_numbers_of_any_size(
     blended(base if based else None, tensors, coefficients, axis, scale)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    models=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 64]),
+    based=st.booleans(),
+    scale=st.sampled_from([1.0, 0.0, -0.5, 3.0]),
+    digits=st.integers(1, 12),
+    binades=st.integers(0, 30),
+    size=st.sampled_from([2.0**-126, 2.0**-101, 2.0**-99, 1.0, 2.0**60, 2.0**110]),
+    zeros=st.booleans(),
+    axis=st.sampled_from(ops.Axis),
+)
+def test_coefficients_of_few_digits_which_make_ties(
+    seed: int,
+    models: int,
+    based: bool,
+    scale: float,
+    digits: int,
+    binades: int,
+    size: float,
+    zeros: bool,
+    axis: ops.Axis,
+) -> None:
+    """Where float32 computes exactly, and where it nearly does: numbers of one entry lie `binades` apart at most."""
+    random = torch.Generator().manual_seed(seed)
+
+    def numbers() -> Tensor:
+        binade = torch.randint(0, binades + 1, (ROWS, COLUMNS), generator=random)
+        signed = 1 - 2 * torch.randint(0, 2, binade.shape, generator=random)
+        few = 128 + torch.randint(0, 128, binade.shape, generator=random)
+        return (size * signed * few.double() * torch.exp2(-7.0 - binade.double())).to(BF16)
+
+    base, tensors = numbers(), [numbers() for _ in range(models)]
+    if zeros:
+        base[torch.rand(ROWS, COLUMNS, generator=random) < 0.02] = -0.0
+        tensors[0][torch.rand(ROWS, COLUMNS, generator=random) < 0.02] = -0.0
+        tensors[-1][0] = base[0]
+    length = {ops.Axis.TENSOR: 1, ops.Axis.COLUMNS: COLUMNS, ops.Axis.ROWS: ROWS}[axis]
+    whole = torch.randint(-(2**digits), 2**digits + 1, (models, length), generator=random).double()
+    coefficients = whole * 2.0 ** -float(torch.randint(0, digits + 2, (1,), generator=random))
+    blended(base if based else None, tensors, coefficients, axis, scale)
+
+
+@pytest.mark.parametrize("binade", range(4, 32))
+def test_a_tie_but_for_what_float32_cannot_hold(binade: int) -> None:
+    """1 + 2^-8 is a tie; the last digit of 2^-binade * (1 + 2^-7) - 2^-binade makes it none."""
+    small = 2.0**-binade
+    numbers = [1.0, 2.0**-8, small * (1 + 2.0**-7), -small]
+    models = [torch.full((ROWS, COLUMNS), number, dtype=BF16) for number in numbers]
+    out = blended(None, models, torch.ones(4, 1, dtype=torch.float64), ops.Axis.TENSOR, 1.0)
+    assert (out == 1 + 2.0**-7).all()
+
+
+def test_a_tie_but_for_the_last_digit_of_the_coefficient_of_the_base() -> None:
+    base = torch.full((ROWS, COLUMNS), 2.0**-3 + 2.0**-7, dtype=BF16)
+    model = torch.full((ROWS, COLUMNS), 2.0, dtype=BF16)
+    half = torch.full((1, 1), 0.5, dtype=torch.float64)
+    assert (blended(base, [model], half, ops.Axis.TENSOR, 1.0) == 136 / 128).all()
+    assert (blended(base, [model], half, ops.Axis.TENSOR, 1.0 + 2.0**-23) == 137 / 128).all()
+
+
+def test_ties_among_coefficients_that_make_none() -> None:
+    """As WIDEN's: some columns have importance 1, others any."""
+    random = torch.Generator().manual_seed(0)
+    base = (0.02 * torch.randn(64, 512, generator=random)).to(BF16)
+    models = [(base + 0.002 * torch.randn(base.shape, generator=random)).to(BF16) for _ in range(2)]
+    coefficients = torch.rand(2, 512, dtype=torch.float64, generator=random)
+    coefficients[:, ::2] = 1.0
+    coefficients[:, ::8] = 0.5
+    coefficients[:, 1::8] = 0.1
+    blended(base, models, coefficients, ops.Axis.COLUMNS, 1.0)
+
+
 @pytest.mark.parametrize("weight", [0.5, 0.25])
 def test_ties_that_are_exact_go_to_even(weight: float) -> None:
     base = torch.full((4, 4096), 1.0, dtype=BF16)
