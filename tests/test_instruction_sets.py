@@ -43,6 +43,8 @@ PROGRAM = """
 #include "quick.cpp"
 #include "scores.cpp"
 #include "select.cpp"
+#include "elect.cpp"
+#include "magnitudes.cpp"
 using namespace mergecore;
 extern "C" {
 void column_moments(const Inputs* in, double* sums, double* pending, int64_t columns) {
