@@ -45,6 +45,8 @@ PROGRAM = """
 #include "random.cpp"
 #include "scores.cpp"
 #include "select.cpp"
+#include "elect.cpp"
+#include "magnitudes.cpp"
 using namespace mergecore;
 extern "C" {
 void column_moments(const Inputs* in, double* sums, double* pending, int64_t columns) {

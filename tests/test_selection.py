@@ -305,6 +305,39 @@ def test_kept_sums_are_those_of_the_kept_deltas(made: InMemory, density: float) 
         assert drop.scale == (whole / kept if kept > 0 else 1.0)
 
 
+@pytest.mark.parametrize("entries", [1, 255, 600])
+def test_keys_of_bf16_differences_are_those_of_float64(entries: int) -> None:
+    """Also where float32 does not hold the difference: far exponents, subnormals, overflow, Inf, NaN."""
+    tiny, large = 2.0**-133, 3.0e38
+    odd = torch.tensor([0.0, -0.0, 1.0, 2.0**-20, -(2.0**-20), 2.0**-16, tiny, -3 * tiny, large, -large, math.inf])
+    pairs = torch.cartesian_prod(odd, torch.cat([odd, torch.tensor([math.nan])])).to(BF16)
+    random = torch.randn(700, 2, generator=torch.Generator().manual_seed(5)).to(BF16)
+    for both in (pairs[:entries], torch.cat([random, pairs])[-entries:], random[:entries]):
+        base, model = (column.reshape(-1, 1).contiguous() for column in both.T)
+        keys = (model.double() - base.double()).abs().view(torch.int64).view(-1).numpy() & (2**63 - 1)
+        bins = np.clip((keys >> selecting.SHIFT) - selecting.FIRST, 1, selecting.BINS - 2)
+        bins = np.where(keys == 0, 0, np.where(keys >= selecting.INFINITE, selecting.BINS - 1, bins))
+        histogram = torch.zeros(1, selecting.BINS, dtype=torch.int64)
+        ops.count_magnitudes(
+            base, [model], histogram, shift=selecting.SHIFT, offsets=[selecting.FIRST], clamp=True, place=Place()
+        )
+        assert np.array_equal(histogram[0].numpy(), np.bincount(bins, minlength=selecting.BINS))
+        for low in {-1, 0, selecting.INFINITE, 2**63 - 2, *map(int, keys[:40]), *(int(key) - 1 for key in keys[:40])}:
+            high = min(low + (1 << 50), 2**63 - 1)
+            collected, indices = (
+                torch.zeros(1, len(keys), dtype=torch.int64),
+                torch.zeros(1, len(keys), dtype=torch.int64),
+            )
+            found, equal = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+            ops.collect_magnitudes(
+                base, [model], [(0, low, high)], collected, indices, found, equal, block=len(keys), place=Place()
+            )
+            within = np.flatnonzero((keys > low) & (keys < high))
+            assert int(equal) == (keys == low).sum()
+            assert indices[0, : int(found)].tolist() == within.tolist()
+            assert collected[0, : int(found)].tolist() == keys[within].tolist()
+
+
 def test_every_op_passes_opcheck() -> None:
     window = [torch.randn(5, 7).to(dtype) for dtype in (F32, BF16, F16)]
     base, models = window[0], window[1:]

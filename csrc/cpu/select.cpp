@@ -1,28 +1,12 @@
-// Order statistics of magnitudes, and the blend of deltas that were chosen by them: top sets,
-// random masks, sign election.
+// The deltas of a run and what chooses among them: measures, masks, sums of what is kept. Not for
+// the search of top sets (magnitudes.cpp), nor for what becomes of the kept deltas (elect.cpp).
+#include "select.h"
+
 #include <algorithm>
 #include <vector>
 
-#include "chunk.h"
-
 namespace mergecore::cpu {
 
-constexpr int kRun = 256;  // entries; the deltas of 64 models fit an L2 cache
-
-// One model's deltas over a run, and what the blend makes of them.
-struct alignas(64) Deltas {
-  double value[kRun];
-};
-
-int64_t index_of(const Window& w, int64_t entry) {
-  return w.first_entry + w.first_row * w.columns + entry;
-}
-
-void load_base(const Inputs& in, int64_t entry, int n, double* base) {
-  if (in.base.data != nullptr) load_chunk(at(in.base, entry), in.base.dtype, n, base);
-}
-
-// Deltas of model m with what `in.drops` says. `base` holds zeros where there is none.
 void load_deltas(const Inputs& in, int m, int64_t entry, int n, const double* base, double* delta) {
   static constexpr Drop everything{0, 0, 1.0};
   alignas(64) double keep[kRun];
@@ -55,8 +39,6 @@ void spread_chunk(const Deltas* deltas, int count, int n, double* spread) {
   for (int i = 0; i < n; ++i) spread[i] = spread_of(distances[i], squares[i], count);
 }
 
-// What the measures of all models of a run have in common: the standard deviation, or the sum of
-// the deltas.
 void common_run(const Kept& kept, const Deltas* deltas, int n, double* common) {
   const int count = kept.inputs.count;
   if (kept.measure == Measure::spread) spread_chunk(deltas, count, n, common);
@@ -74,7 +56,6 @@ void competition_run(const double* delta, const double* total, int count, const 
   for (int i = 0; i < n; ++i) out[i] = competition(delta[i], total[i], count, scales);
 }
 
-// The magnitudes that are compared, of model m: as they are, or in `out`.
 const double* measured_run(const Kept& kept, int m, const double* delta, const double* common,
                            int64_t entry, int n, double* out) {
   const Inputs& in = kept.inputs;
@@ -96,97 +77,6 @@ const double* measured_run(const Kept& kept, int m, const double* delta, const d
   return out;
 }
 
-// Whether a measure compares each model by itself.
-bool is_own(Measure measure) { return measure == Measure::own || measure == Measure::rows; }
-
-int sets_of(const Kept& kept) { return kept.measure == Measure::spread ? 1 : kept.inputs.count; }
-
-// Calls f(which, keys) with the keys of a run, of sets first, first + 1, ... last - 1.
-template <class F>
-void with_keys(const Kept& kept, int first, int last, int64_t entry, int n, const F& f) {
-  const Inputs& in = kept.inputs;
-  alignas(64) double out[kRun];
-  int64_t keys[kRun];
-  const auto call = [&](int m, const double* delta, const double* common) {
-    const double* values = measured_run(kept, m, delta, common, entry, n, out);
-    for (int i = 0; i < n; ++i) keys[i] = magnitude_bits(values[i]);
-    f(m, keys);
-  };
-  if (is_own(kept.measure)) {
-    alignas(64) double base[kRun] = {};
-    alignas(64) double delta[kRun];
-    load_base(in, entry, n, base);
-    for (int m = first; m < last; ++m) {
-      load_deltas(in, m, entry, n, base, delta);
-      call(m, delta, nullptr);
-    }
-    return;
-  }
-  Deltas deltas[kMaxModels];
-  double common[kRun];
-  load_all_deltas(in, entry, n, deltas);
-  common_run(kept, deltas, n, common);
-  for (int m = first; m < last; ++m) call(m, deltas[m].value, common);
-}
-
-void add_to(int64_t* total, int64_t count) { __atomic_fetch_add(total, count, __ATOMIC_RELAXED); }
-
-void count_magnitudes(const Kept& kept, int shift, const int64_t* offsets, bool clamp, int64_t bins,
-                      int64_t* histogram, int64_t begin, int64_t end) {
-  // One set after the other: a thread's counts of one fit its cache.
-  std::vector<uint32_t> counts(static_cast<size_t>(bins));
-  for (int set = 0; set < sets_of(kept); ++set) {
-    const int64_t offset = offsets[set];
-    for (int64_t entry = begin; entry < end; entry += kRun) {
-      const int n = static_cast<int>(std::min<int64_t>(kRun, end - entry));
-      with_keys(kept, set, set + 1, entry, n, [&](int, const int64_t* keys) {
-        for (int i = 0; i < n; ++i) {
-          const int64_t bin =
-              clamp ? clamped_bin(keys[i], shift, offset, bins) : (keys[i] >> shift) - offset;
-          if (bin >= 0 && bin < bins) ++counts[static_cast<size_t>(bin)];
-        }
-      });
-    }
-    for (int64_t i = 0; i < bins; ++i) {
-      uint32_t& count = counts[static_cast<size_t>(i)];
-      if (count != 0) add_to(histogram + set * bins + i, count);
-      count = 0;
-    }
-  }
-}
-
-void collect_magnitudes(const Kept& kept, const KeyRange* ranges, int count, int64_t* keys_out,
-                        int64_t* indices, int64_t capacity, int64_t* found, int64_t* equal,
-                        int64_t block, int64_t begin, int64_t end) {
-  const Window& w = kept.inputs.window;
-  const int64_t blocks = (w.rows * w.columns + block - 1) / block;
-  for (int64_t entry = begin; entry < end;) {
-    const int64_t in_block = block - entry % block;
-    const int n = static_cast<int>(std::min<int64_t>({kRun, end - entry, in_block}));
-    with_keys(kept, 0, sets_of(kept), entry, n, [&](int which, const int64_t* keys) {
-      for (int r = 0; r < count; ++r) {
-        if (ranges[r].model != which) continue;
-        const int64_t low = ranges[r].low, high = ranges[r].high;
-        int64_t same = 0, within = 0;
-        for (int i = 0; i < n; ++i) {
-          same += keys[i] == low;
-          within += keys[i] > low && keys[i] < high;
-        }
-        equal[r * blocks + entry / block] += same;
-        if (within == 0) continue;
-        int64_t place = __atomic_fetch_add(found + r, within, __ATOMIC_RELAXED);
-        for (int i = 0; i < n && place < capacity; ++i) {
-          if (keys[i] <= low || keys[i] >= high) continue;
-          keys_out[r * capacity + place] = keys[i];
-          indices[r * capacity + place] = index_of(w, entry + i);
-          ++place;
-        }
-      }
-    });
-    entry += n;
-  }
-}
-
 MERGECORE_CLONES
 void select_run(const Drop& drop, const double* measured, int64_t first, int n, double* factor) {
   const Drop limits = drop;
@@ -204,6 +94,17 @@ void odds_run(const uint32_t* numbers, const double* odds, bool divide, double s
   }
 }
 
+void random_run(const Kept& kept, int m, int64_t entry, int n, double* factor) {
+  const Drop& drop = kept.keeps[m];
+  const Window& w = kept.inputs.window;
+  const uint64_t first = static_cast<uint64_t>(index_of(w, entry));
+  if (kept.odds == nullptr) return keep_chunk(drop, first, n, factor);
+  uint32_t numbers[kRun];
+  numbers_chunk(drop.key, first, n, numbers);
+  const double* odds = kept.odds + m * w.rows * w.columns + entry;
+  odds_run(numbers, odds, kept.divide_by_odds, drop.scale, n, factor);
+}
+
 // factor[i]: what the delta of entry i of model m is multiplied with, 0 where it is not kept.
 void factor_run(const Kept& kept, int m, const double* delta, const double* common, int64_t entry,
                 int n, double* factor) {
@@ -212,20 +113,11 @@ void factor_run(const Kept& kept, int m, const double* delta, const double* comm
     return;
   }
   const Drop& drop = kept.keeps[m];
-  const Window& w = kept.inputs.window;
-  const int64_t first = index_of(w, entry);
-  if (kept.odds != nullptr) {
-    uint32_t numbers[kRun];
-    numbers_chunk(drop.key, static_cast<uint64_t>(first), n, numbers);
-    const double* odds = kept.odds + m * w.rows * w.columns + entry;
-    odds_run(numbers, odds, kept.divide_by_odds, drop.scale, n, factor);
-  } else {
-    keep_chunk(drop, static_cast<uint64_t>(first), n, factor);
-  }
+  random_run(kept, m, entry, n, factor);
   if (!selects(drop)) return;
   alignas(64) double out[kRun];
   const double* measured = measured_run(kept, m, delta, common, entry, n, out);
-  select_run(drop, measured, first, n, factor);
+  select_run(drop, measured, index_of(kept.inputs.window, entry), n, factor);
   if (kept.measure != Measure::competition) return;
   for (int i = 0; i < n; ++i) {
     if (factor[i] != 0.0) factor[i] *= competing_weight(measured[i], drop.least, drop.most);
@@ -275,6 +167,23 @@ void kept_sums(const Kept& kept, double* sums, int64_t block, int64_t begin, int
   }
 }
 
+MERGECORE_CLONES
+void multiply_run(const double* factor, const double* delta, int64_t n, double* value) {
+  for (int64_t i = 0; i < n; ++i) value[i] = factor[i] * delta[i];
+}
+
+const Deltas* Run::load(const Kept& kept, int64_t entry, int n, const double* base) {
+  for (int m = 0; m < kept.inputs.count; ++m) {
+    load_deltas(kept.inputs, m, entry, n, base, deltas[static_cast<size_t>(m)].value);
+  }
+  if (kept.keeps == nullptr) return deltas.data();
+  factor_runs(kept, deltas.data(), entry, n, factors.data());
+  for (size_t m = 0; m < deltas.size(); ++m) {
+    multiply_run(factors[m].value, deltas[m].value, n, values[m].value);
+  }
+  return values.data();
+}
+
 void magnitudes(const Inputs& in, double* out, int64_t begin, int64_t end) {
   const int64_t entries = in.window.rows * in.window.columns;
   alignas(64) double base[kRun] = {};
@@ -286,173 +195,6 @@ void magnitudes(const Inputs& in, double* out, int64_t begin, int64_t end) {
       load_deltas(in, m, entry, n, base, values);
       for (int i = 0; i < n; ++i) values[i] = fabs(values[i]);
     }
-  }
-}
-
-// mixed[i]: what is added to the base, out of each model's kept deltas.
-MERGECORE_CLONES
-void sum_run(const Election& e, const Deltas* values, int n, double* mixed) {
-  for (int m = 0; m < e.kept.inputs.count; ++m) {
-    const double c = e.scale * e.weights[m];
-    if (e.elect == Elect::limited) {
-      const double limit = e.limits[m];
-      for (int i = 0; i < n; ++i) mixed[i] = fma(c, limited(values[m].value[i], limit), mixed[i]);
-    } else {
-      for (int i = 0; i < n; ++i) mixed[i] = fma(c, values[m].value[i], mixed[i]);
-    }
-  }
-}
-
-MERGECORE_CLONES
-void elect_run(const Election& e, const Deltas* values, int n, double* mixed) {
-  const int count = e.kept.inputs.count;
-  double sum[kRun] = {}, absolute[kRun] = {}, divisor[kRun] = {}, weight[kRun] = {};
-  for (int m = 0; m < count; ++m) {
-    const double w = e.elect == Elect::weighted ? e.weights[m] : 1.0;
-    for (int i = 0; i < n; ++i) {
-      const double term = w * values[m].value[i];
-      sum[i] += term;
-      absolute[i] += fabs(term);
-    }
-  }
-  for (int m = 0; m < count; ++m) {
-    const double w = e.weights[m];
-    const double side = e.elect == Elect::weighted ? w : 1.0;
-    for (int i = 0; i < n; ++i) {
-      const double v = values[m].value[i];
-      const double sided = elects_negative(sum[i], absolute[i]) ? -(side * v) : side * v;
-      const bool agrees = !(sided <= 0.0);  // NaN stays in
-      mixed[i] = agrees ? fma(w, v, mixed[i]) : mixed[i];
-      divisor[i] += agrees ? w : 0.0;
-      weight[i] += agrees ? fabs(w) : 0.0;
-    }
-  }
-  for (int i = 0; i < n; ++i) {
-    mixed[i] = elected(mixed[i], divisor[i], weight[i], e.normalize, e.scale);
-  }
-}
-
-MERGECORE_CLONES
-void largest_run(const Election& e, const Deltas* values, int n, double* mixed) {
-  for (int m = 0; m < e.kept.inputs.count; ++m) {
-    const double w = e.weights[m];
-    for (int i = 0; i < n; ++i) {
-      const double term = w * values[m].value[i];
-      mixed[i] = takes_over(term, mixed[i]) ? term : mixed[i];
-    }
-  }
-  for (int i = 0; i < n; ++i) mixed[i] *= e.scale;
-}
-
-MERGECORE_CLONES
-void shared_run(const Election& e, const Deltas* values, int n, double* mixed) {
-  double sum[kRun] = {}, beyond[kRun] = {};
-  for (int m = 0; m < e.kept.inputs.count; ++m) {
-    const double w = e.weights[m], limit = e.limits[m];
-    for (int i = 0; i < n; ++i) {
-      const double v = values[m].value[i];
-      const bool contributes = goes_beyond(v, limit);
-      mixed[i] = contributes ? w * v : mixed[i];
-      sum[i] += contributes ? v : 0.0;
-      beyond[i] += contributes ? 1.0 : 0.0;
-    }
-  }
-  for (int i = 0; i < n; ++i) {
-    mixed[i] = e.scale * (beyond[i] > 1.0 ? sum[i] / beyond[i] : mixed[i]);
-  }
-}
-
-MERGECORE_CLONES
-void competing_run(const Election& e, const Deltas* values, const Deltas* factors, int n,
-                   double* mixed) {
-  double divisor[kRun] = {};
-  for (int m = 0; m < e.kept.inputs.count; ++m) {
-    const double w = e.weights[m];
-    for (int i = 0; i < n; ++i) {
-      mixed[i] = fma(w, values[m].value[i], mixed[i]);
-      divisor[i] += factors[m].value[i];
-    }
-  }
-  for (int i = 0; i < n; ++i) {
-    mixed[i] = e.scale * (divisor[i] > 0.0 ? mixed[i] / divisor[i] : mixed[i]);
-  }
-}
-
-// What too few models hold on to is 0.
-MERGECORE_CLONES
-void consensus_run(const Election& e, const Deltas* deltas, int n, double* mixed) {
-  int held[kRun] = {};
-  for (int m = 0; m < e.kept.inputs.count; ++m) {
-    const double limit = e.limits[m];
-    for (int i = 0; i < n; ++i) {
-      held[i] += holds_on(deltas[m].value[i], mixed[i], limit) ? 1 : 0;
-    }
-  }
-  const double scale = e.scale;
-  for (int i = 0; i < n; ++i) mixed[i] = scale * agreed(mixed[i], held[i], e.consensus);
-}
-
-MERGECORE_CLONES
-void multiply_run(const double* factor, const double* delta, int64_t n, double* value) {
-  for (int64_t i = 0; i < n; ++i) value[i] = factor[i] * delta[i];
-}
-
-void mix_run(const Election& e, const Deltas* values, const Deltas* factors, int n, double* mixed) {
-  std::fill_n(mixed, n, -0.0);
-  switch (e.elect) {
-    case Elect::none:
-    case Elect::limited:
-      return sum_run(e, values, n, mixed);
-    case Elect::weighted:
-    case Elect::unweighted:
-      return elect_run(e, values, n, mixed);
-    case Elect::largest:
-      return largest_run(e, values, n, mixed);
-    case Elect::shared:
-      return shared_run(e, values, n, mixed);
-    case Elect::competing:
-      return competing_run(e, values, factors, n, mixed);
-  }
-}
-
-// The kept deltas of a run. Where nothing is chosen, they are the deltas themselves.
-struct Run {
-  std::vector<Deltas> deltas, factors, values;
-
-  explicit Run(const Kept& kept)
-      : deltas(static_cast<size_t>(kept.inputs.count)),
-        factors(kept.keeps == nullptr ? 0 : deltas.size()),
-        values(factors.size()) {}
-
-  const Deltas* load(const Kept& kept, int64_t entry, int n, const double* base) {
-    for (int m = 0; m < kept.inputs.count; ++m) {
-      load_deltas(kept.inputs, m, entry, n, base, deltas[static_cast<size_t>(m)].value);
-    }
-    if (kept.keeps == nullptr) return deltas.data();
-    factor_runs(kept, deltas.data(), entry, n, factors.data());
-    for (size_t m = 0; m < deltas.size(); ++m) {
-      multiply_run(factors[m].value, deltas[m].value, n, values[m].value);
-    }
-    return values.data();
-  }
-};
-
-void elect(const Election& e, int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow) {
-  const Inputs& in = e.kept.inputs;
-  // The masks of a consensus compare what is not scaled yet.
-  Election unscaled = e;
-  if (e.consensus > 0) unscaled.scale = 1.0;
-  Run run(e.kept);
-  alignas(64) double base[kRun] = {};
-  alignas(64) double mixed[kRun];
-  for (int64_t entry = begin; entry < end; entry += kRun) {
-    const int n = static_cast<int>(std::min<int64_t>(kRun, end - entry));
-    load_base(in, entry, n, base);
-    const Deltas* values = run.load(e.kept, entry, n, base);
-    mix_run(unscaled, values, run.factors.data(), n, mixed);
-    if (e.consensus > 0) consensus_run(e, run.deltas.data(), n, mixed);
-    void* out = static_cast<char*>(e.out) + entry * dtype_size(e.out_dtype);
-    store_chunk(base, 1.0, mixed, n, e.out_dtype, out, nonfinite, overflow);
   }
 }
 

@@ -1,0 +1,338 @@
+// Top sets by magnitude: a histogram of the keys, and the keys within a range with their indices.
+// Not for what is kept by them (select.cpp, elect.cpp).
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "select.h"
+
+namespace mergecore::cpu {
+
+// Differences of bf16 numbers, as float32: mostly exact, and then keys are half as wide. A key of
+// float32 bits k > 0 has the float64 bits (k << kNarrow) + kRebias.
+constexpr int kNarrow = 29;
+constexpr int64_t kRebias = int64_t{1023 - 127} << 52;
+constexpr uint32_t kLeastKey = 0x00800000u;  // of normal numbers
+constexpr uint32_t kInfiniteKey = 0x7f800000u;
+
+// keys[i] = the bits of |x[i] - a[i]| in float32. False if one of them is not that of a normal
+// number or zero, or may not be exact: numbers of 8 significant bits have an exact difference of 24
+// where their exponents differ by 15 at most.
+MERGECORE_CLONES
+bool narrow_keys(const uint16_t* x, const uint16_t* a, int n, uint32_t* keys) {
+  uint32_t wrong = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t key = bit_cast<uint32_t>(BF16::load(x[i]) - BF16::load(a[i])) & 0x7fffffffu;
+    const int gap = ((x[i] >> 7) & 0xff) - ((a[i] >> 7) & 0xff);
+    keys[i] = key;
+    wrong |= (key != 0) & (key - kLeastKey >= kInfiniteKey - kLeastKey);
+    wrong |= (gap > 15) | (gap < -15);
+  }
+  return wrong == 0;
+}
+
+MERGECORE_CLONES
+void wide_keys(const double* values, int n, int64_t* keys) {
+  for (int i = 0; i < n; ++i) keys[i] = magnitude_bits(values[i]);
+}
+
+// Whether a measure compares each model by itself.
+bool is_own(Measure measure) { return measure == Measure::own || measure == Measure::rows; }
+
+int sets_of(const Kept& kept) { return kept.measure == Measure::spread ? 1 : kept.inputs.count; }
+
+// Calls f(which, keys) with the keys of a run, of sets first, first + 1, ... last - 1.
+template <class F>
+void with_keys(const Kept& kept, int first, int last, int64_t entry, int n, const F& f) {
+  const Inputs& in = kept.inputs;
+  alignas(64) double out[kRun];
+  int64_t keys[kRun];
+  const auto call = [&](int m, const double* delta, const double* common) {
+    const double* values = measured_run(kept, m, delta, common, entry, n, out);
+    wide_keys(values, n, keys);
+    f(m, keys);
+  };
+  if (is_own(kept.measure)) {
+    alignas(64) double base[kRun] = {};
+    alignas(64) double delta[kRun];
+    load_base(in, entry, n, base);
+    for (int m = first; m < last; ++m) {
+      load_deltas(in, m, entry, n, base, delta);
+      call(m, delta, nullptr);
+    }
+    return;
+  }
+  Deltas deltas[kMaxModels];
+  double common[kRun];
+  load_all_deltas(in, entry, n, deltas);
+  common_run(kept, deltas, n, common);
+  for (int m = first; m < last; ++m) call(m, deltas[m].value, common);
+}
+
+bool narrow_keys(const Inputs& in, int m, int64_t entry, int n, uint32_t* keys) {
+  return narrow_keys(static_cast<const uint16_t*>(at(in.models[m], entry)),
+                     static_cast<const uint16_t*>(at(in.base, entry)), n, keys);
+}
+
+// How often each bin occurs. Two counters per bin, for entries side by side: increments of one
+// counter wait for each other. All are zero between calls, so that only those in use are gone
+// through.
+class Counters {
+ public:
+  explicit Counters(int64_t bins) : bins_(static_cast<uint32_t>(bins)) {
+    const size_t needed = 2 * (static_cast<size_t>(bins) + 1);
+    if (counts_.size() < needed) counts_.resize(needed);
+  }
+
+  // The bins of a run; `bins` itself is for keys that count nowhere.
+  void add(const uint32_t* bins, int n) {
+    uint32_t* counts = counts_.data();
+    for (int i = 0; i + 1 < n; i += 2) {
+      ++counts[2 * bins[i]];
+      ++counts[2 * bins[i + 1] + 1];
+    }
+    if (n % 2 != 0) ++counts[2 * bins[n - 1]];
+  }
+
+  // Bins above `low` and up to `high` may have been counted, and bin 0.
+  void extend(uint32_t low, uint32_t high) {
+    low_ = std::min(low_, low);
+    high_ = std::max(high_, high);
+  }
+
+  // Adds all to `histogram`, and starts again from zero.
+  void move_to(int64_t* histogram) {
+    move_bin(0, histogram);
+    for (uint32_t bin = low_ + 1; bin != 0 && bin <= high_ && bin < bins_; ++bin) {
+      move_bin(bin, histogram);
+    }
+    counts_[2 * bins_] = counts_[2 * bins_ + 1] = 0;
+    low_ = kNone;
+    high_ = 0;
+  }
+
+  static constexpr uint32_t kNone = std::numeric_limits<uint32_t>::max();
+
+ private:
+  void move_bin(uint32_t bin, int64_t* histogram) {
+    uint32_t* both = counts_.data() + 2 * static_cast<size_t>(bin);
+    const int64_t count = int64_t{both[0]} + both[1];
+    if (count != 0) add_to(histogram + bin, count);
+    both[0] = both[1] = 0;
+  }
+
+  static thread_local std::vector<uint32_t> counts_;
+  uint32_t bins_, low_ = kNone, high_ = 0;
+};
+
+thread_local std::vector<uint32_t> Counters::counts_;
+
+// What all keys of a histogram are counted by.
+struct Bins {
+  int shift;
+  int64_t offset;
+  bool clamp;
+  int64_t count;
+};
+
+// The range of bins, but for the first: `low` holds the smallest less 1, without a sign.
+struct Range {
+  uint32_t low = Counters::kNone, high = 0;
+
+  MERGECORE_INLINE void add(uint32_t bin) {
+    low = std::min(low, bin - 1u);
+    high = std::max(high, bin);
+  }
+};
+
+// The bins of float32 keys, clamped, in their place, and their range.
+MERGECORE_CLONES
+Range narrow_bins(const Bins& bins, uint32_t* keys, int n) {
+  const int shift = bins.shift - kNarrow, last = static_cast<int>(bins.count) - 2;
+  const int offset = static_cast<int>(bins.offset - (kRebias >> bins.shift));
+  Range range;
+  for (int i = 0; i < n; ++i) {
+    const int bin = static_cast<int>(keys[i] >> shift) - offset;
+    const int inner = std::min(std::max(bin, 1), last);
+    const uint32_t found = static_cast<uint32_t>(inner & -static_cast<int>(keys[i] != 0));
+    keys[i] = found;
+    range.add(found);
+  }
+  return range;
+}
+
+// The same of float64 keys, clamped or not, in `out`.
+MERGECORE_CLONES
+Range wide_bins(const Bins& bins, const int64_t* keys, int n, uint32_t* out) {
+  const int shift = bins.shift;
+  const int64_t offset = bins.offset, count = bins.count;
+  Range range;
+  if (bins.clamp) {
+    for (int i = 0; i < n; ++i) {
+      out[i] = static_cast<uint32_t>(clamped_bin(keys[i], shift, offset, count));
+    }
+  } else {
+    for (int i = 0; i < n; ++i) {
+      const int64_t bin = (keys[i] >> shift) - offset;
+      out[i] = static_cast<uint32_t>((bin < 0) | (bin >= count) ? count : bin);
+    }
+  }
+  for (int i = 0; i < n; ++i) range.add(out[i]);
+  return range;
+}
+
+// Whether float32 keys tell the bins: they are clamped, no narrower than the steps of such keys,
+// and 32 bits hold their numbers.
+bool tells_bins(const Bins& bins) {
+  constexpr int64_t most = 1 << 28;
+  return bins.clamp && bins.shift >= 40 && bins.shift <= 52 && bins.count >= 3 &&
+         bins.count < most && bins.offset > -most && bins.offset < most;
+}
+
+void count_magnitudes(const Kept& kept, int shift, const int64_t* offsets, bool clamp, int64_t bins,
+                      int64_t* histogram, int64_t begin, int64_t end) {
+  // One set after the other: a thread's counts of one fit its cache.
+  Counters counters(bins);
+  const bool plain = kept.measure == Measure::own && are_plain_bf16(kept.inputs);
+  for (int set = 0; set < sets_of(kept); ++set) {
+    const Bins places{shift, offsets[set], clamp, bins};
+    const bool narrow = plain && tells_bins(places);
+    for (int64_t entry = begin; entry < end; entry += kRun) {
+      const int n = static_cast<int>(std::min<int64_t>(kRun, end - entry));
+      alignas(64) uint32_t found[kRun];
+      Range range;
+      if (narrow && narrow_keys(kept.inputs, set, entry, n, found)) {
+        range = narrow_bins(places, found, n);
+      } else {
+        with_keys(kept, set, set + 1, entry, n,
+                  [&](int, const int64_t* keys) { range = wide_bins(places, keys, n, found); });
+      }
+      counters.add(found, n);
+      counters.extend(range.low, range.high);
+    }
+    counters.move_to(histogram + set * bins);
+  }
+}
+
+// The entries of one range that are collected, and where.
+struct Collection {
+  KeyRange range;
+  int64_t* keys;
+  int64_t* indices;
+  int64_t capacity;
+  int64_t* found;
+  int64_t* equal;  // [blocks]
+
+  // Adds the `within` entries of a run that lie in the range, of index `first` and those after it.
+  void append(const int64_t* run, int n, int64_t within, int64_t first) const {
+    int64_t place = __atomic_fetch_add(found, within, __ATOMIC_RELAXED);
+    for (int i = 0; i < n && place < capacity; ++i) {
+      if (run[i] <= range.low || run[i] >= range.high) continue;
+      keys[place] = run[i];
+      indices[place] = first + i;
+      ++place;
+    }
+  }
+};
+
+// How many of a run's keys are `equal`, and how many lie from `first` to `last`.
+template <class Key>
+inline __attribute__((always_inline)) void count_keys(const Key* keys, int n, Key equal, Key first,
+                                                      Key last, int64_t& same, int64_t& within) {
+  Key equals = 0, inside = 0;
+  for (int i = 0; i < n; ++i) {
+    equals += keys[i] == equal;
+    inside += (keys[i] >= first) & (keys[i] <= last);
+  }
+  same = equals;
+  within = inside;
+}
+
+MERGECORE_CLONES
+void count_wide(const int64_t* keys, int n, const KeyRange& range, int64_t& same, int64_t& within) {
+  count_keys(keys, n, range.low, range.low + 1, range.high - 1, same, within);
+}
+
+// The float32 key of the largest number whose float64 key is not beyond `key`; -1 if there is none.
+int32_t narrow_floor(int64_t key) {
+  constexpr int64_t least = (int64_t{kLeastKey} << kNarrow) + kRebias;
+  if (key < least) return key < 0 ? -1 : 0;
+  return static_cast<int32_t>(std::min<int64_t>((key - kRebias) >> kNarrow, 0x7fffffff));
+}
+
+int64_t widened(uint32_t key) {
+  return key == 0 ? 0 : (static_cast<int64_t>(key) << kNarrow) + kRebias;
+}
+
+MERGECORE_CLONES
+void count_narrow(const uint32_t* keys, int n, const KeyRange& range, int64_t& same,
+                  int64_t& within) {
+  const int32_t floor = narrow_floor(range.low), last = narrow_floor(range.high - 1);
+  const bool is_key = floor >= 0 && widened(static_cast<uint32_t>(floor)) == range.low;
+  // Keys are below 2^31.
+  const auto* numbers = reinterpret_cast<const int32_t*>(keys);
+  if (floor == std::numeric_limits<int32_t>::max()) {
+    same = within = 0;
+    return;
+  }
+  count_keys<int32_t>(numbers, n, is_key ? floor : -1, floor + 1, last, same, within);
+}
+
+void collect_run(const Collection& to, const int64_t* keys, int n, int64_t block, int64_t first) {
+  int64_t same, within;
+  count_wide(keys, n, to.range, same, within);
+  to.equal[block] += same;
+  if (within != 0) to.append(keys, n, within, first);
+}
+
+void collect_narrow_run(const Collection& to, const uint32_t* keys, int n, int64_t block,
+                        int64_t first) {
+  int64_t same, within;
+  count_narrow(keys, n, to.range, same, within);
+  to.equal[block] += same;
+  if (within == 0) return;
+  int64_t wide[kRun];
+  for (int i = 0; i < n; ++i) wide[i] = widened(keys[i]);
+  to.append(wide, n, within, first);
+}
+
+void collect_magnitudes(const Kept& kept, const KeyRange* ranges, int count, int64_t* keys_out,
+                        int64_t* indices, int64_t capacity, int64_t* found, int64_t* equal,
+                        int64_t block, int64_t begin, int64_t end) {
+  const Window& w = kept.inputs.window;
+  const int64_t blocks = (w.rows * w.columns + block - 1) / block;
+  std::vector<std::vector<Collection>> of_set(static_cast<size_t>(sets_of(kept)));
+  for (int r = 0; r < count; ++r) {
+    of_set.at(static_cast<size_t>(ranges[r].model))
+        .push_back({ranges[r], keys_out + r * capacity, indices + r * capacity, capacity, found + r,
+                    equal + r * blocks});
+  }
+  const bool plain = kept.measure == Measure::own && are_plain_bf16(kept.inputs);
+  for (int64_t entry = begin; entry < end;) {
+    const int64_t at_block = entry / block, first = index_of(w, entry);
+    const int n =
+        static_cast<int>(std::min<int64_t>({kRun, end - entry, (at_block + 1) * block - entry}));
+    const auto collect_set = [&](int set, const int64_t* keys) {
+      for (const Collection& to : of_set[static_cast<size_t>(set)]) {
+        collect_run(to, keys, n, at_block, first);
+      }
+    };
+    if (plain) {
+      for (int set = 0; set < sets_of(kept); ++set) {
+        const auto& wanted = of_set[static_cast<size_t>(set)];
+        alignas(64) uint32_t narrow[kRun];
+        if (wanted.empty()) continue;
+        if (!narrow_keys(kept.inputs, set, entry, n, narrow)) {
+          with_keys(kept, set, set + 1, entry, n, collect_set);
+          continue;
+        }
+        for (const Collection& to : wanted) collect_narrow_run(to, narrow, n, at_block, first);
+      }
+    } else {
+      with_keys(kept, 0, sets_of(kept), entry, n, collect_set);
+    }
+    entry += n;
+  }
+}
+
+}  // namespace mergecore::cpu
