@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -19,12 +20,19 @@ BF16 = torch.bfloat16
 ROWS, COLUMNS = 3, 200  # three blocks of 64 in a row, and a rest
 
 
-def blended(base: Tensor | None, models: list[Tensor], coefficients: Tensor, axis: ops.Axis, scale: float) -> Tensor:
+def blended(
+    base: Tensor | None,
+    models: list[Tensor],
+    coefficients: Tensor,
+    axis: ops.Axis,
+    scale: float,
+    drops: Sequence[ops.Drop] = (),
+) -> Tensor:
     """The bf16 blend, after it was held against the float64 one."""
     found, exact = torch.empty(models[0].shape, dtype=BF16), torch.empty(models[0].shape, dtype=torch.float64)
     for out in (found, exact):
         counts = torch.zeros(2, dtype=torch.int64)
-        ops.blend(out, base, models, coefficients, counts, base_coefficient=scale, axis=axis)
+        ops.blend(out, base, models, coefficients, counts, base_coefficient=scale, axis=axis, drops=drops)
         if out is found:
             told = counts.tolist()
     overflow = 0
@@ -187,3 +195,55 @@ def test_ties_that_are_exact_go_to_even(weight: float) -> None:
     model = base + 2**-7 / weight / 2
     out = blended(base, [model.to(BF16)], torch.full((1, 1), weight, dtype=torch.float64), ops.Axis.TENSOR, 1.0)
     assert np.all(out.view(torch.int16).numpy() % 2 == 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    bits=st.integers(8, 53),
+    apart=st.integers(0, 40),
+    signs=st.tuples(st.sampled_from([-1, 0, 1]), st.sampled_from([-1, 0, 1])),
+    power=st.sampled_from([0, 1, 3, 15, 16, 17, 45]),
+    size=st.sampled_from([2.0**-125, 2.0**-118, 1.0]),
+    based=st.booleans(),
+    axis=st.sampled_from(ops.Axis),
+)
+@example(0, 30, 0, (0, 1), 45, 1.0, False, ops.Axis.TENSOR)  # only the second coefficient has many bits
+@example(0, 53, 18, (1, 0), 0, 1.0, False, ops.Axis.TENSOR)  # numbers too far apart for float32
+def test_coefficients_of_few_bits_and_numbers_far_apart(
+    seed: int, bits: int, apart: int, signs: tuple[int, int], power: int, size: float, based: bool, axis: ops.Axis
+) -> None:
+    """Half a step of the result is added to it, and something that may be too little for float32."""
+    random = torch.Generator().manual_seed(seed)
+    near = (size * (1 + torch.rand(ROWS, COLUMNS, generator=random, dtype=torch.float64))).to(BF16)
+    bits_of_little = (near.double() * 2.0**-apart).to(BF16).view(torch.int16) | 1
+    sign = signs[0] * (torch.rand(ROWS, COLUMNS, generator=random) < 0.9)
+    little, less = (sign * of_bits.view(BF16) for of_bits in (bits_of_little, bits_of_little - 1))
+    models = [near, (step(near) / 2).to(BF16), little, -less]  # of the last two a single bit remains
+    length = {ops.Axis.TENSOR: 1, ops.Axis.COLUMNS: COLUMNS, ops.Axis.ROWS: ROWS}[axis]
+    coefficients = torch.full((4, length), 2.0**-power, dtype=torch.float64)
+    coefficients[1] *= 1 + signs[1] * 2.0**-bits
+    base = torch.zeros_like(near)
+    base[:, ::3] = little[:, ::3]
+    blended(base if based else None, models, coefficients, axis, 1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    rates=st.tuples(st.sampled_from([0.0, 0.3, 0.5]), st.sampled_from([0.5, 0.9])),
+    rescale=st.booleans(),
+    bits=st.integers(8, 53),
+    axis=st.sampled_from(ops.Axis),
+)
+def test_what_is_dropped(seed: int, rates: tuple[float, float], rescale: bool, bits: int, axis: ops.Axis) -> None:
+    random = torch.Generator().manual_seed(seed)
+    base = (torch.randn(ROWS, COLUMNS, generator=random) * 0.02 + 0.1).to(BF16)
+    odd = 2 * torch.randint(-3, 3, base.shape, generator=random) + 1
+    models = [(base.double() + odd * step(base)).to(BF16) for _ in rates]
+    models[1][:, ::7] = -0.0
+    drops = [ops.Drop.of(rate, rescale, seed=seed, tensor="w", model=n) for n, rate in enumerate(rates)]
+    length = {ops.Axis.TENSOR: 1, ops.Axis.COLUMNS: COLUMNS, ops.Axis.ROWS: ROWS}[axis]
+    coefficients = torch.full((2, length), 0.25, dtype=torch.float64)
+    coefficients[1] *= 1 + 2.0**-bits
+    blended(base, models, coefficients, axis, 1.0, drops)

@@ -53,7 +53,7 @@ void blend_chunk(const Blend& b, int64_t entry, int64_t row, int64_t column, int
     const bool per_entry = b.axis == Axis::columns;
     const void* model = at(in.models[m], entry);
     const Dtype dtype = in.models[m].dtype;
-    if (in.drops != nullptr && (drops_any(in.drops[m]) || in.drops[m].scale != 1.0)) {
+    if (in.drops != nullptr && drops_any(in.drops[m])) {
       const int64_t index = w.first_entry + w.first_row * w.columns + entry;
       kept_delta_chunk(in.drops[m], model, dtype, base, index, n, keep, delta);
       add_scaled_chunk(delta, c, per_entry, n, sum);
@@ -77,7 +77,8 @@ void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64
     const int64_t row = entry / w.columns, column = entry % w.columns;
     int64_t run = std::min<int64_t>(end - entry, kChunk);
     if (b.axis != Axis::tensor) run = std::min(run, w.columns - column);
-    if (b.axis == Axis::columns && column % kQuick != 0) run = std::min(run, kQuick - column % kQuick);
+    if (b.axis == Axis::columns && column % kQuick != 0)
+      run = std::min(run, kQuick - column % kQuick);
     const int n = static_cast<int>(run);
     if (in.base.data != nullptr) {
       prefetch(at(in.base, entry + kAhead), n * dtype_size(in.base.dtype));

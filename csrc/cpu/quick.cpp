@@ -14,6 +14,7 @@ constexpr double kLargest = 0x1p60;
 constexpr double kLeastError = 0x1p-120;
 constexpr double kGreatest = 0x1p120;  // of S X, with room below float32's largest number
 constexpr int kFewBinades = 8;         // between an entry's numbers: nearly always they are closer
+constexpr int kMostSteps = 16;         // beyond, multiples of 2^-k need not be float32 numbers
 
 MERGECORE_INLINE bool is_tame(double coefficient) {
   const double size = fabs(coefficient);
@@ -105,7 +106,7 @@ bool QuickBlend::take_coefficients() {
     const double* from = blend_.coefficients + m * blend_.stride + first;
     const double scale = scale_of(in, m);
     if (!add_sizes(from, scale, based ? 2.0 : 1.0, number, sums.data())) return false;
-    for (int64_t i = 0; i < number && most_steps <= 16; ++i) {
+    for (int64_t i = 0; i < number && most_steps <= kMostSteps; ++i) {
       most_steps = std::max(most_steps, steps(from[i]) + steps(scale));
     }
   }
@@ -115,11 +116,10 @@ bool QuickBlend::take_coefficients() {
   greatest_sum = std::max(greatest_sum, kSmallest);
   const double bound = (in.count + 6) * 0x1.01p-24;  // e / (S X), rounded up
   const int binades = 16 - most_steps - static_cast<int>(std::ceil(std::log2(greatest_sum)));
-  exact_ = binades >= kFewBinades;
+  exact_ = most_steps <= kMostSteps && binades >= kFewBinades;
   spread_ = static_cast<uint16_t>(std::min(binades, 15) << 7);
   least_ = static_cast<uint16_t>(cut(kLeastError / (bound * least_sum)) + 1);
   greatest_ = cut(kGreatest / std::max(greatest_sum, 1.0));
-
 
   bounds_ = std::move(sums);
   for (double& sum : bounds_) sum = std::max(sum, kSmallest) * bound;
@@ -219,7 +219,9 @@ void QuickBlend::finish() {
   Drop scales[kMaxModels];  // what is dropped was taken out already
   for (int m = 0; m < in.count; ++m) {
     models[m] = {numbers_.data() + (m + 1) * kChunk, Dtype::bf16};
+    // A limit that no delta reaches: what drops nothing at all would not be scaled.
     scales[m] = {0, 0, scale_of(in, m)};
+    scales[m].most = F64::largest;
   }
   const Matrix base = {in.base.data == nullptr ? nullptr : numbers_.data(), Dtype::bf16};
   const Drop* drops = in.drops == nullptr ? nullptr : scales;

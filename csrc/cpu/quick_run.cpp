@@ -16,6 +16,8 @@
 // multiples of 2^(-7-k) q, and none is larger than S X. So float32, which has 24 bits, rounds
 // nothing where S X <= 2^(17-k) q, nor does it differences where 2 X <= 2^17 q: w is v, ties
 // included, and rounding to 40 bits leaves it as it is.
+// k is at most 16: so the multiples are float32 numbers however small q is (bf16 subnormals are
+// multiples of 2^-133, float32 ones of 2^-149).
 //
 // Two neighbours are computed as the halves of a word, the first being the lower one (every machine
 // that this runs on is little-endian): widening and packing takes no shuffles.
@@ -152,8 +154,7 @@ inline __attribute__((always_inline)) void add_models(const QuickRun& run, int64
 template <bool kBase, End kEnd>
 inline __attribute__((always_inline)) void add_block(const QuickRun& run, int64_t place,
                                                      const float* coefficients,
-                                                     const uint16_t* largest,
-                                                     uint16_t* undecided) {
+                                                     const uint16_t* largest, uint16_t* undecided) {
   alignas(64) float even[kWords], odd[kWords];
   std::fill_n(even, kWords, -0.0f);  // the neutral element, as in blend.cpp
   std::fill_n(odd, kWords, -0.0f);
