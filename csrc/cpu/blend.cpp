@@ -44,7 +44,10 @@ void blend_chunk(const Blend& b, int64_t entry, int64_t row, int64_t column, int
   alignas(64) double sum[kChunk];
   alignas(64) double keep[kChunk];
   alignas(64) double delta[kChunk];
-  if (has_base) load_chunk(at(in.base, entry), in.base.dtype, n, base);
+  if (has_base) {
+    prefetch(at(in.base, entry + kAhead), n * dtype_size(in.base.dtype));
+    load_chunk(at(in.base, entry), in.base.dtype, n, base);
+  }
   std::fill_n(sum, n, -0.0);  // the neutral element: adding -0.0 keeps +0.0 and -0.0
   for (int m = 0; m < in.count; ++m) {
     const double* c = b.coefficients + m * b.stride;
@@ -53,6 +56,7 @@ void blend_chunk(const Blend& b, int64_t entry, int64_t row, int64_t column, int
     const bool per_entry = b.axis == Axis::columns;
     const void* model = at(in.models[m], entry);
     const Dtype dtype = in.models[m].dtype;
+    prefetch(at(in.models[m], entry + kAhead), n * dtype_size(dtype));
     if (in.drops != nullptr && drops_any(in.drops[m])) {
       const int64_t index = w.first_entry + w.first_row * w.columns + entry;
       kept_delta_chunk(in.drops[m], model, dtype, base, index, n, keep, delta);
@@ -80,12 +84,6 @@ void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64
     if (b.axis == Axis::columns && column % kQuick != 0)
       run = std::min(run, kQuick - column % kQuick);
     const int n = static_cast<int>(run);
-    if (in.base.data != nullptr) {
-      prefetch(at(in.base, entry + kAhead), n * dtype_size(in.base.dtype));
-    }
-    for (int m = 0; m < in.count; ++m) {
-      prefetch(at(in.models[m], entry + kAhead), n * dtype_size(in.models[m].dtype));
-    }
     int done = 0;
     if (rest == 0) {
       done = n / kQuick * kQuick;

@@ -167,6 +167,7 @@ bool QuickBlend::store(int64_t entry, int64_t row, int64_t column, int n) {
     alignas(64) uint32_t numbers[kChunk];
     const int64_t index = w.first_entry + w.first_row * w.columns + entry;
     numbers_chunk(in.drops[m].key, static_cast<uint64_t>(index), n, numbers);
+    prefetch(run.models[m] + 2 * kChunk, 2 * n);
     uint16_t* kept = dropped_.data() + m * kChunk;
     const auto last = static_cast<uint32_t>(in.drops[m].threshold - 1);
     greatest = std::max(greatest, drop_run(run.base, run.models[m], numbers, last, n, kept));

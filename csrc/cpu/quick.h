@@ -38,7 +38,7 @@ class QuickBlend {
   std::vector<float> coefficients_;  // as in QuickRun
   int64_t stride_ = 0;               // of their blocks
   int64_t row_ = 0;                  // that they are of
-  std::vector<uint16_t> dropped_;  // [model][kChunk]: the run without what is dropped
+  std::vector<uint16_t> dropped_;    // [model][kChunk]: the run without what is dropped
   // The entries that wait.
   int waiting_ = 0;
   std::vector<uint16_t> numbers_;              // [base, models][kChunk]

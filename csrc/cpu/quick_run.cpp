@@ -61,6 +61,13 @@ inline __attribute__((always_inline)) uint32_t rounded(float value) {
   return bits + ((bits & 0x10000u) != 0 ? 0x8000u : 0x7fffu);
 }
 
+// Asks for the block at `from`, to read it (0) or to write it (1). Few lines at a time, among
+// arithmetic: many at once wait for each other, and everything else for them.
+template <int kWrite>
+inline __attribute__((always_inline)) void fetch(const uint16_t* from) {
+  for (int i = 0; i < kQuick; i += 32) __builtin_prefetch(from + i, kWrite, 3);
+}
+
 // Of one block: largest[i] is what bounds the error of entry i; with `exact`, undecided[i] is set
 // where its numbers are too far from each other. greatest[i] is the largest of all blocks.
 inline __attribute__((always_inline)) void find_sizes(const QuickRun& run, int64_t place,
@@ -71,6 +78,7 @@ inline __attribute__((always_inline)) void find_sizes(const QuickRun& run, int64
   std::fill_n(smallest, kQuick, uint16_t{0xffff});
   for (int m = run.base == nullptr ? 0 : -1; m < run.count; ++m) {
     const uint16_t* numbers = (m < 0 ? run.base : run.models[m]) + place;
+    fetch<0>(numbers + kChunk);
     for (int i = 0; i < kQuick; ++i) {
       const uint16_t size = numbers[i] & 0x7fffu;
       largest[i] = size > largest[i] ? size : largest[i];
@@ -187,6 +195,7 @@ bool store_run(const QuickRun& run, int n, uint16_t* undecided) {
   const float* c = run.coefficients;
   for (int place = 0; place < n; place += kQuick, c += run.stride, undecided += kQuick) {
     alignas(64) uint16_t largest[kQuick];
+    fetch<1>(run.out + place + kChunk);
     find_sizes(run, place, largest, greatest, undecided);
     if (run.base == nullptr) {
       run.exact ? add_block<false, End::exact>(run, place, c, largest, undecided)
