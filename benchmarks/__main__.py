@@ -1,8 +1,8 @@
 """All benchmarks: `make bench`, or `python -m benchmarks`. Each part is also a command of its own.
 
-The whole-process part makes three 0.5b checkpoints (1 GB each) in a temporary folder; larger ones:
-python -m benchmarks.merges --geometry 1.8b --work DIR. With a GPU its kernels are measured, too; whole merges on it:
-python -m benchmarks.gpu. The figures are also written to .bench/*.json.
+The parts with whole merges make three 0.5b checkpoints (1 GB each) in temporary folders, a sweep eight outputs more.
+Larger ones: python -m benchmarks.merges --geometry 1.8b --work DIR. With a GPU its kernels are measured, too; whole
+merges on it: python -m benchmarks.gpu. The figures are also written to .bench/*.json.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def parts() -> list[tuple[str, list[str]]]:
     kernels = [(f"kernels-{n}", ["benchmarks.kernels", "--models", str(n)]) for n in (2, 8)]
     if torch.cuda.is_available():
         kernels += [(f"{name}-cuda", [*command, "--device", "cuda"]) for name, command in kernels]
-    whole = [("merges", ["benchmarks.merges", "--geometry", "0.5b"])]
+    merges = ["benchmarks.merges", "--geometry", "0.5b"]
+    whole = [("merges", merges), ("merges-cold", [*merges, "--cold", "--methods", "linear,widen"])]
+    whole += [("sweep", ["benchmarks.sweep"]), ("warm", ["benchmarks.warm", "--rounds", "5", "--bursts", "1"])]
     return [*kernels, ("accuracy", ["benchmarks.accuracy"]), *whole]
 
 

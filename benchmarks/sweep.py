@@ -1,6 +1,7 @@
 """A sweep of eight points beside eight merges of one point each: time for reading and statistics, and time in all.
 
     python -m benchmarks.sweep [--geometry 0.5b] [--work DIR] [--memory 1GiB] [--threads 0] [--rounds 1]
+                              [--json [FILE]]
 
 Needs about 12 times a checkpoint's bytes of disk (0.5b: 12 GB): three inputs and eight outputs, which are removed.
 Inputs are read once beforehand. Reading and statistics: what the loop waits for windows, and all it does before a
@@ -20,11 +21,11 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 import mergecore
 from benchmarks.checkpoints import GEOMETRIES, make
+from benchmarks.reporting import add_json, tell
 from mergecore import engine
 from mergecore.sizes import parse_size
 from mergecore.spec import filled, load_spec
@@ -114,6 +115,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=1, help="the fastest round of each counts")
+    add_json(parser)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="mergecore-sweep-"))
     try:
@@ -149,6 +151,7 @@ def compare(work: Path, options: argparse.Namespace) -> None:
         sweeps.append(clock.measured(spec, work / "out"))
     single, sweep = min(singles, key=lambda one: one.total), min(sweeps, key=lambda one: one.total)
     table = Table("", "eight merges", "one sweep", "sweep / merges", title=f"{options.geometry}, {options.device}")
+    told = {}
     for name, alone, together in (
         ("reading and statistics, s", single.reading, sweep.reading),
         ("coefficients, s", single.solving, sweep.solving),
@@ -156,7 +159,8 @@ def compare(work: Path, options: argparse.Namespace) -> None:
         ("in all, s", single.total, sweep.total),
     ):
         table.add_row(name, f"{alone:.2f}", f"{together:.2f}", f"{together / alone:.3f}")
-    Console().print(table)
+        told[name] = {"eight merges": alone, "one sweep": together}
+    tell(options, {"geometry": options.geometry, "device": options.device} | told, table)
 
 
 if __name__ == "__main__":
