@@ -117,7 +117,7 @@ bool QuickBlend::take_coefficients() {
   const double bound = (in.count + 6) * 0x1.01p-24;  // e / (S X), rounded up
   const int binades = 16 - most_steps - static_cast<int>(std::ceil(std::log2(greatest_sum)));
   exact_ = most_steps <= kMostSteps && binades >= kFewBinades;
-  spread_ = static_cast<uint16_t>(std::min(binades, 15) << 7);
+  spread_ = static_cast<uint16_t>(std::clamp(binades, 0, 15) << 7);
   least_ = static_cast<uint16_t>(cut(kLeastError / (bound * least_sum)) + 1);
   greatest_ = cut(kGreatest / std::max(greatest_sum, 1.0));
 

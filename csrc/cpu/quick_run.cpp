@@ -116,10 +116,11 @@ inline __attribute__((always_inline)) void add_models(const QuickRun& run, int64
   for (int m = 0; m < kModels; ++m) {
     model[m] = reinterpret_cast<const Word*>(run.models[first + m] + place);
   }
-  const auto* base = reinterpret_cast<const Word*>(run.base + (kBase ? place : 0));
-  const auto* size = reinterpret_cast<const Word*>(largest);
-  auto* out = reinterpret_cast<Word*>(run.out + place);
-  auto* differ = reinterpret_cast<Word*>(undecided);
+  // Not auto, which would forget that words may lie anywhere.
+  const Word* base = reinterpret_cast<const Word*>(run.base + (kBase ? place : 0));
+  const Word* size = reinterpret_cast<const Word*>(largest);
+  Word* out = reinterpret_cast<Word*>(run.out + place);
+  Word* differ = reinterpret_cast<Word*>(undecided);
   const float* of_lower = coefficients + first * kQuick;
   const float* of_upper = of_lower + kWords;
   const float of_base = run.of_base;
