@@ -131,9 +131,8 @@ def waiting_bytes(held: int, memory: int) -> int:
 
 def result_bytes(job: TensorJob) -> int:
     """Bytes of the output of one window."""
-    if job.parameters is None:
-        return job.window_rows * ITEM_BYTES[job.dtype]
-    return job.window_rows * _row_bytes(job)[1]
+    rows = min(job.window_rows, job.rows)
+    return rows * (ITEM_BYTES[job.dtype] if job.parameters is None else _row_bytes(job)[1])
 
 
 def device_bytes(job: TensorJob) -> int:

@@ -285,19 +285,18 @@ def _plan(options: argparse.Namespace) -> int:
     from mergecore.spec import load_spec
 
     spec = with_run(load_spec(options.spec), device=options.device, memory=options.memory, threads=options.threads)
-    report: Any
-    planned: Any
     if spec.sweep is not None:
-        from mergecore import sweep_report as report
+        from mergecore import sweep_report
         from mergecore.sweeping import plan_sweep
 
-        planned = plan_sweep(spec)
+        sweep = plan_sweep(spec)
+        facts, lines = sweep_report.facts(sweep), sweep_report.lines(sweep)
     else:
-        from mergecore import plan_report as report
+        from mergecore import plan_report
 
-        planned = plan(spec)
-    facts = report.facts(planned)
-    print(json.dumps(facts, indent=2) if options.json else "\n".join(map(printable, report.lines(planned))))
+        facts = plan_report.facts(plan(spec), spec.evolve)
+        lines = plan_report.lines(facts, spec.evolve)
+    print(json.dumps(facts, indent=2) if options.json else "\n".join(map(printable, lines)))
     return 0
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mergecore import estimate
 from mergecore.planning import MergePlan
 from mergecore.sizes import told_size
+from mergecore.spec.evolve import Evolve
 
 
-def facts(planned: MergePlan) -> dict[str, Any]:
-    """The plan as JSON values."""
-    evolve = planned.spec.evolve
+def facts(planned: MergePlan, evolve: Evolve | None) -> dict[str, Any]:
+    """The plan as JSON values; `evolve`: the search of which it is one candidate."""
     told: dict[str, Any] = {
         "method": planned.method.name,
         "models": [str(model.path) for model in planned.models],
@@ -61,9 +62,8 @@ def _jobs(planned: MergePlan) -> list[dict[str, Any]]:
     ]
 
 
-def lines(planned: MergePlan) -> list[str]:
-    """The plan for people."""
-    told, evolve = facts(planned), planned.spec.evolve
+def lines(told: Mapping[str, Any], evolve: Evolve | None) -> list[str]:
+    """What `facts` tells, for people."""
     base = f", base {told['base']}" if told["base"] else ""
     found = []
     if evolve is not None:
@@ -83,4 +83,4 @@ def lines(planned: MergePlan) -> list[str]:
     found.append(
         f"compute   {told['compute_seconds']:.1f} s at the speed of this machine's memory; slow disks come on top"
     )
-    return [*found, *(f"warning   {warning}" for warning in planned.warnings)]
+    return [*found, *(f"warning   {warning}" for warning in told["warnings"])]
