@@ -14,7 +14,7 @@ from mergecore.selecting import BLOCK, held_bytes
 from mergecore.sources import Stored, scratch_bytes
 from mergecore.spec import MergeSpec
 
-MOST_WAITING = 256 << 20
+MOST_WAITING = 256 << 20  # bytes of results; more does not keep a disk busier
 
 
 def _row_bytes(job: TensorJob) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from mergecore.device import Device, open_device
 from mergecore.engine import Merge, Output
 from mergecore.history import Evolved
 from mergecore.inputs import Resolve
+from mergecore.output.buffers import ring_bytes
 from mergecore.output.stages import Stages, stages_folder
 from mergecore.output.writer import OutputWriter
 from mergecore.planning import MergePlan, plan, with_run
@@ -141,6 +142,7 @@ def _together(
             strangers = unrelated(planned)
             _warn([*planned.warnings, *strangers], told)
             planned = replace(planned, warnings=(*planned.warnings, *strangers))
+            largest = max(map(result_bytes, planned.jobs), default=0)
             writer = OutputWriter(
                 path,
                 planned.layout,
@@ -148,7 +150,7 @@ def _together(
                 resume=resume,
                 direct=run.write == "direct",
                 dirty_limit=max(LEAST_DIRTY, DIRTY // len(merges)),
-                buffer_bytes=waiting + (2 + computing.pending) * max(map(result_bytes, planned.jobs), default=0),
+                buffer_bytes=waiting + ring_bytes(2 + computing.pending, largest),
                 new_buffer=computing.new_buffer,
             )
             outputs.append(Output(planned, path, writers.enter_context(writer)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergecore.output.buffers import PAGE, Ring, address_of
+from mergecore.output.buffers import PAGE, Ring, address_of, ring_bytes
 
 REQUESTS = st.lists(st.tuples(st.integers(1, 3 * PAGE), st.integers(0, 1 << 40), st.integers(0, 3)), max_size=60)
 """Bytes and place of a part, and how many are given back, if there are so many, before it is asked for."""
@@ -42,3 +42,16 @@ def test_parts_may_be_given_back_in_any_order_and_only_their_first_bytes_be_used
         assert part is not None
         ring.give_back(part[:7])
     assert ring.lend(4 * PAGE, 0) is not None
+
+
+@given(st.integers(0, 3), st.integers(1, 3 * PAGE), st.data())
+def test_a_device_that_holds_some_results_gets_room_for_the_next(held: int, largest: int, data: st.DataObject) -> None:
+    ring = Ring(ring_bytes(held + 2, largest))
+    lent: list[memoryview] = []
+    for _ in range(12):
+        part = ring.lend(data.draw(st.integers(1, largest)), data.draw(st.integers(0, PAGE - 1)))
+        assert part is not None
+        lent.append(part)
+        if len(lent) > held:
+            ring.give_back(lent.pop(0))
+    assert ring.nbytes == ring_bytes(held + 2, largest), "it did not have to grow"

@@ -35,6 +35,12 @@ class _Part:
     is_free: bool = False
 
 
+def ring_bytes(parts: int, largest: int) -> int:
+    """Bytes of a ring in which there is always room for another part beside `parts` - 2 that are lent; each of at most
+    `largest` bytes, wherever it lies in its page."""
+    return parts * (largest + PAGE)
+
+
 class Ring:
     """Page-aligned memory of which parts are lent one after the other and, mostly, given back in that order.
 
