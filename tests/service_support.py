@@ -121,6 +121,17 @@ class DaemonProcess:
         """The jobs in a state, by the name of their spec."""
         return {status.spec: status for status in self.spool.jobs() if status.state == state}
 
+    def kill_worker(self, spec: str, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the worker of a running job, once its process is known."""
+        os.kill(self.worker(spec), number)
+
+    def worker(self, spec: str) -> int:
+        """The process of a running job's worker; waits for it, as 0 would be a signal to the tests' own group."""
+        return wait_until(
+            lambda: status.pid if (status := self.jobs("running").get(spec)) else 0,
+            f"the worker of {spec}; log:\n{self.log()}",
+        )
+
     def wait_for(self, state: str, *specs: str) -> dict[str, JobStatus]:
         """Wait until the jobs of all these specs are in `state`."""
         return wait_until(

@@ -165,8 +165,7 @@ def test_kill_9_of_a_worker_fails_its_job_and_the_next_one_runs(folder: Path) ->
     with running_daemon(folder, attempts=1) as daemon:
         daemon.drop("a.yaml", gate="never")
         daemon.wait_started("a.yaml")
-        pid = wait_until(lambda: daemon.jobs("running")["a.yaml"].pid, "the worker's pid")
-        os.kill(pid, signal.SIGKILL)
+        daemon.kill_worker("a.yaml")
         daemon.drop("next.yaml")
         daemon.wait_for("done", "next.yaml")
         assert "killed by signal 9" in daemon.wait_for("failed", "a.yaml")["a.yaml"].error
@@ -198,9 +197,9 @@ def test_a_job_whose_folder_somebody_removed_does_not_trouble_the_daemon(folder:
     with running_daemon(folder, rescan=0.05) as daemon:
         daemon.drop("a.yaml", gate="never")
         daemon.wait_started("a.yaml")
-        status = daemon.jobs("running")["a.yaml"]
-        shutil.rmtree(daemon.spool.running / status.job)
-        os.kill(status.pid, signal.SIGKILL)
+        worker = daemon.worker("a.yaml")
+        shutil.rmtree(daemon.spool.running / daemon.jobs("running")["a.yaml"].job)
+        os.kill(worker, signal.SIGKILL)
         daemon.drop("next.yaml")
         daemon.wait_for("done", "next.yaml")
         assert "somebody removed its folder" in daemon.log()
@@ -237,7 +236,7 @@ def test_a_worker_sees_nothing_of_what_systemd_tells_the_daemon(folder: Path) ->
     with running_daemon(folder, environment={"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "60000000"}) as daemon:
         daemon.drop("a.yaml", gate="go")
         daemon.wait_started("a.yaml")
-        environment = psutil.Process(daemon.jobs("running")["a.yaml"].pid).environ()
+        environment = psutil.Process(daemon.worker("a.yaml")).environ()
         assert {"NOTIFY_SOCKET", "WATCHDOG_USEC"}.isdisjoint(environment)
         assert environment["MERGECORE_DAEMON_PID"] == str(daemon.process.pid)
         daemon.open_gate()
@@ -328,7 +327,7 @@ def test_a_worker_that_was_told_to_stop_by_somebody_else_is_resumed(folder: Path
     with running_daemon(folder, rescan=0.1) as daemon:
         daemon.drop("a.yaml", gate="go")
         daemon.wait_started("a.yaml")
-        os.kill(daemon.jobs("running")["a.yaml"].pid, signal.SIGTERM)
+        daemon.kill_worker("a.yaml", signal.SIGTERM)
         daemon.wait_started("a.yaml", times=2)
         daemon.open_gate()
         daemon.wait_for("done", "a.yaml")
@@ -353,7 +352,7 @@ def test_after_kill_9_of_daemon_and_worker_the_job_is_run_again(folder: Path) ->
     with running_daemon(folder) as daemon:
         daemon.drop("a.yaml", steps=3, gate="go")
         daemon.wait_started("a.yaml")
-        worker = daemon.jobs("running")["a.yaml"].pid
+        worker = daemon.worker("a.yaml")
         daemon.stop(signal.SIGKILL)
         os.kill(worker, signal.SIGKILL)
     with running_daemon(folder, rescan=0.1) as daemon:

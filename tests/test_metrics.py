@@ -228,7 +228,7 @@ def test_failures_and_interruptions_are_counted_by_their_state(tmp_path: Path) -
         assert daemon.metric('mergecore_jobs_total{method="ties",state="failed"}') == 1
         daemon.drop("a.yaml", gate="go")
         daemon.wait_started("a.yaml")
-        subprocess.run(["kill", str(daemon.jobs("running")["a.yaml"].pid)], check=True)
+        subprocess.run(["kill", str(daemon.worker("a.yaml"))], check=True)
         daemon.wait_started("a.yaml", times=2)
         assert daemon.metric('mergecore_jobs_total{method="linear",state="interrupted"}') == 1
         daemon.open_gate()

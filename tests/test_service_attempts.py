@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -109,7 +108,7 @@ def test_a_worker_that_not_even_an_abort_ends_is_killed(tmp_path: Path) -> None:
     with running_daemon(tmp_path, prelude=prelude, stall_seconds=0.5, attempts=1) as daemon:
         daemon.drop("a.yaml", gate="never", hang=True)
         daemon.wait_started("a.yaml")
-        os.kill(wait_until(lambda: daemon.jobs("running")["a.yaml"].pid, "its pid"), signal.SIGSTOP)
+        daemon.kill_worker("a.yaml", signal.SIGSTOP)
         assert "the worker hung" in daemon.wait_for("failed", "a.yaml")["a.yaml"].error
 
 

@@ -41,7 +41,7 @@ def test_a_running_job_is_stopped_and_lies_cancelled_in_failed(tmp_path: Path) -
     with running_daemon(tmp_path) as daemon:
         daemon.drop("a.yaml", steps=3, gate="never")
         daemon.wait_started("a.yaml")
-        worker = wait_until(lambda: daemon.jobs("running")["a.yaml"].pid, "the worker")
+        worker = daemon.worker("a.yaml")
         job = daemon.jobs("running")["a.yaml"].job
         assert cancel_command(daemon.spool.root, "a.yaml") == f"{job}: its daemon stops it"
         status = daemon.wait_for("cancelled", "a.yaml")["a.yaml"]
@@ -99,7 +99,7 @@ def test_a_cancellation_outlives_the_daemon_that_should_have_seen_it(tmp_path: P
     with running_daemon(tmp_path) as daemon:
         daemon.drop("a.yaml", gate="never")
         daemon.wait_started("a.yaml")
-        worker = wait_until(lambda: daemon.jobs("running")["a.yaml"].pid, "the worker")
+        worker = daemon.worker("a.yaml")
         daemon.process.send_signal(signal.SIGSTOP)
         cancel_command(daemon.spool.root, "a.yaml")
         assert states(daemon.spool.root) == {"a.yaml": "cancelling"}

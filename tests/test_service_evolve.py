@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +102,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_search_goes_on(folder: Path
         wait_until(lambda: len(calls(folder)) >= 5, "some scores")
         hold(folder)
         scorer = held_scorer(daemon, folder)
-        os.kill(daemon.spool.running_jobs()[0].pid, signal.SIGKILL)
+        daemon.kill_worker("search.json")
         wait_until(lambda: not exists(scorer), "the scorer's end")
         release(folder)
         job = daemon.wait_for("done", "search.json")["search.json"]

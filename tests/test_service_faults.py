@@ -197,9 +197,10 @@ def test_after_kill_9_of_daemon_and_worker_the_output_is_that_of_the_inputs_as_t
     options: dict[str, Any] = {"worker_command": gated(folder), "models": [str(own_models)], "rescan": 0.1}
     with running_daemon(folder, **options) as daemon:
         daemon.drop("a.yaml", **linear("out", "a", "b"))
-        status = in_the_middle(daemon, "a.yaml")
+        in_the_middle(daemon, "a.yaml")
+        worker = daemon.worker("a.yaml")
         daemon.stop(signal.SIGKILL)
-        os.kill(status.pid, signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
         assert [path.name for path in daemon.outputs.iterdir()] == [".out.partial"]
     if changed:
         shutil.copy(own_models / "c" / "model.safetensors", own_models / "b")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +62,7 @@ def test_a_fit_is_cancelled_and_a_retry_goes_on_to_the_same_bytes(models: Path, 
         daemon.wait_for("cancelled", "dam.json")
         retry_command(daemon.spool.root, "dam.json")
         wait_until(lambda: steps() > 30, "the retry")
-        os.kill(daemon.spool.running_jobs()[0].pid, signal.SIGKILL)
+        daemon.kill_worker("dam.json")
         job = daemon.wait_for("done", "dam.json")["dam.json"]
         assert daemon.metric('mergecore_jobs_total{method="dam",state="done"}') == 1
     assert job.progress["ratio"] == 1

@@ -210,7 +210,7 @@ def test_an_interrupted_job_that_does_not_fit_yet_comes_before_those_that_have_n
         assert daemon.stop() == 0
     with running_daemon(tmp_path, memory="3.9GiB", jobs=3, rescan=0.1) as daemon:
         daemon.wait_started("big.yaml", times=2)
-        os.kill(daemon.jobs("running")["big.yaml"].pid, signal.SIGTERM)  # by somebody: it rests, and begins again
+        daemon.kill_worker("big.yaml", signal.SIGTERM)  # by somebody: it rests, and begins again
         daemon.wait_started("big.yaml", times=3)
         daemon.drop("small.yaml", gate="go")
         wait_until(lambda: "small.yaml" in waits(daemon), "the small one waits")
@@ -222,7 +222,7 @@ def test_a_job_that_rests_and_then_does_not_fit_holds_up_those_that_have_not_beg
     with running_daemon(tmp_path, memory="4GiB", jobs=4, retry_delay=3.0) as daemon:
         daemon.drop("big.yaml", gate="go", run={"memory": "3GiB"})
         daemon.wait_started("big.yaml")
-        os.kill(daemon.jobs("running")["big.yaml"].pid, signal.SIGKILL)
+        daemon.kill_worker("big.yaml")
         wait_until(lambda: "attempt 1 of" in daemon.log(), "its rest")
         daemon.drop("meanwhile.yaml", gate="go", run={"memory": "1GiB"})
         daemon.wait_started("meanwhile.yaml")
@@ -266,7 +266,7 @@ def test_the_worker_is_told_its_device_its_threads_and_its_memory(tmp_path: Path
     with running_daemon(tmp_path, environment={"CUDA_VISIBLE_DEVICES": "4,6"}, **options) as daemon:
         daemon.drop("a.yaml", gate="go", run={"memory": "2GiB"})
         daemon.wait_started("a.yaml")
-        worker = psutil.Process(wait_until(lambda: daemon.jobs("running")["a.yaml"].pid, "its pid"))
+        worker = psutil.Process(daemon.worker("a.yaml"))
         environment = worker.environ()
         assert (environment["CUDA_VISIBLE_DEVICES"], environment["OMP_NUM_THREADS"]) == ("6", "2")
         assert worker.cmdline()[-2:] == ["--memory", str(2 * GIB)]

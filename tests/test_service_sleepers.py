@@ -160,7 +160,7 @@ def test_a_daemon_that_wakes_kills_its_worker_though_that_knows_nothing_of_lease
     with leased_daemon(tmp_path) as one:
         one.drop("a.yaml", gate="never", deaf=True)
         one.wait_started("a.yaml")
-        worker = psutil.Process(wait_until(lambda: one.jobs("running")["a.yaml"].pid, "its pid"))
+        worker = psutil.Process(one.worker("a.yaml"))
         os.kill(one.process.pid, signal.SIGSTOP)
         with leased_daemon(tmp_path, stop_timeout=0.1) as two:
             two.wait_started("a.yaml", times=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_sweep_goes_on(folder: Path,
     with running_daemon(tmp_path / "d", **options(folder)) as daemon:
         daemon.drop("sweep.json", **sweep(folder))
         wait_held(daemon, folder)
-        os.kill(daemon.jobs("running")["sweep.json"].pid, signal.SIGKILL)
+        daemon.kill_worker("sweep.json")
         release(folder)
         job = daemon.wait_for("done", "sweep.json")["sweep.json"]
         assert job.attempts == 2
