@@ -107,7 +107,10 @@ void blend_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Tensor c
   const OnDevice on(out);
   BlendArguments a(out, base, models, coefficients, base_coefficient, axis, first_row, first_entry,
                    keys, thresholds, scales, counts);
-  succeed(cuda::blend(a.blend, static_cast<int64_t*>(counts.data_ptr()), on.stream), "blend");
+  Tensor space = scratch(out, cuda::blend_scratch(a.blend));
+  succeed(
+      cuda::blend(a.blend, static_cast<int64_t*>(counts.data_ptr()), space.data_ptr(), on.stream),
+      "blend");
 }
 
 void rank_cuda(Tensor values, Tensor ranks, bool average) {

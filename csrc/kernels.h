@@ -330,6 +330,7 @@ int64_t column_moments_scratch(const Inputs& in);
 int64_t column_gradient_scratch(const Inputs& in);
 int64_t gram_scratch(const Inputs& in);
 int64_t column_gram_scratch(const Inputs& in);
+int64_t blend_scratch(const Blend& blend);
 int64_t rank_scratch(int models, int64_t count);
 
 // `in.models` and `in.drops` are host pointers everywhere; all other pointers are device pointers.
@@ -344,7 +345,8 @@ int row_gradient(const Inputs& in, const Matrix& gradient, double* sums, int64_t
 int gram(const Inputs& in, double* sums, void* scratch, Stream stream);
 int row_gram(const Inputs& in, double* sums, int64_t total_rows, Stream stream);
 int column_gram(const Inputs& in, double* sums, double* pending, void* scratch, Stream stream);
-int blend(const Blend& blend, int64_t* counts, Stream stream);  // counts[2] += non-finite, overflow
+// counts[2] += non-finite, overflow
+int blend(const Blend& blend, int64_t* counts, void* scratch, Stream stream);
 int rank(const double* values, double* ranks, int models, int64_t count, bool average,
          void* scratch, Stream stream);
 int calibrated_softmax(const double* scores, const double* thresholds, double divisor, double s,

@@ -1,25 +1,17 @@
-// Which blends of bf16 are tried in float32, with which bounds (see quick_run.cpp), and the float64
-// blend of the entries that are not decided.
+// Which blends of bf16 are tried in float32, with which bounds (see quick_bounds.h), and the
+// float64 blend of the entries that are not decided.
 #include "quick.h"
 
 #include <algorithm>
 #include <cmath>
 
+#include "../quick_bounds.h"
+
 namespace mergecore::cpu {
 
 namespace {
 
-constexpr double kSmallest = 0x1p-60;  // of coefficients, so that products are normal numbers
-constexpr double kLargest = 0x1p60;
-constexpr double kLeastError = 0x1p-120;
-constexpr double kGreatest = 0x1p120;  // of S X, with room below float32's largest number
-constexpr int kFewBinades = 8;         // between an entry's numbers: nearly always they are closer
-constexpr int kMostSteps = 16;         // beyond, multiples of 2^-k need not be float32 numbers
-
-MERGECORE_INLINE bool is_tame(double coefficient) {
-  const double size = fabs(coefficient);
-  return (size == 0.0) | ((size >= kSmallest) & (size <= kLargest));
-}
+constexpr int kFewBinades = 8;  // between an entry's numbers: nearly always they are closer
 
 // sums[i] += times * |scale * from[i]|. Whether all these are tame.
 MERGECORE_CLONES
@@ -53,14 +45,6 @@ void find_range(const double* values, int64_t n, double* least, double* greatest
   }
   *least = low;
   *greatest = high;
-}
-
-// The least k >= 0 for which 2^k times a normal number is whole.
-int steps(double number) {
-  if (number == 0.0) return 0;
-  const uint64_t bits = bit_cast<uint64_t>(number);
-  const uint64_t significand = (bits & 0xfffffffffffffull) | 1ull << 52;
-  return std::max(0, 1075 - static_cast<int>(bits >> 52 & 0x7ff) - __builtin_ctzll(significand));
 }
 
 // The bits of a positive number cut to bf16.
@@ -112,17 +96,17 @@ bool QuickBlend::take_coefficients() {
   }
   double least_sum, greatest_sum;
   find_range(sums.data(), number, &least_sum, &greatest_sum);
-  least_sum = std::max(least_sum, kSmallest);
-  greatest_sum = std::max(greatest_sum, kSmallest);
-  const double bound = (in.count + 6) * 0x1.01p-24;  // e / (S X), rounded up
-  const int binades = 16 - most_steps - static_cast<int>(std::ceil(std::log2(greatest_sum)));
-  exact_ = most_steps <= kMostSteps && binades >= kFewBinades;
-  spread_ = static_cast<uint16_t>(std::clamp(binades, 0, 15) << 7);
+  least_sum = std::max(least_sum, kSmallestQuick);
+  greatest_sum = std::max(greatest_sum, kSmallestQuick);
+  const double bound = relative_bound(in.count);
+  const int binades = exact_binades(most_steps, greatest_sum);
+  exact_ = binades >= kFewBinades;
+  spread_ = static_cast<uint16_t>(binades << 7);
   least_ = static_cast<uint16_t>(cut(kLeastError / (bound * least_sum)) + 1);
-  greatest_ = cut(kGreatest / std::max(greatest_sum, 1.0));
+  greatest_ = cut(kGreatestQuick / std::max(greatest_sum, 1.0));
 
   bounds_ = std::move(sums);
-  for (double& sum : bounds_) sum = std::max(sum, kSmallest) * bound;
+  for (double& sum : bounds_) sum = std::max(sum, kSmallestQuick) * bound;
   const bool of_columns = blend_.axis == Axis::columns;
   const int64_t block = (in.count + 1) * kQuick;
   stride_ = of_columns ? block : 0;

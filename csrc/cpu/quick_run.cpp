@@ -1,23 +1,4 @@
-// Blends of bf16 by float32, where float32 is enough to tell which bf16 number the float64 result
-// rounds to: for nearly all entries, at several times the speed. Which those are
-// is told here; quick.cpp has the others done.
-//
-// Bounded. v is the value that blend.cpp computes, X the largest of |a| and all |x_n| of an entry,
-// b the base's coefficient, and S = |b| + 2 sum_n |c_n|, or sum_n |c_n| without a base, so that
-// |b a| + sum_n |c_n d_n| <= S X. With u = 2^-24, rounding d_n, c_n, b and b a, N fused
-// multiply-adds and the last sum make float32's value w differ from v by at most (N + 3) u S X, to
-// first order; float64 and its rounding to 40 bits add less than 2^-15 u S X. One more u S X covers
-// the rounding of w - e and w + e. So with e >= (N + 6) u S X v lies strictly between the two, and
-// where both round to one bf16 number, v does. Small X count as such that e is at least 2^-120:
-// beside it underflow counts for nothing. Where X is 0, everything is exact.
-//
-// Exact. Let 2^k c_n and 2^k b be whole numbers. An entry's numbers other than 0 are multiples of
-// 2^-7 q, if q is the power of two at or below the least of them, so all terms and sums are
-// multiples of 2^(-7-k) q, and none is larger than S X. So float32, which has 24 bits, rounds
-// nothing where S X <= 2^(17-k) q, nor does it differences where 2 X <= 2^17 q: w is v, ties
-// included, and rounding to 40 bits leaves it as it is.
-// k is at most 16: so the multiples are float32 numbers however small q is (bf16 subnormals are
-// multiples of 2^-133, float32 ones of 2^-149).
+// The loops of the float32 blend (quick_bounds.h).
 //
 // Two neighbours are computed as the halves of a word, the first being the lower one (every machine
 // that this runs on is little-endian): widening and packing takes no shuffles.
@@ -255,13 +236,7 @@ uint16_t drop_run(const uint16_t* base, const uint16_t* model, const uint32_t* n
     const uint16_t size = model[i] & 0x7fffu;
     greatest = size > greatest ? size : greatest;
   }
-  if (base != nullptr) {
-    for (int i = 0; i < n; ++i) kept[i] = numbers[i] > last_dropped ? model[i] : base[i];
-  } else {
-    for (int i = 0; i < n; ++i) {
-      kept[i] = model[i] & (numbers[i] > last_dropped ? 0xffffu : 0x8000u);
-    }
-  }
+  for (int i = 0; i < n; ++i) kept[i] = numbers[i] > last_dropped ? model[i] : base[i];
   return greatest;
 }
 

@@ -1,5 +1,5 @@
 // The loops of the float32 blend. What they decide, and why that is right, is told in
-// quick_run.cpp.
+// quick_bounds.h.
 #pragma once
 
 #include "chunk.h"
@@ -31,8 +31,8 @@ bool store_run(const QuickRun& run, int n, uint16_t* undecided);
 // Writes the places of the n flags that are not 0, and returns how many they are.
 int find_set(const uint16_t* flags, int n, uint16_t* places);
 
-// kept[i] = model[i], or the base where its number is not beyond `last_dropped` (where there is no
-// base, a zero of its sign). Returns the largest magnitude of the model.
+// kept[i] = model[i], or the base where its number is not beyond `last_dropped`. Returns the
+// largest magnitude of the model.
 uint16_t drop_run(const uint16_t* base, const uint16_t* model, const uint32_t* numbers,
                   uint32_t last_dropped, int n, uint16_t* kept);
 

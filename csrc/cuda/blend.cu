@@ -1,30 +1,10 @@
 // out = cast( base_coefficient * base + sum_n c_n * d_n ), one pass, float64, one rounding.
+#include "blend.cuh"
 #include "rounding.cuh"
-#include "window.cuh"
 
 namespace mergecore::cuda {
 
 namespace {
-
-constexpr int kThreads = 128;
-constexpr int kRows =
-    8;  // rows of a thread at most: its columns' coefficients stay in the L1 cache
-
-struct DeviceBlend {
-  DeviceInputs in;
-  Axis axis;
-  const double* coefficients;
-  int64_t stride;
-  double base_coefficient;
-  void* out;
-  // The entries as the grid walks them: rows of the window, or any, where one coefficient goes for
-  // all (Axis::tensor); the last one may be shorter.
-  int64_t entries;
-  int64_t rows;
-  int64_t columns;
-  unsigned strips;  // blocks beside each other
-  unsigned across;  // threads of a block beside each other; the others take further rows
-};
 
 // sum[j] += c * delta of model m's entries, whose first lies at `column` of `row`.
 template <class T, bool kVector, bool kDrops>
@@ -37,8 +17,7 @@ __device__ __forceinline__ void add_model(const DeviceBlend& b, int m, const Ent
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) delta[j] = value(model, dtype, j) - base[j];
   if constexpr (kDrops) {
-    const int64_t index = w.first_entry + w.first_row * w.columns + row * b.columns + column;
-    drop_deltas(b.in.drops[m], index, delta);
+    drop_deltas(b.in.drops[m], index_of(b, row, column), delta);
   }
   const double* coefficients = b.coefficients + m * b.stride;
   if (b.axis != Axis::columns) {
@@ -59,20 +38,6 @@ __device__ __forceinline__ void add_model(const DeviceBlend& b, int m, const Ent
     }
     sum[j] = fma(c.x, delta[j], sum[j]);
     sum[j + 1] = fma(c.y, delta[j + 1], sum[j + 1]);
-  }
-}
-
-// Models whose loads are in flight together. Random numbers keep the arithmetic busy, and would
-// come several times over in the code.
-template <class T, bool kDrops>
-constexpr int kTogether = kDrops ? 1 : kInFlight<T>;
-
-template <class T, bool kVector, int kCount>
-__device__ __forceinline__ void load_models(const DeviceInputs& in, int first, int64_t entry, int n,
-                                            Entries<T> (&models)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (first + i < in.count) models[i] = load<T, kVector>(in.models[first + i], entry, n);
   }
 }
 
@@ -152,20 +117,9 @@ __device__ __forceinline__ void blend_entries(const DeviceBlend& b, int64_t row,
   }
   if (in.base.data != nullptr) {
 #pragma unroll
-    for (int j = 0; j < kEntries; ++j) {
-      // A zero sum leaves the base bit for bit, the sign of its zeros included.
-      const double product = b.base_coefficient * base[j];
-      sum[j] = sum[j] == 0.0 ? product : product + sum[j];
-    }
+    for (int j = 0; j < kEntries; ++j) sum[j] = with_base(b.base_coefficient, base[j], sum[j]);
   }
   store<Out, kVector>(sum, n, b.out, entry, nonfinite, overflow);
-}
-
-__device__ __forceinline__ void add_count(unsigned count, int64_t* total) {
-  count = __reduce_add_sync(kAllLanes, count);
-  if (count != 0 && threadIdx.x % 32 == 0) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
-  }
 }
 
 // Blocks that share a multiprocessor: as many as leave every value a register. The more there are,
@@ -176,67 +130,45 @@ constexpr int kBlocks = kVector && Entries<T>::size == 2 ? 5 : 4;
 template <class T, class Out, bool kVector, bool kDrops>
 __global__ void __launch_bounds__(kThreads, (kBlocks<T, kVector>))
     blend_window(const __grid_constant__ DeviceBlend b, int64_t* counts) {
-  const int64_t strip = blockIdx.x % b.strips;
-  const int64_t column = (strip * b.across + threadIdx.x % b.across) * kEntries;
-  const unsigned down = kThreads / b.across;
-  const int64_t left = b.columns - column;
-  int64_t row =
-      static_cast<int64_t>(blockIdx.x / b.strips) * (kRows * down) + threadIdx.x / b.across;
   unsigned nonfinite = 0, overflow = 0;
-  for (int i = 0; i < kRows; ++i, row += down) {
-    const int64_t last = b.entries - row * b.columns - column;
-    const int64_t run = left < last ? left : last;
-    if (run <= 0) break;
-    const int n = run_of<kVector>(run);
+  for_runs<kVector>(b, [&](int64_t row, int64_t column, int n) {
     blend_entries<T, Out, kVector, kDrops>(b, row, column, n, nonfinite, overflow);
-  }
+  });
   add_count(nonfinite, counts);
   add_count(overflow, counts + 1);
 }
 
 template <class T, class Out>
-int launch_blend(const DeviceBlend& b, bool vectors, int64_t blocks, int64_t* counts,
-                 Stream stream) {
-  auto* plain = vectors ? &blend_window<T, Out, true, false> : &blend_window<T, Out, false, false>;
-  auto* drops = vectors ? &blend_window<T, Out, true, true> : &blend_window<T, Out, false, true>;
-  return launch(drops_any(b.in) ? drops : plain, blocks, kThreads, stream, b, counts);
+int launch_blend(const DeviceBlend& b, int64_t* counts, Stream stream) {
+  auto* plain =
+      b.vectors ? &blend_window<T, Out, true, false> : &blend_window<T, Out, false, false>;
+  auto* drops = b.vectors ? &blend_window<T, Out, true, true> : &blend_window<T, Out, false, true>;
+  return launch(drops_any(b.in) ? drops : plain, b.blocks, kThreads, stream, b, counts);
 }
 
 }  // namespace
 
-int blend(const Blend& blend, int64_t* counts, Stream stream) {
+int64_t blend_scratch(const Blend& blend) {
+  const Window& w = blend.inputs.window;
+  return w.rows == 0 || w.columns == 0 ? 0 : quick_scratch(DeviceBlend(blend));
+}
+
+int blend(const Blend& blend, int64_t* counts, void* scratch, Stream stream) {
   const Window& w = blend.inputs.window;
   if (w.rows == 0 || w.columns == 0) return cudaSuccess;
-  DeviceBlend b = {};
-  b.in = by_value(blend.inputs);
-  b.axis = blend.axis;
-  b.coefficients = blend.coefficients;
-  b.stride = blend.stride;
-  b.base_coefficient = blend.base_coefficient;
-  b.out = blend.out;
-  const bool flat = b.axis == Axis::tensor;
-  constexpr int64_t kBlock = kThreads * kEntries;
-  b.entries = w.rows * w.columns;
-  b.columns = flat ? divide_up(b.entries, kRows * kBlock) * kBlock : w.columns;
-  b.rows = divide_up(b.entries, b.columns);
-  const int64_t threads = divide_up(b.columns, kEntries);
-  for (b.across = 1; b.across < kThreads && b.across < threads;) b.across *= 2;
-  b.strips = static_cast<unsigned>(divide_up(threads, b.across));
-  const int64_t blocks = b.strips * divide_up(b.rows, kRows * (kThreads / b.across));
-  const bool vectors = b.in.aligned && aligned(b.out) &&
-                       (flat ? b.entries : w.columns) % kEntries == 0 &&
-                       (b.axis != Axis::columns || (aligned(b.coefficients) && b.stride % 2 == 0));
+  const DeviceBlend b(blend);
+  if (quick_scratch(b) > 0) return quick_blend(b, scratch, counts, stream);
   return with_storage(blend.inputs, [&](auto type) {
     using T = decltype(type);
     switch (blend.out_dtype) {
       case Dtype::f32:
-        return launch_blend<T, F32>(b, vectors, blocks, counts, stream);
+        return launch_blend<T, F32>(b, counts, stream);
       case Dtype::f16:
-        return launch_blend<T, F16>(b, vectors, blocks, counts, stream);
+        return launch_blend<T, F16>(b, counts, stream);
       case Dtype::f64:
-        return launch_blend<T, F64>(b, vectors, blocks, counts, stream);
+        return launch_blend<T, F64>(b, counts, stream);
       default:
-        return launch_blend<T, BF16>(b, vectors, blocks, counts, stream);
+        return launch_blend<T, BF16>(b, counts, stream);
     }
   });
 }

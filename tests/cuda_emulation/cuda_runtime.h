@@ -39,6 +39,9 @@ struct alignas(16) uint4 {
 struct alignas(16) double2 {
   double x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 
@@ -158,6 +161,26 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
 inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
   return (*to += value) - value;
 }
+
+// Two 16-bit numbers in a word.
+template <class Half, class F>
+unsigned by_halves(unsigned a, unsigned b, const F& f) {
+  const auto half = [&](int shift) {
+    return static_cast<uint32_t>(static_cast<uint16_t>(
+        f(static_cast<Half>(a >> shift & 0xffffu), static_cast<Half>(b >> shift & 0xffffu))));
+  };
+  return half(16) << 16 | half(0);
+}
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  return by_halves<uint16_t>(a, b, [](auto x, auto y) { return std::max(x, y); });
+}
+inline unsigned __vminu2(unsigned a, unsigned b) {
+  return by_halves<uint16_t>(a, b, [](auto x, auto y) { return std::min(x, y); });
+}
+inline unsigned __vmins2(unsigned a, unsigned b) {
+  return by_halves<int16_t>(a, b, [](auto x, auto y) { return std::min(x, y); });
+}
+inline int __ffs(unsigned word) { return __builtin_ffs(static_cast<int>(word)); }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),

@@ -117,6 +117,37 @@ struct Case {
     }
   }
 
+  // Of bf16 in whole runs of 16 bytes, near the base as in checkpoints: few steps beside it, equal
+  // to it, zeros; some not at all.
+  struct Near {};
+  explicit Case(Near) {
+    rows = draw(1, 40), columns = 8 * draw(1, 12);
+    if (chance(10)) columns = 1024 + 8 * draw(0, 2), rows = draw(1, 12);
+    models = static_cast<int>(draw(1, 9));
+    first_row = chance(30) ? 0 : draw(1, 600);
+    first_entry = chance(50) ? 0 : draw(1, 1 << 20);
+    wild = chance(20);
+    const int64_t entries = rows * columns, apart = int64_t{1} << draw(0, 8);
+    for (int m = 0; m <= models; ++m) {
+      memory.emplace_back(entries * 2);
+      auto* bits = memory.back().as<uint16_t>();
+      fill<BF16>(bits, entries, wild);
+      matrices.push_back({bits, Dtype::bf16});
+      const auto* base = memory[0].as<uint16_t>();
+      const int same = static_cast<int>(draw(0, 100));
+      for (int64_t i = 0; m > 0 && i < entries; ++i) {
+        if (chance(5)) continue;
+        bits[i] = static_cast<uint16_t>(base[i] + (chance(same) ? 0 : draw(-apart, apart)));
+      }
+    }
+    if (chance(20)) matrices[0] = {nullptr, Dtype::bf16};
+    if (matrices[0].data == nullptr || chance(60)) return;
+    for (int m = 0; m < models; ++m) {
+      drops.push_back(drop());
+      drops.back().least = -1.0, drops.back().most = HUGE_VAL;
+    }
+  }
+
   Drop drop() const {
     const uint64_t key = random_bits();
     uint64_t threshold = chance(20) ? 0 : chance(10) ? 1ull << 32 : random_bits() >> 32;
@@ -412,7 +443,9 @@ std::string blend() {
     std::vector<Matrix> views;
     cpu::blend(blend_of(c.window(0, c.rows, views), 0, out), 0, entries, counts[0], counts[1]);
     c.windows([&](int64_t begin, const Inputs& in) {
-      succeed(cuda::blend(blend_of(in, begin, cuda_out), cuda_counts, nullptr));
+      const Blend part = blend_of(in, begin, cuda_out);
+      const Memory scratch(cuda::blend_scratch(part));
+      succeed(cuda::blend(part, cuda_counts, scratch.as<void>(), nullptr));
     });
     if (dtype == Dtype::f32) equal_stored<F32>(out, cuda_out, entries);
     if (dtype == Dtype::f16) equal_stored<F16>(out, cuda_out, entries);
@@ -422,6 +455,71 @@ std::string blend() {
   } catch (const std::string& problem) {
     return c.text() + ", axis " + std::to_string(static_cast<int>(axis)) + ", out " +
            std::to_string(static_cast<int>(dtype)) + ": " + problem;
+  }
+  return "";
+}
+
+// As people give them: of few bits, not of few, or none; sometimes out of bounds for float32.
+double coefficient(bool wild) {
+  static constexpr double kNumbers[] = {0.5, 0.25, 0.3, 1.0, -1.0, 0.1, 0.0, 2.0, 1.0 / 3.0, 0.75};
+  if (wild && chance(5)) return number(true);
+  if (chance(3)) return uniform() * (chance(50) ? 0x1p-70 : 0x1p70);
+  return chance(60) ? kNumbers[draw(0, 9)] : uniform() - 0.5;
+}
+
+// The float32 blend beside a float64 one written here: the CPU has a float32 blend, too.
+std::string quick_blend() {
+  const Case c{Case::Near{}};
+  const auto axis = static_cast<Axis>(draw(0, 2));
+  const int64_t stride = 2 * (c.first_row + c.rows + c.columns);
+  const Memory coefficients(c.models * stride * 8), out(c.rows * c.columns * 2);
+  const bool few = chance(50);
+  for (int64_t i = 0; i < c.models * stride; ++i) {
+    coefficients.as<double>()[i] = few && !chance(2) ? 0.5 : coefficient(c.wild);
+  }
+  const double of_base = chance(60) ? 1.0 : coefficient(c.wild);
+  int64_t counts[2] = {0, 0}, cuda_counts[2] = {0, 0};
+  try {
+    c.windows([&](int64_t begin, const Inputs& in) {
+      uint16_t* start = out.as<uint16_t>() + begin * c.columns;
+      const Blend part{in, axis, coefficients.as<double>(), stride, of_base, start, Dtype::bf16};
+      const Memory scratch(cuda::blend_scratch(part));
+      succeed(cuda::blend(part, cuda_counts, scratch.as<void>(), nullptr));
+    });
+    std::vector<Matrix> views;
+    const Inputs in = c.window(0, c.rows, views);
+    const auto number = [](const Matrix& matrix, int64_t i) {
+      return double{BF16::load(static_cast<const uint16_t*>(matrix.data)[i])};
+    };
+    std::vector<float> expected, found;
+    for (int64_t i = 0; i < c.rows * c.columns; ++i) {
+      const bool based = in.base.data != nullptr;
+      const double base = based ? number(in.base, i) : 0.0;
+      const int64_t index = c.first_entry + c.first_row * c.columns + i;
+      const int64_t place = axis == Axis::columns ? i % c.columns
+                            : axis == Axis::rows  ? c.first_row + i / c.columns
+                                                  : 0;
+      double sum = -0.0;
+      for (int m = 0; m < c.models; ++m) {
+        double delta = number(in.models[m], i) - base;
+        if (in.drops != nullptr && in.drops[m].threshold > 0) {
+          uint32_t block[4];
+          philox(in.drops[m].key, static_cast<uint64_t>(index) / 4, block);
+          delta *= block[index % 4] >= in.drops[m].threshold ? in.drops[m].scale : 0.0;
+        }
+        sum = fma(coefficients.as<double>()[m * stride + place], delta, sum);
+      }
+      if (based) sum = sum == 0.0 ? of_base * base : of_base * base + sum;
+      const double result = round_to<BF16>(sum);
+      counts[0] += !(fabs(sum) < HUGE_VAL);
+      counts[1] += fabs(sum) < HUGE_VAL && fabs(result) > BF16::largest;
+      expected.push_back(BF16::load(BF16::store(static_cast<float>(result))));
+      found.push_back(BF16::load(out.as<uint16_t>()[i]));
+    }
+    equal("out", expected.data(), found.data(), c.rows * c.columns);
+    equal("counts", counts, cuda_counts, 2);
+  } catch (const std::string& problem) {
+    return c.text() + ", axis " + std::to_string(static_cast<int>(axis)) + ": " + problem;
   }
   return "";
 }
@@ -602,6 +700,7 @@ int main(int, char** arguments) {
               : op == "row_gram"        ? row_gram
               : op == "column_gram"     ? column_gram
               : op == "blend"           ? blend
+              : op == "quick_blend"     ? quick_blend
               : op == "rank"            ? rank
               : op == "selection"       ? selection
               : op == "row_divergences" ? row_divergences

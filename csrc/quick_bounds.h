@@ -1,0 +1,63 @@
+// Blends of bf16 by float32, where float32 is enough to tell which bf16 number the float64 result
+// rounds to: for nearly all entries, at several times the speed. Which those are is told here;
+// csrc/cpu/quick.cpp and csrc/cuda/quick_blend.cu have the others done.
+//
+// Bounded. v is the value that the float64 blend computes, X the largest of |a| and all |x_n| of an
+// entry, b the base's coefficient, and S = |b| + 2 sum_n |c_n|, or sum_n |c_n| without a base, so
+// that |b a| + sum_n |c_n d_n| <= S X. With u = 2^-24, rounding d_n, c_n, b and b a, N fused
+// multiply-adds and the last sum make float32's value w differ from v by at most (N + 3) u S X, to
+// first order; float64 and its rounding to 40 bits add less than 2^-15 u S X. One more u S X covers
+// the rounding of w - e and w + e. So with e >= (N + 6) u S X v lies strictly between the two, and
+// where both round to one bf16 number, v does. Small X count as such that e is at least 2^-120:
+// beside it underflow counts for nothing. Where X is 0, everything is exact.
+//
+// Exact. Let 2^k c_n and 2^k b be whole numbers. An entry's numbers other than 0 are multiples of
+// 2^-7 q, if q is the power of two at or below the least of them, so all terms and sums are
+// multiples of 2^(-7-k) q, and none is larger than S X. So float32, which has 24 bits, rounds
+// nothing where S X <= 2^(17-k) q, nor does it differences where 2 X <= 2^17 q: w is v, ties
+// included, and rounding to 40 bits leaves it as it is.
+// k is at most 16: so the multiples are float32 numbers however small q is (bf16 subnormals are
+// multiples of 2^-133, float32 ones of 2^-149).
+#pragma once
+
+#include "numeric.h"
+
+namespace mergecore {
+
+constexpr double kSmallestQuick = 0x1p-60;  // of coefficients, so that products are normal numbers
+constexpr double kLargestQuick = 0x1p60;
+constexpr double kLeastError = 0x1p-120;    // e
+constexpr double kGreatestQuick = 0x1p120;  // S X, with room below float32's largest number
+constexpr int kMostSteps = 16;              // k
+
+MERGECORE_INLINE bool is_tame(double coefficient) {
+  const double size = fabs(coefficient);
+  return (size == 0.0) | ((size >= kSmallestQuick) & (size <= kLargestQuick));
+}
+
+// e / (S X) of a blend of `count` models, rounded up.
+MERGECORE_INLINE double relative_bound(int count) { return (count + 6) * 0x1.01p-24; }
+
+// The least k >= 0 for which 2^k times a tame number is whole.
+MERGECORE_INLINE int steps(double number) {
+  if (number == 0.0) return 0;
+  const uint64_t bits = bit_cast<uint64_t>(number);
+  const uint64_t significand = (bits & 0xfffffffffffffull) | 1ull << 52;
+  const auto last = static_cast<double>(static_cast<int64_t>(significand & (~significand + 1)));
+  const int zeros = static_cast<int>(bit_cast<uint64_t>(last) >> 52) - 1023;
+  const int k = 1075 - static_cast<int>(bits >> 52 & 0x7ff) - zeros;
+  return k > 0 ? k : 0;
+}
+
+// Binades between the largest and the least of an entry's numbers, at most, so that float32 is
+// exact: below 1 where it never is.
+MERGECORE_INLINE int exact_binades(int most_steps, double sum) {
+  if (most_steps > kMostSteps) return 0;
+  const uint64_t bits = bit_cast<uint64_t>(sum);
+  const int exponent = static_cast<int>(bits >> 52) - 1023;
+  const int up = (bits & 0xfffffffffffffull) != 0;  // ceil(log2(sum)), `sum` being a normal number
+  const int binades = 16 - most_steps - exponent - up;
+  return binades < 0 ? 0 : binades > 15 ? 15 : binades;
+}
+
+}  // namespace mergecore
