@@ -268,7 +268,7 @@ struct Ranking {
   Ranking(const Tensor& in, const Tensor& out) {
     check(in.dim() == 2 && out.dim() == 2 && in.size(0) == out.size(0) && in.size(1) == out.size(1),
           "values and ranks must be (models, n)");
-    check(in.size(1) < (int64_t{1} << 31), "at most 2^31 - 1 values can be ranked");
+    check(in.numel() < (int64_t{1} << 31), "at most 2^31 - 1 values can be ranked");
     values = float64(in, in, 0, "values");
     ranks = float64(out, in, 0, "ranks");
     models = static_cast<int>(in.size(0));
@@ -376,6 +376,17 @@ inline double* magnitudes_of(const Tensor& out, const Tensors& models) {
   check(out.numel() == models[0].numel() * static_cast<int64_t>(models.size()),
         "out must be (models, entries)");
   return float64(out, models[0], 0, "out");
+}
+
+inline double* row_odds_of(const Arguments& a, const Tensors& models, const Reals& lowest,
+                           const Reals& steps, const Tensor& odds) {
+  const size_t count = models.size();
+  check(lowest.size() == count && steps.size() == count,
+        "there must be one lowest probability and one step per model");
+  // Indices have 32 bits, and so has twice a rank.
+  check(odds.numel() < (int64_t{1} << 31), "at most 2^31 - 1 values can be ranked");
+  check(a.inputs.window.columns < (int64_t{1} << 30), "rows must have less than 2^30 entries");
+  return magnitudes_of(odds, models);
 }
 
 struct ElectArguments : KeptArguments {

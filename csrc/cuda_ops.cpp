@@ -169,6 +169,17 @@ void kept_sums_cuda(std::optional<Tensor> base, Tensors models, Tensor sums, int
   succeed(cuda::kept_sums(a.kept, block_sums(a, sums, block), block, on.stream), "kept_sums");
 }
 
+void row_odds_cuda(std::optional<Tensor> base, Tensors models, Reals lowest, Reals steps,
+                   Tensor odds, int64_t first_row, int64_t first_entry, Integers keys,
+                   Integers thresholds, Reals scales) {
+  const OnDevice on(odds);
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  double* out = row_odds_of(a, models, lowest, steps, odds);
+  Tensor space = scratch(odds, cuda::row_odds_scratch(a.inputs));
+  succeed(cuda::row_odds(a.inputs, lowest.data(), steps.data(), out, space.data_ptr(), on.stream),
+          "row_odds");
+}
+
 void magnitudes_cuda(std::optional<Tensor> base, Tensors models, Tensor out, int64_t first_row,
                      int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
   const OnDevice on(out);
@@ -235,6 +246,7 @@ STABLE_TORCH_LIBRARY_IMPL(mergecore, CUDA, m) {
   m.impl("count_magnitudes", TORCH_BOX(&mergecore::count_magnitudes_cuda));
   m.impl("collect_magnitudes", TORCH_BOX(&mergecore::collect_magnitudes_cuda));
   m.impl("kept_sums", TORCH_BOX(&mergecore::kept_sums_cuda));
+  m.impl("row_odds", TORCH_BOX(&mergecore::row_odds_cuda));
   m.impl("magnitudes", TORCH_BOX(&mergecore::magnitudes_cuda));
   m.impl("keep_deltas", TORCH_BOX(&mergecore::keep_deltas_cuda));
   m.impl("count_shared", TORCH_BOX(&mergecore::count_shared_cuda));

@@ -239,27 +239,6 @@ MERGECORE_INLINE uint64_t sort_key(double value) {
   return (bits >> 63) != 0 ? ~bits : bits | 0x8000000000000000ull;
 }
 
-// Column j of WIDEN's equations 4 to 6: out[n] = s where scores[n] > thresholds[n], else the
-// softmax over models of scores / divisor. All arrays are [models][count].
-MERGECORE_INLINE void softmax_column(const double* scores, const double* thresholds, double divisor,
-                                     double s, double* out, int models, int64_t count, int64_t j) {
-  double largest = -HUGE_VAL;
-  for (int n = 0; n < models; ++n) {
-    double z = scores[n * count + j] / divisor;
-    largest = z > largest ? z : largest;
-  }
-  double sum = 0.0;
-  for (int n = 0; n < models; ++n) {
-    double e = exp_exact_order(scores[n * count + j] / divisor - largest);
-    out[n * count + j] = e;
-    sum += e;
-  }
-  for (int n = 0; n < models; ++n) {
-    bool essential = scores[n * count + j] > thresholds[n];
-    out[n * count + j] = essential ? s : out[n * count + j] / sum;
-  }
-}
-
 namespace cpu {
 
 // Columns [begin, end) of sums[moments][columns] (finished tiles) and pending[moments][columns].
@@ -304,6 +283,10 @@ void collect_magnitudes(const Kept& kept, const KeyRange* ranges, int count, int
 // Blocks [begin, end) of sums[models][3][blocks]: sum of |d|, of |v| and of v * v over a block's
 // entries, where v is d if it is kept and 0 if not, before any rescaling.
 void kept_sums(const Kept& kept, double* sums, int64_t block, int64_t begin, int64_t end);
+// Window rows [begin, end) of odds[models][entries of the window]: lowest[m] + (rank - 1) steps[m],
+// by the mean rank, ascending from 1, of an entry's |d| within its row.
+void row_odds(const Inputs& in, const double* lowest, const double* steps, double* odds,
+              int64_t begin, int64_t end);
 // out[models][entries of the window]: |d| of window entries [begin, end).
 void magnitudes(const Inputs& in, double* out, int64_t begin, int64_t end);
 // out[models][entries of the window]: base + kept and rescaled d of window entries [begin, end).
@@ -331,7 +314,8 @@ int64_t column_gradient_scratch(const Inputs& in);
 int64_t gram_scratch(const Inputs& in);
 int64_t column_gram_scratch(const Inputs& in);
 int64_t blend_scratch(const Blend& blend);
-int64_t rank_scratch(int models, int64_t count);
+int64_t rank_scratch(int64_t models, int64_t count);
+int64_t row_odds_scratch(const Inputs& in);
 
 // `in.models` and `in.drops` are host pointers everywhere; all other pointers are device pointers.
 // Each returns a cudaError_t (0 is success).
@@ -347,7 +331,7 @@ int row_gram(const Inputs& in, double* sums, int64_t total_rows, Stream stream);
 int column_gram(const Inputs& in, double* sums, double* pending, void* scratch, Stream stream);
 // counts[2] += non-finite, overflow
 int blend(const Blend& blend, int64_t* counts, void* scratch, Stream stream);
-int rank(const double* values, double* ranks, int models, int64_t count, bool average,
+int rank(const double* values, double* ranks, int64_t models, int64_t count, bool average,
          void* scratch, Stream stream);
 int calibrated_softmax(const double* scores, const double* thresholds, double divisor, double s,
                        double* out, int models, int64_t count, Stream stream);
@@ -359,6 +343,8 @@ int collect_magnitudes(const Kept& kept, const KeyRange* ranges, int count, int6
                        int64_t* indices, int64_t capacity, int64_t* found, int64_t* equal,
                        int64_t block, Stream stream);
 int kept_sums(const Kept& kept, double* sums, int64_t block, Stream stream);
+int row_odds(const Inputs& in, const double* lowest, const double* steps, double* odds,
+             void* scratch, Stream stream);
 int magnitudes(const Inputs& in, double* out, Stream stream);
 int keep_deltas(const Kept& kept, double* out, Stream stream);
 int count_shared(const Inputs& in, const double* limits, int64_t* counts, Stream stream);

@@ -193,6 +193,19 @@ void kept_sums_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, int6
       [&](int64_t begin, int64_t end) { cpu::kept_sums(a.kept, out, block, begin, end); });
 }
 
+void row_odds_cpu(std::optional<Tensor> base, Tensors models, Reals lowest, Reals steps,
+                  Tensor odds, int64_t first_row, int64_t first_entry, Integers keys,
+                  Integers thresholds, Reals scales) {
+  Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
+  const Window& w = a.inputs.window;
+  double* out = row_odds_of(a, models, lowest, steps, odds);
+  torch::stable::parallel_for(0, w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
+                              [&](int64_t begin, int64_t end) {
+                                cpu::row_odds(a.inputs, lowest.data(), steps.data(), out, begin,
+                                              end);
+                              });
+}
+
 void magnitudes_cpu(std::optional<Tensor> base, Tensors models, Tensor out, int64_t first_row,
                     int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
@@ -309,6 +322,10 @@ STABLE_TORCH_LIBRARY(mergecore, m) {
       "float[] drop_scales, int[] keep_keys, int[] keep_thresholds, float[] keep_scales, "
       "Tensor? odds) -> ()");
   m.def(
+      "row_odds(Tensor? base, Tensor[] models, float[] lowest, float[] steps, Tensor(a!) odds, "
+      "int first_row, int first_entry, int[] drop_keys, int[] drop_thresholds, "
+      "float[] drop_scales) -> ()");
+  m.def(
       "magnitudes(Tensor? base, Tensor[] models, Tensor(a!) out, int first_row, int first_entry, "
       "int[] drop_keys, int[] drop_thresholds, float[] drop_scales) -> ()");
   m.def(
@@ -345,6 +362,7 @@ STABLE_TORCH_LIBRARY_IMPL(mergecore, CPU, m) {
   m.impl("count_magnitudes", TORCH_BOX(&mergecore::count_magnitudes_cpu));
   m.impl("collect_magnitudes", TORCH_BOX(&mergecore::collect_magnitudes_cpu));
   m.impl("kept_sums", TORCH_BOX(&mergecore::kept_sums_cpu));
+  m.impl("row_odds", TORCH_BOX(&mergecore::row_odds_cpu));
   m.impl("magnitudes", TORCH_BOX(&mergecore::magnitudes_cpu));
   m.impl("keep_deltas", TORCH_BOX(&mergecore::keep_deltas_cpu));
   m.impl("count_shared", TORCH_BOX(&mergecore::count_shared_cpu));

@@ -367,6 +367,19 @@ def kept_sums(
     return sums
 
 
+def row_odds(
+    base: Tensor | None, models: Sequence[Tensor], lowest: Sequence[float], steps: Sequence[float], place: Place
+) -> Tensor:
+    """Keep-probabilities by rank of |d| within the rows of a window, float64 (models, rows, columns).
+
+    lowest[n] + (rank - 1) * steps[n], the smallest |d| of a row having rank 1; equal ones have their mean rank
+    (DELLA, Deep et al. 2024).
+    """
+    odds = torch.empty(len(models), *models[0].shape, dtype=torch.float64, device=models[0].device)
+    torch.ops.mergecore.row_odds(base, list(models), list(lowest), list(steps), odds, *place.where)
+    return odds
+
+
 def magnitudes(base: Tensor | None, models: Sequence[Tensor], place: Place) -> Tensor:
     """|d| of every entry of a window, float64 (models, rows, columns)."""
     out = torch.empty(len(models), *models[0].shape, dtype=torch.float64, device=models[0].device)
@@ -445,7 +458,7 @@ def _register_fakes() -> None:
     # Every op only writes into its arguments: there is nothing to infer.
     grams = ("gram", "row_gram", "column_gram")
     moments = ("column_moments", "row_moments", "column_gradient", "row_gradient")
-    results = ("blend", "rank", "calibrated_softmax")
+    results = ("blend", "rank", "row_odds", "calibrated_softmax")
     selection = ("count_magnitudes", "collect_magnitudes", "kept_sums", "magnitudes", "keep_deltas", "elect")
     for name in (*grams, *moments, *results, *selection, "count_shared", "row_divergences"):
         torch.library.register_fake(f"mergecore::{name}", lambda *args: None)

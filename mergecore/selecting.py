@@ -29,7 +29,7 @@ from mergecore.ops import Drop, Measure, Place
 
 BLOCK = ops.GRAM_BLOCK  # entries, at least, of which ties are counted and sums are taken together
 ROOM = 1 << 20  # entries that all ranges of a tensor collect at most
-RANK_BYTES = 16 << 20  # of ranks and probabilities at a time
+RANK_BYTES = 16 << 20  # of probabilities, and on a GPU of what sorts for them, at a time
 
 SHIFT = 42  # key bits below a bin of the first read: ten bits of mantissa are left
 BINADE = 1 << 10  # bins of one exponent
@@ -210,7 +210,7 @@ def row_pieces(keeps: Sequence[Keep], part: Part, block: int) -> Iterator[Part]:
         yield part
         return
     whole = max(1, block // columns)
-    step = max(1, RANK_BYTES // (24 * len(keeps) * columns * whole)) * whole
+    step = max(1, RANK_BYTES // (40 * len(keeps) * columns * whole)) * whole
     for first in range(0, rows, step):
         base = None if part.base is None else part.base[first : first + step]
         models = [model[first : first + step] for model in part.models]
@@ -224,16 +224,11 @@ def row_odds(keeps: Sequence[Keep], part: Part, place: Place) -> Tensor | None:
     """
     if not any(keep.by_row for keep in keeps):
         return None
-    values = ops.magnitudes(part.base, part.models, place)
-    columns = values.shape[2]
-    ranks = ops.rank(values.view(-1, columns), average=True).view_as(values)
-    for n, keep in enumerate(keeps):
-        middle = 1.0 - keep.drop_rate
-        if columns == 1:
-            ranks[n] = middle
-        else:
-            ranks[n] = (middle - keep.epsilon) + (ranks[n] - 1.0) * (2.0 * keep.epsilon / (columns - 1))
-    return ranks
+    others = part.models[0].shape[1] - 1
+    epsilons = [keep.epsilon if others else 0.0 for keep in keeps]
+    lowest = [(1.0 - keep.drop_rate) - epsilon for keep, epsilon in zip(keeps, epsilons, strict=True)]
+    steps = [2.0 * epsilon / max(1, others) for epsilon in epsilons]
+    return ops.row_odds(part.base, part.models, lowest, steps, place)
 
 
 def thinned(keeps: Sequence[Keep], keys: Sequence[int], part: Part, columns: int) -> list[Tensor]:

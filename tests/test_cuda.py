@@ -391,6 +391,8 @@ def check_of_deltas(m: Matrices) -> None:
     assert m.gpu_base is not None
     place, limits = Place(0, m.drops), [0.1 + 0.2 * n for n in range(len(m.models))]
     assert_same_bits(ops.magnitudes(m.base, m.models, place), ops.magnitudes(m.gpu_base, m.gpu_models, place))
+    line = [0.25] * len(m.models), [0.5 / m.columns] * len(m.models)
+    assert_same_bits(ops.row_odds(m.base, m.models, *line, place), ops.row_odds(m.gpu_base, m.gpu_models, *line, place))
     counts = torch.ones(len(m.models), 2, dtype=torch.int64)
     gpu_counts = counts.to(GPU)
     ops.count_shared(m.base, m.models, limits, counts, place)
@@ -454,6 +456,13 @@ def test_rank(count: int, kinds: int | None) -> None:
     if kinds is not None:
         values = torch.randn(kinds, dtype=torch.float64)[torch.randint(kinds, (3, count))]
     check_rank(values)
+
+
+@given(st.lists(st.floats(width=64), min_size=1, max_size=200))
+@settings(max_examples=100, deadline=None)
+def test_rank_of_many_models(values: list[float]) -> None:
+    """As the rows of a matrix are ranked: all at once."""
+    check_rank(torch.tensor([values, values[::-1]] * 150, dtype=torch.float64))
 
 
 @given(st.lists(st.floats(width=64), min_size=1, max_size=200))

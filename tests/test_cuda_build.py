@@ -60,8 +60,12 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("column_gram", 150, 5 * 2 + 1),
         ("blend", 6000, 5 * 2 * 2 * 4 - 1 + 5),  # to four dtypes; plain bf16 to bf16 in float32
         ("quick_blend", 1000, 5),  # coefficients by column or not; drops or none; their preparation
-        ("rank", 150, 2),
-        ("selection", 400, 3 + 6),  # elections to three dtypes; sums, magnitudes, kept deltas, three that count
+        ("rank", 150, 3),
+        (
+            "selection",
+            400,
+            3 + 6 + 4,
+        ),  # elections to three dtypes; sums, magnitudes, ranks, kept deltas, three that count
         ("row_divergences", 60, 1),
         ("calibrated_softmax", 150, 1),
     ],

@@ -195,6 +195,10 @@ def test_every_op_passes_opcheck() -> None:
         blend = (out, *moments, coefficients, 1.0, 1, 0, 9, *dropping, counts)
         torch.library.opcheck(registered.blend.default, blend)
     torch.library.opcheck(registered.rank.default, (scores, torch.empty_like(scores), True))
+    odds = torch.empty(2, 5, 7, dtype=torch.float64)
+    for dropping in (none, drops):
+        ranked = (window.base, window.models, [0.4, 0.5], [0.1, 0.0], odds, 0, 9, *dropping)
+        torch.library.opcheck(registered.row_odds.default, ranked)
     softmax = (scores, thresholds, 9.0, 1.0, torch.empty_like(scores))
     torch.library.opcheck(registered.calibrated_softmax.default, softmax)
 
@@ -687,7 +691,59 @@ def test_long_rows_rank_as_numpys_stable_sort(count: int) -> None:
     assert np.array_equal(ops.rank(torch.from_numpy(values)).numpy(), wanted)
 
 
+def of_row(seed: int, kind: str, columns: int) -> tuple[Tensor, Tensor]:
+    """A row of a base and of a model in bf16, whose deltas differ in few or many bits."""
+    random = torch.Generator().manual_seed(seed)
+    start = torch.randn(columns, generator=random) * 0.02
+    if kind == "equal":
+        return start.to(BF16), start.to(BF16)
+    if kind == "far":  # from tiny to large: most deltas have many bits, or need float64
+        start *= torch.exp2(torch.randint(-30, 30, (columns,), generator=random))
+    change = torch.randn(columns, generator=random) * {"small": 3e-4, "large": 4e-3, "far": 0.02}[kind]
+    model = (start.to(BF16).float() + change).to(BF16)
+    model[torch.rand(columns, generator=random) < 0.1] = 0.0
+    return start.to(BF16), model
+
+
+@few
+@given(
+    kinds=st.lists(st.sampled_from(["equal", "small", "large", "far"]), min_size=1, max_size=5),
+    columns=st.sampled_from([1, 2, 7, 255, 256, 257, 1000, 5504]),
+    seed=st.integers(0, 2**32),
+    odd=st.sampled_from([None, math.inf, -math.inf, math.nan, 1e-38, 1e38]),
+    wide=st.booleans(),
+    dropping=st.booleans(),
+)
+def test_odds_by_rank_are_those_of_sorted_rows(
+    kinds: list[str], columns: int, seed: int, odd: float | None, wide: bool, dropping: bool
+) -> None:
+    """Equal magnitudes have equal odds, whatever way they are ranked in; against a plain sort of float64."""
+    rows = [of_row(seed + n, kind, columns) for n, kind in enumerate(kinds)]
+    base, first = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    second = first.flip(0).contiguous()
+    if odd is not None:
+        first[-1, columns // 2] = odd
+    models = [first.double() if wide else first, second]
+    drops = [ops.Drop.of(0.5, True, seed=seed, tensor="w", model=n) for n in range(2)] if dropping else []
+    place = ops.Place(first_entry=3 * columns, drops=drops)
+    lowest, steps = [0.25, 0.5], [0.5 / columns, 0.0]
+    found = ops.row_odds(base, models, lowest, steps, place)
+    size = ops.magnitudes(base, models, place)
+    for n in range(2):
+        for row in range(len(kinds)):
+            values = size[n, row].nan_to_num(math.inf, math.inf).numpy()
+            below = (values[:, None] > values).sum(1) if columns < 2000 else np.searchsorted(np.sort(values), values)
+            upto = np.searchsorted(np.sort(values), values, side="right")
+            if odd is not None and math.isnan(odd) and n == 0 and row == len(kinds) - 1:
+                assert found[n, row].isfinite().all()
+                continue
+            wanted = lowest[n] + (0.5 * (below + 1 + upto) - 1.0) * steps[n]
+            assert np.array_equal(found[n, row].numpy(), wanted)
+
+
 def test_no_values_have_no_ranks() -> None:
+    nothing = torch.zeros(3, 0, dtype=BF16)
+    assert ops.row_odds(nothing, [nothing], [0.5], [0.1], ops.Place()).shape == (1, 3, 0)
     assert ops.rank(torch.zeros(2, 0, dtype=torch.float64)).shape == (2, 0)
     assert ops.rank(torch.zeros(0, 5, dtype=torch.float64)).shape == (0, 5)
 
@@ -826,6 +882,10 @@ def test_a_blend_that_does_not_fit_is_refused(change: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: ops.row_odds(zeros(2, 3), [zeros(2, 3)], [0.5], [], ops.Place()),
+            "one lowest probability and one step",
+        ),
         (lambda: ops.rank(zeros(5)), "values and ranks must be \\(models, n\\)"),
         (lambda: ops.rank(zeros(2, 5, dtype=F32)), "values must be contiguous float64"),
         (lambda: ops.rank(zeros(5, 2).T), "values must be contiguous float64"),

@@ -19,7 +19,7 @@ constexpr uint32_t kInfiniteKey = 0x7f800000u;
 // number or zero, or may not be exact: numbers of 8 significant bits have an exact difference of 24
 // where their exponents differ by 15 at most.
 MERGECORE_CLONES
-bool narrow_keys(const uint16_t* x, const uint16_t* a, int n, uint32_t* keys) {
+bool narrow_keys_of(const uint16_t* x, const uint16_t* a, int n, uint32_t* keys) {
   uint32_t wrong = 0;
   for (int i = 0; i < n; ++i) {
     const uint32_t key = bit_cast<uint32_t>(BF16::load(x[i]) - BF16::load(a[i])) & 0x7fffffffu;
@@ -70,8 +70,8 @@ void with_keys(const Kept& kept, int first, int last, int64_t entry, int n, cons
 }
 
 bool narrow_keys(const Inputs& in, int m, int64_t entry, int n, uint32_t* keys) {
-  return narrow_keys(static_cast<const uint16_t*>(at(in.models[m], entry)),
-                     static_cast<const uint16_t*>(at(in.base, entry)), n, keys);
+  return narrow_keys_of(static_cast<const uint16_t*>(at(in.models[m], entry)),
+                        static_cast<const uint16_t*>(at(in.base, entry)), n, keys);
 }
 
 // How often each bin occurs. Two counters per bin, for entries side by side: increments of one

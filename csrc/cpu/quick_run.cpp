@@ -221,6 +221,7 @@ int find_set(const uint16_t* flags, int n, uint16_t* places) {
   if (!is_any_set(flags, n)) return 0;
   int count = 0;
   for (int first = 0; first < n; first += kQuick) {
+    if (!is_any_set(flags + first, kQuick)) continue;
     for (uint64_t bits = set_bits(flags + first); bits != 0; bits &= bits - 1) {
       places[count++] = static_cast<uint16_t>(first + __builtin_ctzll(bits));
     }

@@ -48,10 +48,41 @@ void rank(const double* values, double* ranks, int64_t count, bool average) {
   }
 }
 
+// Columns first, first + 1, ... first + n - 1; n is kChunk at most.
+MERGECORE_CLONES
+void softmax_chunk(const double* scores, const double* thresholds, double divisor, double s,
+                   double* out, int models, int64_t count, int64_t first, int n) {
+  alignas(64) double largest[kChunk], sum[kChunk] = {};
+  std::fill_n(largest, n, -HUGE_VAL);
+  for (int m = 0; m < models; ++m) {
+    const double* score = scores + m * count + first;
+    for (int j = 0; j < n; ++j) {
+      const double z = score[j] / divisor;
+      largest[j] = z > largest[j] ? z : largest[j];
+    }
+  }
+  for (int m = 0; m < models; ++m) {
+    const double* score = scores + m * count + first;
+    double* to = out + m * count + first;
+    for (int j = 0; j < n; ++j) {
+      const double e = exp_exact_order(score[j] / divisor - largest[j]);
+      to[j] = e;
+      sum[j] += e;
+    }
+  }
+  for (int m = 0; m < models; ++m) {
+    const double* score = scores + m * count + first;
+    double* to = out + m * count + first;
+    const double threshold = thresholds[m];
+    for (int j = 0; j < n; ++j) to[j] = score[j] > threshold ? s : to[j] / sum[j];
+  }
+}
+
 void calibrated_softmax(const double* scores, const double* thresholds, double divisor, double s,
                         double* out, int models, int64_t count, int64_t begin, int64_t end) {
-  for (int64_t j = begin; j < end; ++j) {
-    softmax_column(scores, thresholds, divisor, s, out, models, count, j);
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int n = static_cast<int>(std::min<int64_t>(kChunk, end - first));
+    softmax_chunk(scores, thresholds, divisor, s, out, models, count, first, n);
   }
 }
 

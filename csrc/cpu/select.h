@@ -41,6 +41,9 @@ inline bool are_plain_bf16(const Inputs& in) {
 // Deltas of model m with what `in.drops` says. `base` holds zeros where there is none.
 void load_deltas(const Inputs& in, int m, int64_t entry, int n, const double* base, double* delta);
 void load_all_deltas(const Inputs& in, int64_t entry, int n, Deltas* deltas);
+// keys[i]: the bits of |d| of model m in float32, of plain bf16 models. False where float32 does
+// not tell all of them exactly.
+bool narrow_keys(const Inputs& in, int m, int64_t entry, int n, uint32_t* keys);
 // What the measures of all models of a run have in common: the standard deviation, or the sum of
 // the deltas.
 void common_run(const Kept& kept, const Deltas* deltas, int n, double* common);

@@ -525,7 +525,7 @@ std::string quick_blend() {
 }
 
 std::string rank() {
-  const int64_t models = draw(1, 4), count = chance(30) ? draw(1, 5) : draw(1, 2000);
+  const int64_t models = draw(1, 70), count = chance(30) ? draw(1, 5) : draw(1, 2000);
   const Memory values = numbers(models * count, chance(50));
   if (chance(60)) {  // ties, of NaNs and zeros too
     const int64_t kinds = draw(1, 50);
@@ -536,13 +536,13 @@ std::string rank() {
   }
   const bool average = chance(50);
   const Memory ranks(models * count * 8), cuda_ranks(models * count * 8);
-  const Memory scratch(cuda::rank_scratch(static_cast<int>(models), count));
+  const Memory scratch(cuda::rank_scratch(models, count));
   try {
     for (int64_t m = 0; m < models; ++m) {
       cpu::rank(values.as<double>() + m * count, ranks.as<double>() + m * count, count, average);
     }
-    succeed(cuda::rank(values.as<double>(), cuda_ranks.as<double>(), static_cast<int>(models),
-                       count, average, scratch.as<void>(), nullptr));
+    succeed(cuda::rank(values.as<double>(), cuda_ranks.as<double>(), models, count, average,
+                       scratch.as<void>(), nullptr));
     equal("ranks", ranks.as<double>(), cuda_ranks.as<double>(), models * count);
   } catch (const std::string& problem) {
     return std::to_string(models) + " x " + std::to_string(count) + ": " + problem;
@@ -617,6 +617,16 @@ std::string selection() {
     cpu::magnitudes(kept.inputs, size.as<double>(), 0, entries);
     succeed(cuda::magnitudes(kept.inputs, cuda_size.as<double>(), nullptr));
     equal("magnitudes", size.as<double>(), cuda_size.as<double>(), models * entries);
+    std::vector<double> lowest, steps;
+    for (int64_t m = 0; m < models; ++m) {
+      lowest.push_back(static_cast<double>(draw(0, 50)) / 64);
+      steps.push_back(static_cast<double>(draw(0, 1000)) / 3e6);
+    }
+    const Memory space(cuda::row_odds_scratch(kept.inputs));
+    cpu::row_odds(kept.inputs, lowest.data(), steps.data(), size.as<double>(), 0, c.rows);
+    succeed(cuda::row_odds(kept.inputs, lowest.data(), steps.data(), cuda_size.as<double>(),
+                           space.as<void>(), nullptr));
+    equal("odds by rank", size.as<double>(), cuda_size.as<double>(), models * entries);
     cpu::keep_deltas(kept, size.as<double>(), 0, entries);
     succeed(cuda::keep_deltas(kept, cuda_size.as<double>(), nullptr));
     equal("kept deltas", size.as<double>(), cuda_size.as<double>(), models * entries);

@@ -26,7 +26,10 @@ struct DeviceRadixSort {
       bytes = needed;
       return cudaSuccess;
     }
-    if (bytes < needed || begin_bit != 0 || end_bit != 64) return cudaErrorInvalidValue;
+    const int bits = 8 * sizeof(Key);
+    if (bytes < needed || begin_bit != 0 || end_bit < 1 || end_bit > bits) {
+      return cudaErrorInvalidValue;
+    }
     if (reinterpret_cast<uintptr_t>(scratch) % 256 != 0) return cudaErrorInvalidValue;
     if (keys.Current() == keys.Alternate() || values.Current() == values.Alternate()) {
       return cudaErrorInvalidValue;
@@ -34,8 +37,10 @@ struct DeviceRadixSort {
     std::memset(scratch, 0x5a, bytes);
     std::vector<std::pair<Key, Value>> pairs;
     for (int i = 0; i < count; ++i) pairs.push_back({keys.Current()[i], values.Current()[i]});
-    std::stable_sort(pairs.begin(), pairs.end(),
-                     [](const auto& a, const auto& b) { return a.first < b.first; });
+    const auto sorted_bits = [&](Key key) { return static_cast<Key>(key << (bits - end_bit)); };
+    std::stable_sort(pairs.begin(), pairs.end(), [&](const auto& a, const auto& b) {
+      return sorted_bits(a.first) < sorted_bits(b.first);
+    });
     std::memset(keys.Current(), 0x5a, count * sizeof(Key));
     std::memset(values.Current(), 0x5a, count * sizeof(Value));
     std::memset(keys.Alternate(), 0x5a, count * sizeof(Key));
