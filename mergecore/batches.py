@@ -6,9 +6,11 @@ engine's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 
 from mergecore.budget import held, windowed
 from mergecore.jobs import TensorJob
@@ -111,6 +113,24 @@ def batched(
             if not finished or job.name not in finished[number]:
                 by_name.setdefault(job.name, []).append((number, job))
     return [batch for jobs in by_name.values() for batch in _of_tensor(jobs, spec)]
+
+
+def interleaved(batches: Sequence[Batch], lane_of: Callable[[str], int]) -> list[Batch]:
+    """The batches in such an order that all lanes of a writer have tensors to write: each next one is of the lane that
+    got the fewest bytes so far. Tensors of one lane keep their order, and the batches of a tensor stay together."""
+    lanes: dict[int, deque[list[Batch]]] = {}
+    for name, of_tensor in groupby(batches, lambda batch: batch.form.name):
+        lanes.setdefault(lane_of(name), deque()).append(list(of_tensor))
+    given = dict.fromkeys(sorted(lanes), 0)
+    order: list[Batch] = []
+    while given:
+        lane = min(given, key=given.__getitem__)
+        tensor = lanes[lane].popleft()
+        order += tensor
+        given[lane] += tensor[0].form.input_bytes
+        if not lanes[lane]:
+            del given[lane]
+    return order
 
 
 def surveys_of(merges: Sequence[Sequence[TensorJob]], numbers: Iterable[int]) -> list[Survey]:

@@ -22,7 +22,17 @@ from torch import Tensor
 
 from mergecore import blends, ops, statistics, survey
 from mergecore._stream import ReadFault, WindowStream
-from mergecore.batches import Batch, Survey, batched, bytes_of, drops_key, kept_key, statistics_key, surveys_of
+from mergecore.batches import (
+    Batch,
+    Survey,
+    batched,
+    bytes_of,
+    drops_key,
+    interleaved,
+    kept_key,
+    statistics_key,
+    surveys_of,
+)
 from mergecore.blends import Blend
 from mergecore.device import Device, HostWindow, is_out_of_memory
 from mergecore.errors import InputFault, Interrupted, MergecoreError, NonFiniteError
@@ -91,7 +101,7 @@ class Merge:
         plans = [output.plan for output in outputs]
         jobs = [plan.jobs for plan in plans]
         finished = [output.writer.finished for output in outputs]
-        self.batches = batched(jobs, self.spec, finished)
+        self.batches = interleaved(batched(jobs, self.spec, finished), outputs[0].writer.lane_of)
         open_scopes = sorted({n for batch in self.batches for n, job in batch.jobs if job.scope == "model"})
         self.surveys = surveys_of(jobs, open_scopes)
         self.found: dict[tuple[int, str], Found] = {}

@@ -6,6 +6,7 @@ How one merge runs is in engine.py, what a sweep is in sweeping.py, how paramete
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -36,6 +37,8 @@ Run = Callable[[Planned, Path, Show | None], MergeResult]
 
 DIRTY, LEAST_DIRTY = 256 << 20, 16 << 20
 """Bytes in the page cache that are not on disk yet: of all outputs together, and of one at least."""
+MOST_LANES, CORES_PER_LANE = 4, 4
+"""Shards that are written at once, and cores for each of them: writing and checksums may keep two of them busy."""
 
 
 def merge(
@@ -151,6 +154,7 @@ def _together(
                 direct=run.write == "direct",
                 dirty_limit=max(LEAST_DIRTY, DIRTY // len(merges)),
                 buffer_bytes=waiting + ring_bytes(2 + computing.pending, largest),
+                lanes=_lanes(run.threads, len(merges)),
                 new_buffer=computing.new_buffer,
             )
             outputs.append(Output(planned, path, writers.enter_context(writer)))
@@ -161,6 +165,11 @@ def _together(
             one = outputs[0]
             fit = fitted(one.plan, one.writer.scratch, computing.torch_device, progress, should_stop)
         return Merge(outputs, computing, progress, should_stop, fit).run()
+
+
+def _lanes(threads: int, outputs: int) -> int:
+    """Shards of each output that are written at once."""
+    return max(1, min(MOST_LANES, (threads or len(os.sched_getaffinity(0))) // CORES_PER_LANE // outputs))
 
 
 def _warn(warnings: Iterable[str], told: set[str]) -> None:

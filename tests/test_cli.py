@@ -183,8 +183,8 @@ def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
 HELD = """
 import sys
 from mergecore import cli, engine
-from mergecore.output import writer
-writer.CHECKPOINT_SECONDS = 0  # every finished tensor is in the journal at once
+from mergecore.output import lanes
+lanes.CHECKPOINT_SECONDS = 0  # every finished tensor is in the journal at once
 hold_after, count = int(sys.argv.pop(1)), engine.Merge._count
 def counted(merge, read, written):
     global hold_after

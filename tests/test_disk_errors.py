@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import mergecore.output.writer as writer
+import mergecore.output.lanes as lanes
 from mergecore import load_spec, merge
 from mergecore.errors import OutputError
 from service.commands import retry_command, submit_command
@@ -81,7 +81,7 @@ def test_an_output_that_cannot_be_synced_fails_its_job_and_is_named(disk: Faulty
 def test_an_output_that_cannot_be_written_at_any_operation_is_an_error_that_names_it_and_leaves_nothing(
     disk: FaultyDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(lanes, "CHECKPOINT_SECONDS", 0.0)
     disk.format()
     trio = write_trio(tmp_path / "models", dict(list(llama(layers=1).items())[:4]))
     spec = load_spec(spec_dict("task_arithmetic", *trio, run={"shard_size": 14_000}))

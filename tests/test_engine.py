@@ -167,6 +167,7 @@ def expected(trio: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict
     shard_size=st.integers(1, 200_000),
     read=st.sampled_from(["map", "pread"]),
     write=st.sampled_from(["direct", "cached"]),
+    lanes=st.integers(1, 4),
 )
 def test_bytes_depend_on_no_window_thread_shard_or_way_of_reading_or_writing(
     trio: list[Path],
@@ -177,10 +178,19 @@ def test_bytes_depend_on_no_window_thread_shard_or_way_of_reading_or_writing(
     shard_size: int,
     read: str,
     write: str,
+    lanes: int,
 ) -> None:
     run = {"threads": threads, "shard_size": shard_size, "read": read, "write": write}
-    with scratch() as folder, cut_anywhere(random):
+    with scratch() as folder, cut_anywhere(random), writing_at_once(lanes):
         assert merged(spec_of(trio, **METHODS[method], run=run), folder / "out") == expected[method]
+
+
+@contextmanager
+def writing_at_once(lanes: int) -> Iterator[None]:
+    """As many shards as a machine with many cores writes at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "_lanes", lambda threads, outputs: lanes)
+        yield
 
 
 class LateDevice(CpuDevice):
@@ -493,9 +503,9 @@ def windows_of(spec: dict[str, Any]) -> int:
 def test_a_merge_stopped_anywhere_goes_on_to_the_same_bytes(
     trio: list[Path], expected: dict[str, Any], method: str, data: st.DataObject
 ) -> None:
-    spec = spec_of(trio, **METHODS[method])
+    spec = spec_of(trio, **METHODS[method], run={"shard_size": data.draw(st.integers(1, 200_000))})
     stops = data.draw(st.lists(st.integers(1, windows_of(spec)), min_size=1, max_size=3))
-    with scratch() as folder:
+    with scratch() as folder, writing_at_once(data.draw(st.integers(1, 3))):
         whole = merge(load_spec(spec), folder / "whole")
         done = 0
         for number in stops:

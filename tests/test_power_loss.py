@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import mergecore.output.writer as writer
+import mergecore.output.lanes as lanes
 from mergecore import merge
 from mergecore.errors import Interrupted, MergecoreError, OutputExistsError
 from mergecore.output.verify import verify_output
@@ -214,7 +214,7 @@ def test_a_merge_goes_on_after_a_power_loss_and_its_output_has_the_same_bytes(
     disk: FaultyDisk, trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
     spec = linear(trio, shard_size=14_000)
-    monkeypatch.setattr(writer, "CHECKPOINT_SECONDS", 0.0)  # a journal line per tensor, as of large ones
+    monkeypatch.setattr(lanes, "CHECKPOINT_SECONDS", 0.0)  # a journal line per tensor, as of large ones
     merge(spec, tmp_path / "out")
     expected = tensor_bytes(tmp_path / "out")
     out = disk.mount / "new" / "outputs" / "out"
@@ -236,7 +236,7 @@ def test_what_an_abandoned_journal_vouched_for_is_not_taken_for_written(
     disk: FaultyDisk, trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A merge is interrupted and begun anew from zero, and the power goes: the old journal is back, its data not."""
-    monkeypatch.setattr(writer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(lanes, "CHECKPOINT_SECONDS", 0.0)
     spec = linear(trio, shard_size=1_000_000)
     merge(spec, tmp_path / "out")
     expected = tensor_bytes(tmp_path / "out")

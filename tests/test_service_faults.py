@@ -24,10 +24,10 @@ from tests.service_support import DaemonProcess, running_daemon, wait_until
 GATED = """
 import sys, time
 from pathlib import Path
-import mergecore.output.writer as writer
+import mergecore.output.lanes as lanes
 import service.worker as worker
 
-writer.CHECKPOINT_SECONDS = 0.0  # what was finished before the gate is in the journal, as after 5 s of a real merge
+lanes.CHECKPOINT_SECONDS = 0.0  # what was finished before the gate is in the journal, as after 5 s of a real merge
 gate = Path(sys.argv[sys.argv.index("--outputs") + 1]).parent / "go"
 report = worker.Reporter.progress
 

@@ -291,8 +291,8 @@ def test_the_folder_says_what_its_models_are_and_verify_checks_all_of_them(
 KILLED = """
 import os, signal, sys
 from mergecore import cli, engine
-from mergecore.output import staging, writer
-writer.CHECKPOINT_SECONDS = 0
+from mergecore.output import lanes, staging, writer
+lanes.CHECKPOINT_SECONDS = 0
 owner, name, left = sys.argv[1].split(":")
 owner, left = {"merge": engine.Merge, "writer": writer.OutputWriter, "staging": staging.Staging}[owner], int(left)
 original = getattr(owner, name)

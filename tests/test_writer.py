@@ -11,13 +11,10 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,87 +22,36 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 
 from mergecore.errors import CheckpointError, Interrupted, OutputError, OutputExistsError
+from mergecore.output import lanes as lanes_module
 from mergecore.output import shards as shards_module
-from mergecore.output import writer as writer_module
-from mergecore.output.layout import INDEX_NAME, OutputLayout, plan_layout
+from mergecore.output.layout import INDEX_NAME
 from mergecore.output.writer import OutputWriter
+from tests.outputs import content, everything_below, expected_files, files_in, in_child, layout_of, put, put_rest
 
 # The crashes happen in forked children. They use neither torch nor any lock that another thread may hold.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-TENSORS = [
-    ("embed", "BF16", (64, 33)),
-    ("layers.0.a", "F32", (17, 5)),
-    ("layers.0.b", "BF16", (0, 4)),
-    ("layers.1.a", "BF16", (50, 100)),
-    ("scale", "F32", ()),
-    ("layers.1.b", "BF16", (31, 7)),
-]
-
-
-def layout_of(tensors: list[tuple[str, str, tuple[int, ...]]] = TENSORS, shard_size: int = 8000) -> OutputLayout:
-    return plan_layout(tensors, shard_size)
-
-
-def content(name: str, nbytes: int) -> bytes:
-    """What the tests write into a tensor: bytes that tell the tensor and the position."""
-    seed = xxhash.xxh3_64_digest(name.encode())
-    return b"".join(xxhash.xxh3_128_digest(seed + bytes([i & 255, i >> 8])) for i in range(nbytes // 16 + 1))[:nbytes]
-
-
-def put(writer: OutputWriter, name: str, window: int = 1000) -> None:
-    """Writes one whole tensor in windows."""
-    data = content(name, writer.layout.slots[name].nbytes)
-    for begin in range(0, len(data), window):
-        piece = data[begin : begin + window]
-        buffer = writer.acquire(name, begin, len(piece))
-        buffer[:] = piece
-        writer.write(name, begin, buffer)
-    writer.finish(name)
-
-
-def put_rest(writer: OutputWriter) -> None:
-    for name in writer.layout.slots:
-        if name not in writer.finished:
-            put(writer, name)
-
-
-def expected_files(layout: OutputLayout) -> dict[str, bytes]:
-    files = {shard.filename: bytearray(shard.header.ljust(shard.size)) for shard in layout.shards}
-    for slot in layout.slots.values():
-        data = content(slot.name, slot.nbytes)
-        files[layout.shards[slot.shard].filename][slot.offset : slot.offset + slot.nbytes] = data
-    result = {name: bytes(data) for name, data in files.items()}
-    return result if layout.index is None else result | {INDEX_NAME: layout.index}
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def everything_below(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "WRITE_STEP", 4096)
-    monkeypatch.setattr(writer_module, "CHECKPOINT_BYTES", 3000)
+    monkeypatch.setattr(lanes_module, "CHECKPOINT_BYTES", 3000)
 
 
 # What is published.
 
 
 @pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("lanes", [1, 3])
 @pytest.mark.parametrize("shard_size", [1, 8000, 10**9])
-def test_published_files_are_the_planned_bytes_and_nothing_else_is_left(tmp_path: Path, shard_size: int) -> None:
+def test_published_files_are_the_planned_bytes_and_nothing_else_is_left(
+    tmp_path: Path, shard_size: int, lanes: int
+) -> None:
     layout = layout_of(shard_size=shard_size)
-    with OutputWriter(tmp_path / "new" / "out", layout, "a merge") as writer:
+    with OutputWriter(tmp_path / "new" / "out", layout, "a merge", lanes=lanes) as writer:
         assert not writer.resumed
         put_rest(writer)
         writer.publish()
@@ -472,209 +418,12 @@ def test_files_that_an_earlier_run_added_are_not_published_by_the_next(tmp_path:
 def test_a_finished_tensor_reaches_the_journal_by_itself_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer_module, "CHECKPOINT_SECONDS", 0.01)
+    monkeypatch.setattr(lanes_module, "CHECKPOINT_SECONDS", 0.01)
     with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
         put(writer, "embed")
         while "embed" not in writer.finished:
             time.sleep(0.01)
         assert b'"embed"' in (tmp_path / ".out.partial" / "journal.jsonl").read_bytes()
-
-
-# Crashes. A child process dies in the middle of a system call; what was not synced by then is lost.
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Runs `work` in a forked process and returns its number; the process ends with 0, or with 1 if `work` raised."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        work()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
-class PowerLoss:
-    """Lets the process die at its n-th change of the disk, and takes what was not synced with it.
-
-    Written ranges that no fsync or fdatasync of the file followed are overwritten with garbage, appended journal lines
-    are cut in their middle, a rename that no fsync of the folder followed is undone. So a journal line that vouches for
-    unsynced data is found out. Renaming unsynced files, or removing anything after an unsynced rename, ends with 3.
-    """
-
-    WRITES = ("pwrite", "write", "ftruncate", "posix_fallocate", "fsync", "fdatasync")
-    CALLS = (*WRITES, "rename", "unlink", "mkdir", "rmdir")
-
-    def __init__(self, at: int) -> None:
-        self.left = at
-        self.unsynced: list[tuple[int, int, int]] = []  # (descriptor, offset, nbytes)
-        self.synced_files: set[int] = set()  # inodes
-        self.unsynced_rename: tuple[Path, Path] | None = None
-        self.real = {name: getattr(os, name) for name in self.CALLS}
-        self.lock = threading.Lock()
-        for name in self.CALLS:
-            setattr(os, name, self.failing(name))
-
-    def failing(self, name: str) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            with self.lock:
-                self.left -= 1
-                if self.left == 0:
-                    if name == "pwrite":  # half of it arrives
-                        descriptor, data, offset = arguments
-                        self.wrote(descriptor, offset, self.real[name](descriptor, data[: len(data) // 2], offset))
-                    self.die()
-                if name == "rename":
-                    folders = (options["src_dir_fd"], options["dst_dir_fd"])
-                    source, target = (
-                        Path(os.readlink(f"/proc/self/fd/{folder}"), name)
-                        for folder, name in zip(folders, arguments, strict=True)
-                    )
-                    self.unsynced_rename = source, target
-                    if not all(path.stat().st_ino in self.synced_files for path in source.iterdir()):
-                        os._exit(3)
-                if name == "unlink" and self.unsynced_rename is not None:
-                    os._exit(3)
-                result = self.real[name](*arguments, **options)
-                if name == "pwrite":
-                    self.wrote(arguments[0], arguments[2], result)
-                elif name == "write":
-                    self.wrote(arguments[0], os.fstat(arguments[0]).st_size - result, result)
-                elif name in ("fsync", "fdatasync"):
-                    inode = os.fstat(arguments[0]).st_ino
-                    self.synced_files.add(inode)
-                    if self.unsynced_rename is not None and inode == self.unsynced_rename[1].parent.stat().st_ino:
-                        self.unsynced_rename = None
-                    self.unsynced = [entry for entry in self.unsynced if os.fstat(entry[0]).st_ino != inode]
-                return result
-
-        return call
-
-    def wrote(self, descriptor: int, offset: int, nbytes: int) -> None:
-        self.unsynced.append((descriptor, offset, nbytes))
-        self.synced_files.discard(os.fstat(descriptor).st_ino)
-
-    def die(self) -> None:
-        if self.unsynced_rename is not None and self.unsynced_rename[1].exists():
-            self.real["rename"](*reversed(self.unsynced_rename))
-        for descriptor, offset, nbytes in self.unsynced:
-            if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".jsonl"):
-                self.real["ftruncate"](descriptor, offset + nbytes // 2)
-            else:
-                self.real["pwrite"](descriptor, os.urandom(nbytes), offset)
-        os._exit(9)
-
-
-@dataclass(frozen=True)
-class Merge:
-    """A merge in the sense of these tests: which tensors, in which order and windows, synced how often."""
-
-    layout: OutputLayout
-    order: list[str]
-    window: int
-    checkpoint_bytes: int
-
-    def run(self, out: Path, resume: bool) -> None:
-        shards_module.WRITE_STEP = 4096
-        writer_module.CHECKPOINT_BYTES = self.checkpoint_bytes
-        with OutputWriter(out, self.layout, "a merge", resume=resume) as writer:
-            for name in self.order:
-                if name not in writer.finished:
-                    put(writer, name, self.window)
-            writer.add_file("config.json", b"{}")
-            writer.publish()
-
-    def crash(self, out: Path, at: int, resume: bool = True) -> bool:
-        """Runs in a child that dies at its `at`-th change of the disk; False if it was done before."""
-
-        def work() -> None:
-            PowerLoss(at)
-            self.run(out, resume)
-
-        code = os.waitstatus_to_exitcode(os.waitpid(in_child(work), 0)[1])
-        assert code in (0, 9)
-        return code == 9
-
-    def check_after_crashes(self, out: Path) -> None:
-        """Whatever is there: complete under its name, or resumable; and in the end the same bytes."""
-        expected = expected_files(self.layout) | {"config.json": b"{}"}
-        if out.exists():
-            assert files_in(out) == expected
-            with pytest.raises(OutputExistsError):
-                OutputWriter(out, self.layout, "a merge", resume=True)
-        else:
-            assert os.waitstatus_to_exitcode(os.waitpid(in_child(lambda: self.run(out, resume=True)), 0)[1]) == 0
-            assert files_in(out) == expected
-        assert list(out.parent.iterdir()) == [out]
-
-
-@pytest.fixture
-def memory_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder where fsync costs nothing, if there is one: these tests lose unsynced data by themselves."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        yield Path(folder)
-
-
-def test_a_crash_at_any_point_leaves_a_complete_or_a_resumable_output(memory_disk: Path) -> None:
-    layout = layout_of(TENSORS[:4])
-    merge = Merge(layout, list(layout.slots), 3000, 4000)
-    at = 1
-    while merge.crash(memory_disk / str(at) / "parent" / "out", at):
-        merge.check_after_crashes(memory_disk / str(at) / "parent" / "out")
-        at += 1
-    assert at > 30
-
-
-def test_a_crash_while_an_earlier_run_is_discarded_does_not_bring_its_journal_back(memory_disk: Path) -> None:
-    layout = layout_of(TENSORS[:4])
-    merge = Merge(layout, list(layout.slots), 3000, 4000)
-    for at in range(1, 30):
-        out = memory_disk / str(at) / "out"
-        with suppress(Interrupted), OutputWriter(out, layout, "a merge") as writer:
-            put_rest(writer)
-            raise Interrupted
-        assert merge.crash(out, at, resume=False)
-        merge.check_after_crashes(out)
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_series_of_crashes_ends_in_the_bytes_of_an_undisturbed_run(memory_disk: Path, data: st.DataObject) -> None:
-    sizes = data.draw(st.lists(st.integers(0, 20_000), min_size=1, max_size=6), label="tensor sizes")
-    layout = plan_layout([(f"t{i}", "U8", (size,)) for i, size in enumerate(sizes)], data.draw(st.integers(1, 40_000)))
-    merge = Merge(
-        layout,
-        order=data.draw(st.permutations(list(layout.slots)), label="order"),
-        window=data.draw(st.integers(500, 20_000), label="window"),
-        checkpoint_bytes=data.draw(st.integers(1, 40_000), label="checkpoint bytes"),
-    )
-    folder = Path(tempfile.mkdtemp(dir=memory_disk))
-    for at in data.draw(st.lists(st.integers(1, 80), min_size=1, max_size=3), label="crashes"):
-        if not (folder / "out").exists():
-            merge.crash(folder / "out", at)
-    merge.check_after_crashes(folder / "out")
-
-
-def test_what_was_synced_before_a_crash_is_not_written_again(tmp_path: Path) -> None:
-    def work() -> None:
-        loss = PowerLoss(at=10**9)
-        writer = OutputWriter(tmp_path / "out", layout_of(), "a merge")
-        put(writer, "embed")
-        writer.sync()
-        put(writer, "layers.0.a")
-        loss.die()
-
-    os.waitpid(in_child(work), 0)
-    with OutputWriter(tmp_path / "out", layout_of(), "a merge", resume=True) as writer:
-        assert writer.finished >= {"embed"}
-        put_rest(writer)
-        writer.publish()
-    assert files_in(tmp_path / "out") == expected_files(layout_of())
 
 
 # Disks that fail.
@@ -790,7 +539,7 @@ def test_a_failed_write_back_is_a_failed_write(tmp_path: Path, monkeypatch: pyte
     def merge() -> None:
         with OutputWriter(tmp_path / "out", layout_of(), "a merge", direct=False, dirty_limit=0) as writer:
             assert writer._shards is not None
-            monkeypatch.setattr(writer._shards._write_back, stage, raising(errno.EIO))
+            monkeypatch.setattr(writer._shards._write_back[0], stage, raising(errno.EIO))
             put_rest(writer)
             writer.sync()
 
@@ -835,162 +584,6 @@ def test_an_error_of_the_caller_leaves_nothing_behind_but_what_was_there(tmp_pat
         put(writer, "embed")
         raise RuntimeError
     assert everything_below(tmp_path) == {"there"}
-
-
-# Past the page cache.
-
-
-def is_direct(descriptor: int) -> bool:
-    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
-
-
-@pytest.fixture
-def direct_disk(tmp_path: Path) -> Path:
-    from mergecore import _stream
-
-    with (tmp_path / "probe").open("wb") as file:
-        if _stream.direct_alignment(file.fileno()) == 0:
-            pytest.skip(f"the file system of {tmp_path} does not say that it can write past the page cache")
-    (tmp_path / "probe").unlink()
-    return tmp_path
-
-
-@pytest.mark.parametrize("window", [1000, 4096, 10_000, 1 << 20])
-@pytest.mark.parametrize("direct", [True, False])
-def test_whole_pages_go_past_the_page_cache_if_wanted_and_the_rest_through_it(
-    direct_disk: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, window: int
-) -> None:
-    written: list[tuple[bool, int, int]] = []
-    real = os.pwrite
-
-    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-        written.append((is_direct(descriptor), offset, len(data)))
-        return real(descriptor, data, offset)
-
-    layout = layout_of([("a", "BF16", (9000,)), ("b", "BF16", (7,)), ("c", "BF16", (20000,))], 10**9)
-    with OutputWriter(direct_disk / "out", layout, "a merge", direct=direct, buffer_bytes=30_000) as writer:
-        monkeypatch.setattr(os, "pwrite", pwrite)
-        for name in layout.slots:
-            put(writer, name, window)
-        writer.publish()
-    assert files_in(direct_disk / "out") == expected_files(layout)
-    for past_the_cache, offset, nbytes in written:
-        assert past_the_cache == (direct and offset % 4096 == 0 and nbytes >= 4096)
-        assert not past_the_cache or nbytes % 4096 == 0
-    pages = sum(nbytes for past_the_cache, _, nbytes in written if past_the_cache) // 4096
-    edges = 2 * sum(-(-slot.nbytes // window) for slot in layout.slots.values())
-    assert pages >= (layout.nbytes // 4096 - edges if direct else 0)
-
-
-def test_a_file_system_that_refuses_direct_writes_gets_cached_ones(
-    direct_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refused, real = [], os.pwrite
-
-    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-        if is_direct(descriptor):
-            refused.append(offset)
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(descriptor, data, offset)
-
-    with OutputWriter(direct_disk / "out", layout_of(), "a merge") as writer:
-        monkeypatch.setattr(os, "pwrite", pwrite)
-        put(writer, "layers.1.a", 10_000)
-        for name in set(writer.layout.slots) - {"layers.1.a"}:
-            put(writer, name)
-        writer.publish()
-    assert files_in(direct_disk / "out") == expected_files(layout_of())
-    assert refused, "the test has seen no direct write"
-
-
-def test_a_direct_write_that_fails_is_a_failed_write(direct_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwrite
-
-    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-        if is_direct(descriptor):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(descriptor, data, offset)
-
-    def merge() -> None:
-        with OutputWriter(direct_disk / "out", layout_of(), "a merge") as writer:
-            monkeypatch.setattr(os, "pwrite", pwrite)
-            put(writer, "layers.1.a", 10_000)
-            writer.sync()
-
-    with pytest.raises(OutputError, match=r"cannot write .* at offset [0-9,]+: Input/output error"):
-        merge()
-    assert everything_below(direct_disk) == set()
-
-
-# Write-back.
-
-
-def test_bytes_not_on_disk_stay_below_the_limit_and_write_back_starts_early(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step, limit = 4096, 20_000
-    monkeypatch.setattr(shards_module, "WRITE_STEP", step)
-    from mergecore import _stream
-
-    events: list[tuple[str, int, int, int]] = []
-
-    def recording(kind: str, real: Callable[..., Any]) -> Callable[[int, int, int], None]:
-        def call(descriptor: int, offset: int, nbytes: int) -> None:
-            real(descriptor, offset, nbytes)
-            events.append((kind, descriptor, offset, nbytes))
-
-        return call
-
-    real = os.pwrite
-
-    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-        events.append(("written", descriptor, offset, len(data)))
-        return real(descriptor, data, offset)
-
-    layout = layout_of([(f"t{i}", "U8", (30_000,)) for i in range(4)], 60_000)
-    with OutputWriter(tmp_path / "out", layout, "a merge", direct=False, dirty_limit=limit) as writer:
-        writer.sync()
-        assert writer._shards is not None
-        for kind in ("start", "wait"):
-            monkeypatch.setattr(
-                writer._shards._write_back, f"_{kind}_writeback", recording(kind, getattr(_stream, f"{kind}_writeback"))
-            )
-        monkeypatch.setattr(os, "pwrite", pwrite)
-        for name in layout.slots:
-            put(writer, name, 7000)
-        writer.sync()
-        monkeypatch.undo()
-        writer.publish()
-    assert files_in(tmp_path / "out") == expected_files(layout)
-
-    written = started = waited = 0
-    begun: list[tuple[int, int, int]] = []
-    for kind, *place in events:
-        if kind == "written":
-            written += place[2]
-        elif kind == "start":
-            started += place[2]
-            begun.append((place[0], place[1], place[2]))
-        else:
-            assert tuple(place) == begun.pop(0)  # the oldest first
-            waited += place[2]
-        assert written - waited <= limit + step
-        assert written - started <= 2 * step  # one step, and one that was just written
-    assert waited > 0
-
-
-def test_the_limit_holds_for_a_real_disk_and_python_is_not_blocked(tmp_path: Path) -> None:
-    """The real module, 16 MiB steps and a window of more than one step."""
-    layout = plan_layout([("large", "U8", (40 << 20,))], 10**9)
-    data = os.urandom(1 << 20) * 40
-    with OutputWriter(tmp_path / "out", layout, "a merge", direct=False, dirty_limit=8 << 20) as writer:
-        buffer = writer.acquire("large", 0, 40 << 20)
-        buffer[:] = data
-        writer.write("large", 0, buffer)
-        writer.finish("large")
-        writer.publish()
-        assert writer.checksums == {"large": xxhash.xxh3_128_hexdigest(data)}
-    assert (tmp_path / "out" / "model.safetensors").read_bytes()[len(layout.shards[0].header) :] == data
 
 
 def test_planning_and_verifying_import_neither_torch_nor_compiled_code() -> None:

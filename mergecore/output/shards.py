@@ -27,18 +27,20 @@ class DiskFull(Exception):
 
 
 class ShardFiles:
-    """The open files of `shards` in `folder`. One thread writes and syncs; all methods raise OutputError.
+    """The open files of `shards` in `folder`; all methods raise OutputError.
 
-    `direct`: past the page cache where the file system can. Of what goes through it `dirty_limit` bytes are not on disk
-    at most.
+    Shard n is of lane n % `lanes`. A thread for each lane may write and sync its shards. `direct`: past the page cache
+    where the file system can. Of what goes through it `dirty_limit` bytes are not on disk at most.
     """
 
-    def __init__(self, folder: OutputFolder, shards: Sequence[Shard], *, direct: bool, dirty_limit: int) -> None:
+    def __init__(
+        self, folder: OutputFolder, shards: Sequence[Shard], *, direct: bool, dirty_limit: int, lanes: int
+    ) -> None:
         self._folder, self._shards, self._wants_direct = folder, shards, direct
         self._descriptors: list[int] = []
         self._direct: list[int | None] = []  # the same files, past the page cache
-        self._write_back = _WriteBack(dirty_limit)
-        self._unsynced: set[int] = set()  # numbers of shards
+        self._write_back = [_WriteBack(dirty_limit // lanes) for _ in range(lanes)]
+        self._unsynced = [False] * len(shards)
 
     def open(self) -> None:
         """Opens all files, made where they are not there, reserves their bytes and writes their headers.
@@ -76,7 +78,7 @@ class ShardFiles:
 
     def write(self, number: int, offset: int, data: memoryview) -> None:
         """Writes bytes of a shard, past the page cache where they are whole pages in memory as in the file."""
-        self._unsynced.add(number)
+        self._unsynced[number] = True
         in_step = len(data) > 0 and address_of(data) % PAGE == offset % PAGE
         while data:
             try:
@@ -104,18 +106,20 @@ class ShardFiles:
                 data = data[: PAGE - offset % PAGE]
         # In steps that end where the file offset is a multiple of WRITE_STEP.
         nbytes = os.pwrite(self._descriptors[number], data[: WRITE_STEP - offset % WRITE_STEP], offset)
-        self._write_back.wrote(self._descriptors[number], offset, nbytes)
+        self._write_back[number % len(self._write_back)].wrote(self._descriptors[number], offset, nbytes)
         return nbytes
 
-    def sync(self) -> None:
-        """Everything that was written is on disk when this returns."""
-        for number in sorted(self._unsynced):
+    def sync(self, lane: int) -> None:
+        """Everything that was written to the shards of a lane is on disk when this returns."""
+        for number in range(lane, len(self._shards), len(self._write_back)):
+            if not self._unsynced[number]:
+                continue
             try:
                 os.fdatasync(self._descriptors[number])
             except OSError as error:
                 raise self._failed("sync", number, "", error) from error
-        self._unsynced.clear()
-        self._write_back.synced()
+            self._unsynced[number] = False
+        self._write_back[lane].synced()
 
     def close(self) -> None:
         """Closes all files, written or not."""

@@ -1,7 +1,7 @@
-"""Writes tensors to their planned places: buffers, one writer thread, checksums, checkpoints.
+"""Writes tensors to their planned places: buffers on their way to the threads that write them, and the journal.
 
-Not for deciding where bytes go (layout.py), for the files themselves (shards.py), for the folder they grow in and its
-publishing (staging.py), or for what lies beside the weights (manifest.py).
+Not for deciding where bytes go (layout.py), for the threads and checksums (lanes.py), the files themselves (shards.py),
+the folder they grow in and its publishing (staging.py), or what lies beside the weights (manifest.py).
 """
 
 from __future__ import annotations
@@ -10,19 +10,14 @@ import logging
 import os
 import shutil
 import threading
-import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-import xxhash
-
 from mergecore.errors import Interrupted, OutputError, OutputExistsError
 from mergecore.output.buffers import Buffer, Ring, address_of, new_buffer
+from mergecore.output.lanes import Lane
 from mergecore.output.layout import INDEX_NAME, OutputLayout, TensorSlot
 from mergecore.output.shards import DiskFull, ShardFiles
 from mergecore.output.staging import Staging, reporting
@@ -30,20 +25,18 @@ from mergecore.small_files import read_bytes
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_BYTES = 256 << 20  # a crash costs the tensors at work and at most about this much of finished ones,
-CHECKPOINT_SECONDS = 5.0  # or this much time
-
 
 class OutputWriter:
     """Writes the tensors of `layout` and publishes them as the directory `out`, all or nothing.
 
     Tensor bytes go through buffers of this writer: `acquire` one, fill it, `write` (the first bytes of) it; a thread
     puts it at its planned offset and reuses it. One thread calls these methods; a tensor's windows come in order,
-    tensors in any. Buffers have `buffer_bytes` together, or as many as the largest one, in memory that `new_buffer`
-    makes. With `direct` they go straight to the disk where the file system can; else `dirty_limit` bytes are in the
-    page cache and not on disk at most. `identity` names the merge (spec, inputs, code): with `resume`, the tensors that
-    an interrupted run with equal identity and layout has finished are kept (`resumed`, `finished`); otherwise
-    everything starts from zero.
+    tensors in any. Up to `lanes` shards are written at once, those of each lane (`lane_of`) by a thread of its own.
+    Buffers have `buffer_bytes` together, or as many as the largest one, in memory that `new_buffer` makes. With
+    `direct` they go straight to the disk where the file system can; else `dirty_limit` bytes are in the page cache and
+    not on disk at most. `identity` names the merge (spec, inputs, code): with `resume`, the tensors that an interrupted
+    run with equal identity and layout has finished are kept (`resumed`, `finished`); otherwise everything starts from
+    zero.
 
     Leaving it as a context manager abandons what was not published. The work is kept for `resume` if the reason was
     Interrupted, or OutputExistsError at the very end; else nothing stays behind.
@@ -62,6 +55,7 @@ class OutputWriter:
         direct: bool = True,
         dirty_limit: int = 256 << 20,
         buffer_bytes: int = 64 << 20,
+        lanes: int = 1,
         new_buffer: Callable[[int], Buffer] = new_buffer,
     ) -> None:
         self.layout = layout
@@ -75,26 +69,19 @@ class OutputWriter:
         self._added: set[str] = set()
         self._closed = False
 
-        # Of both threads, guarded by _changed.
+        # Of all threads, guarded by _changed.
         self._changed = threading.Condition()
-        self._tasks: deque[Callable[[], None]] = deque()  # bounded, since every write in it holds a buffer
-        self._submitted = self._done = 0
-        self._stopping = False
         self._failure: BaseException | None = None
         self._ring = Ring(buffer_bytes, new_buffer)
         self._lent: dict[int, memoryview] = {}  # by address: acquired, not yet given to `write`
-        self._queued = 0  # buffers that the thread has still to write
+        self._queued = 0  # buffers that the lanes have still to write
+        self._recording = threading.Lock()  # the journal
 
         # Of the calling thread.
         self._begun: dict[str, int] = {}  # bytes accepted, per tensor that has no end yet
         self._ended: set[str] = set()
-
-        # Of the writer thread.
-        self._summing = ThreadPoolExecutor(1, "checksums of " + self._staging.out.name)
-        self._hashes: dict[str, xxhash.xxh3_128] = {}
-        self._complete: dict[str, str] = {}  # written and summed, not yet synced and journaled
-        self._complete_since = 0.0
-        self._since_checkpoint = 0  # bytes
+        self._lanes: list[Lane] = []
+        self._lane_count = max(1, min(lanes, len(layout.shards)))
 
         self._staging.enter()
         try:
@@ -103,8 +90,19 @@ class OutputWriter:
             self._close_shards()
             self._staging.leave(keep=self.resumed)
             raise
-        self._thread = threading.Thread(target=self._run, name=f"writer of {self._staging.out.name}", daemon=True)
-        self._thread.start()
+        assert self._shards is not None
+        self._lanes = [
+            Lane(
+                self._staging.out.name,
+                number,
+                self._shards,
+                self._changed,
+                stored=self._stored,
+                record=self._record,
+                failed=self._failed,
+            )
+            for number in range(self._lane_count)
+        ]
 
     @property
     def scratch(self) -> Path:
@@ -115,6 +113,10 @@ class OutputWriter:
     def finished(self) -> frozenset[str]:
         """Names of the tensors that are complete and on disk, those of an earlier run included."""
         return frozenset(self.checksums.copy())
+
+    def lane_of(self, name: str) -> int:
+        """The lane that writes a tensor, from 0. Lanes work side by side where tensors of all of them are written."""
+        return self.layout.slots[name].shard % self._lane_count
 
     def acquire(self, name: str, offset_in_tensor: int, nbytes: int) -> memoryview:
         """A writable buffer of arbitrary content for these bytes of a tensor; waits until there is room for it.
@@ -160,7 +162,7 @@ class OutputWriter:
                         f"tensor {name!r}: the data is not in a buffer from acquire(), or was written already"
                     )
                 self._queued += 1
-                self._submit(partial(self._store, slot, begun, data))
+                self._lanes[self.lane_of(name)].store(slot, begun, data)
         self._begun[name] = begun + data.nbytes
 
     def finish(self, name: str) -> None:
@@ -174,7 +176,7 @@ class OutputWriter:
             raise ValueError(f"tensor {name!r} is not complete: {begun:,} of {slot.nbytes:,} bytes were written")
         with self._changed:
             self._check_usable()
-            self._submit(partial(self._end, name))
+            self._lanes[self.lane_of(name)].end(name)
         self._begun.pop(name, None)
         self._ended.add(name)
 
@@ -189,7 +191,7 @@ class OutputWriter:
             for buffer in self._lent.values():
                 self._ring.give_back(buffer)
             self._lent.clear()
-            self._submit(partial(self._forget, name))
+            self._lanes[self.lane_of(name)].forget(name)
         self._begun.pop(name, None)
 
     def add_file(self, name: str, content: bytes | Path) -> None:
@@ -209,9 +211,8 @@ class OutputWriter:
         """Returns when all that was written is on disk and every finished tensor is in the journal."""
         with self._changed:
             self._check_usable()
-            self._submit(self._checkpoint)
-            ticket = self._submitted
-            while self._done < ticket:
+            tickets = [lane.checkpoint() for lane in self._lanes]
+            while any(lane.done < ticket for lane, ticket in zip(self._lanes, tickets, strict=True)):
                 self._changed.wait()
                 self._check_usable()
 
@@ -236,13 +237,10 @@ class OutputWriter:
         if self._closed:
             return
         with self._changed:
-            if keep:
-                self._submit(self._checkpoint)
-            else:
-                self._tasks.clear()
-            self._stopping = True
-            self._changed.notify_all()
-        self._thread.join()
+            for lane in self._lanes:
+                lane.stop(keep)
+        for lane in self._lanes:
+            lane.join()
         self._close_shards()
         self._staging.leave(keep)
 
@@ -279,7 +277,11 @@ class OutputWriter:
         if not self.resumed and free < self.layout.nbytes:
             raise self._disk_full(free)
         self._shards = ShardFiles(
-            staging.output, self.layout.shards, direct=self._direct, dirty_limit=self._dirty_limit
+            staging.output,
+            self.layout.shards,
+            direct=self._direct,
+            dirty_limit=self._dirty_limit,
+            lanes=self._lane_count,
         )
         try:
             self._shards.open()
@@ -324,7 +326,6 @@ class OutputWriter:
 
     def _close_shards(self) -> None:
         self._closed = True
-        self._summing.shutdown()
         if self._shards is not None:
             self._shards.close()
 
@@ -345,75 +346,22 @@ class OutputWriter:
             raise ValueError(f"tensor {name!r} is finished already")
         return slot
 
-    def _submit(self, task: Callable[[], None]) -> None:
-        self._tasks.append(task)
-        self._submitted += 1
-        self._changed.notify_all()
+    # Of the lanes' threads.
 
-    def _next_task(self) -> Callable[[], None] | None:
+    def _stored(self, data: memoryview) -> None:
         with self._changed:
-            while not self._tasks:
-                if self._stopping:
-                    return None
-                wait = self._checkpoint_wait()
-                if wait == 0:
-                    self._submit(self._checkpoint)
-                else:
-                    self._changed.wait(wait)
-            return self._tasks.popleft()
-
-    # The writer thread.
-
-    def _run(self) -> None:
-        try:
-            while (task := self._next_task()) is not None:
-                task()
-                del task  # or it would hold its buffer until the next one comes
-                if self._checkpoint_wait() == 0:
-                    self._checkpoint()
-                with self._changed:
-                    self._done += 1
-                    self._changed.notify_all()
-        except BaseException as failure:  # whatever it is: the caller must hear of it and not wait for ever
-            with self._changed:
-                self._failure = failure
-                self._changed.notify_all()
-
-    def _store(self, slot: TensorSlot, begin: int, data: memoryview) -> None:
-        assert self._shards is not None
-        state = self._hashes.setdefault(slot.name, xxhash.xxh3_128())
-        summed = self._summing.submit(state.update, data)  # as long as writing takes, and beside it
-        self._shards.write(slot.shard, slot.offset + begin, data)
-        summed.result()
-        self.written += data.nbytes
-        self._since_checkpoint += data.nbytes
-        with self._changed:
+            self.written += data.nbytes
             self._ring.give_back(data)
             self._queued -= 1
             self._changed.notify_all()
 
-    def _forget(self, name: str) -> None:
-        self._hashes.pop(name, None)
+    def _record(self, complete: Mapping[str, str]) -> None:
+        with self._recording:
+            with reporting("write", self._staging.journal.path):
+                self._staging.journal.append({"name": name, "xxh3_128": value} for name, value in complete.items())
+            self.checksums.update(complete)
 
-    def _end(self, name: str) -> None:
-        if not self._complete:
-            self._complete_since = time.monotonic()
-        self._complete[name] = self._hashes.pop(name, xxhash.xxh3_128()).hexdigest()
-
-    def _checkpoint_wait(self) -> float | None:
-        """Seconds until the next checkpoint is due; None while there is nothing to record."""
-        if not self._complete:
-            return None
-        if self._since_checkpoint >= CHECKPOINT_BYTES:
-            return 0
-        return max(0, self._complete_since + CHECKPOINT_SECONDS - time.monotonic())
-
-    def _checkpoint(self) -> None:
-        """First the data, then the journal lines that vouch for it."""
-        assert self._shards is not None
-        self._shards.sync()
-        with reporting("write", self._staging.journal.path):
-            self._staging.journal.append({"name": name, "xxh3_128": value} for name, value in self._complete.items())
-        self.checksums.update(self._complete)
-        self._complete.clear()
-        self._since_checkpoint = 0
+    def _failed(self, failure: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or failure
+            self._changed.notify_all()

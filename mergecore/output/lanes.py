@@ -1,0 +1,152 @@
+"""Threads that write tensors to shards: bytes in the order given, their checksums, checkpoints.
+
+A file system lets one thread into a file at a time, so what has many cores and a fast disk writes several shards at
+once, each lane its own ones. Not for buffers (writer.py) or files (shards.py).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import xxhash
+
+from mergecore.output.layout import TensorSlot
+from mergecore.output.shards import ShardFiles
+
+CHECKPOINT_BYTES = 256 << 20  # a crash costs the tensors at work and at most about this much of a lane's finished ones,
+CHECKPOINT_SECONDS = 5.0  # or this much time
+
+
+class Lane:
+    """The thread of the shards whose number, divided by the number of lanes, leaves `number`.
+
+    Tasks are queued and `done` is read with `changed` held, which is notified of every task that is done. The callbacks
+    are of this thread: `stored` of data that is on its way to the disk, `record` of checksums whose tensors are on
+    disk, `failed` of its end by an exception.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        number: int,
+        shards: ShardFiles,
+        changed: threading.Condition,
+        *,
+        stored: Callable[[memoryview], None],
+        record: Callable[[Mapping[str, str]], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._number, self._shards, self._changed = number, shards, changed
+        self._stored, self._record, self._failed = stored, record, failed
+
+        # Guarded by _changed.
+        self._tasks: deque[Callable[[], object]] = deque()  # bounded, since every write in it holds a buffer
+        self._submitted = 0
+        self.done = 0
+        self._stopping = False
+
+        # Of the thread.
+        self._summing = ThreadPoolExecutor(1, f"checksums of {name}")
+        self._hashes: dict[str, xxhash.xxh3_128] = {}
+        self._complete: dict[str, str] = {}  # written and summed, not yet synced and recorded
+        self._complete_since = 0.0
+        self._since_checkpoint = 0  # bytes
+
+        self._thread = threading.Thread(target=self._run, name=f"writer of {name}", daemon=True)
+        self._thread.start()
+
+    def store(self, slot: TensorSlot, begin: int, data: memoryview) -> None:
+        """Queues bytes of a tensor; those of each tensor come in order."""
+        self._submit(partial(self._store, slot, begin, data))
+
+    def end(self, name: str) -> None:
+        """Queues the end of a tensor: it is recorded as soon as it is on disk."""
+        self._submit(partial(self._end, name))
+
+    def forget(self, name: str) -> None:
+        """Queues that a tensor starts again."""
+        self._submit(partial(self._hashes.pop, name, None))
+
+    def checkpoint(self) -> int:
+        """Queues that everything goes to the disk and is recorded; `done` has this value when it is."""
+        return self._submit(self._checkpoint)
+
+    def stop(self, keep: bool) -> None:
+        """Ends the thread after what is queued and a checkpoint, or, without `keep`, after the task at work."""
+        if keep:
+            self.checkpoint()
+        else:
+            self._tasks.clear()
+        self._stopping = True
+        self._changed.notify_all()
+
+    def join(self) -> None:
+        """Returns when the thread has ended. `changed` must not be held."""
+        self._thread.join()
+        self._summing.shutdown()
+
+    def _submit(self, task: Callable[[], object]) -> int:
+        self._tasks.append(task)
+        self._submitted += 1
+        self._changed.notify_all()
+        return self._submitted
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            while (task := self._next_task()) is not None:
+                task()
+                del task  # or it would hold its buffer until the next one comes
+                if self._checkpoint_wait() == 0:
+                    self._checkpoint()
+                with self._changed:
+                    self.done += 1
+                    self._changed.notify_all()
+        except BaseException as failure:  # whatever it is: the caller must hear of it and not wait for ever
+            self._failed(failure)
+
+    def _next_task(self) -> Callable[[], object] | None:
+        with self._changed:
+            while not self._tasks:
+                if self._stopping:
+                    return None
+                wait = self._checkpoint_wait()
+                if wait == 0:
+                    self.checkpoint()
+                else:
+                    self._changed.wait(wait)
+            return self._tasks.popleft()
+
+    def _store(self, slot: TensorSlot, begin: int, data: memoryview) -> None:
+        state = self._hashes.setdefault(slot.name, xxhash.xxh3_128())
+        summed = self._summing.submit(state.update, data)  # as long as writing takes, and beside it
+        self._shards.write(slot.shard, slot.offset + begin, data)
+        summed.result()
+        self._since_checkpoint += data.nbytes
+        self._stored(data)
+
+    def _end(self, name: str) -> None:
+        if not self._complete:
+            self._complete_since = time.monotonic()
+        self._complete[name] = self._hashes.pop(name, xxhash.xxh3_128()).hexdigest()
+
+    def _checkpoint_wait(self) -> float | None:
+        """Seconds until the next checkpoint is due; None while there is nothing to record."""
+        if not self._complete:
+            return None
+        if self._since_checkpoint >= CHECKPOINT_BYTES:
+            return 0
+        return max(0, self._complete_since + CHECKPOINT_SECONDS - time.monotonic())
+
+    def _checkpoint(self) -> None:
+        """First the data, then the record that vouches for it."""
+        self._shards.sync(self._number)
+        self._record(self._complete)
+        self._complete.clear()
+        self._since_checkpoint = 0
