@@ -56,6 +56,11 @@ void competition_run(const double* delta, const double* total, int count, const 
   for (int i = 0; i < n; ++i) out[i] = competition(delta[i], total[i], count, scales);
 }
 
+MERGECORE_CLONES
+void size_run(const double* delta, double scale, int n, double* out) {
+  for (int i = 0; i < n; ++i) out[i] = fabs(delta[i]) * scale;
+}
+
 const double* measured_run(const Kept& kept, int m, const double* delta, const double* common,
                            int64_t entry, int n, double* out) {
   const Inputs& in = kept.inputs;
@@ -67,7 +72,12 @@ const double* measured_run(const Kept& kept, int m, const double* delta, const d
       return common;
     case Measure::rows: {
       const int64_t columns = in.window.columns, first = index_of(in.window, entry);
-      for (int i = 0; i < n; ++i) out[i] = fabs(delta[i]) * scales[(first + i) / columns];
+      for (int i = 0; i < n;) {
+        const int64_t row = (first + i) / columns, end = (row + 1) * columns - first;
+        const int last = static_cast<int>(std::min<int64_t>(n, end));
+        size_run(delta + i, scales[row], last - i, out + i);
+        i = last;
+      }
       return out;
     }
     case Measure::competition:

@@ -308,7 +308,11 @@ class WindowStream {
       }
       // One window more than is filled: the disk always has a request to work on.
       for (; asked_ < submitted_ && asked_ < filled_ + 2; ++asked_) {
-        ask_disk(windows_[asked_ - dropped_]);
+        const Window& next = windows_[asked_ - dropped_];
+        lock.unlock();  // it takes a while also where all is in the page cache
+        ask_disk(next);
+        lock.lock();
+        if (stop_) return;
       }
       Window& window = windows_[filled_ - dropped_];
       if (!map_) window.buffer = std::move(ring_[filled_ % ring_.size()]);
