@@ -103,14 +103,14 @@ class CudaDevice:
     keeps; None: most of what is free.
     """
 
-    pending = 2
+    pending = 3
 
     def __init__(self, device: torch.device, memory: int | None = None) -> None:
         self.torch_device = device
         free, total = torch.cuda.mem_get_info(device)
         allowed = min(free // 5 * 4 if memory is None else memory, total)
         self._share = allowed / total
-        self.room = allowed // 2  # the rest is for windows under way, statistics, results
+        self.room = allowed // 3  # for the next one, too; the rest is for windows under way, statistics, results
         # A core copies about half as fast as PCIe does; more than a few of them share what the memory gives.
         self.readers = max(1, min(8, (os.cpu_count() or 1) // 2))
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)

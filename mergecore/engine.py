@@ -95,6 +95,7 @@ class Merge:
         self.outputs = outputs
         self.spec = outputs[0].plan.spec
         self.placement = Placement(device)
+        self.device = device
         self.fit = fit
         self.fitted = fit.coefficients if fit is not None else {}
         self.report, self.should_stop = progress, should_stop
@@ -127,8 +128,12 @@ class Merge:
         if any(output.writer.resumed for output in self.outputs):
             log.info("resuming: %d of %d tensors are done", self.done, self.tensors)
         try:
-            while not self._run_batches():
-                self._retreat()
+            try:
+                while not self._run_batches():
+                    self._retreat()
+            except Interrupted:
+                self.device.flush()  # what is computed is kept
+                raise
         except ReadFault as fault:
             raise InputFault(str(fault)) from fault
         for checkpoint in dict.fromkeys(each for output in self.outputs for each in output.plan.inputs):
@@ -164,6 +169,7 @@ class Merge:
                 while self.batches:
                     self._run_batch(self.batches[0], windows, stream)
                     del self.batches[0]
+                self.device.flush()
         except RuntimeError as error:
             if not is_out_of_memory(error) or not self.placement.can_retreat(self._at_work()):
                 raise
@@ -177,6 +183,7 @@ class Merge:
 
     def _retreat(self) -> None:
         """What was begun starts again, in smaller windows or on the CPU. Neither changes a byte of the result."""
+        self.device.flush()  # the tensor before it
         if not self.surveys:
             for number, job in self.batches[0].jobs:
                 self.outputs[number].writer.restart(job.name)
@@ -196,18 +203,29 @@ class Merge:
 
     def _run_batch(self, batch: Batch, windows: Windows, stream: WindowStream) -> None:
         self.mark = self.read, self.written
-        self.device = self.placement.of(batch.form)
+        if (device := self.placement.of(batch.form)) is not self.device:
+            self.device.flush()
+            self.device = device
         if batch.form.parameters is None:
             self._copy(batch, windows)
-        else:
-            counts = torch.zeros(len(batch.jobs), 2, dtype=torch.int64, device=self.device.torch_device)
-            self._merge(batch, counts, TensorReads(self, batch.form, windows))
-            self.device.flush()
-            stream.check()
-            for (number, job), (nonfinite, overflow) in zip(batch.jobs, counts.tolist(), strict=True):
-                self._check_finite(job, nonfinite, overflow, [number])
-        stream.check()
+            self._finish(batch, stream)
+            return
+        # What is not finite is counted beside the results and comes after them, so that the next tensor need not wait.
+        rows = len(batch.jobs)
+        found = HostWindow(memoryview(device.new_buffer(16 * rows))[: 16 * rows], torch.int64, rows, 2)
+        counts = device.output(found).zero_()
+        self._merge(batch, counts, TensorReads(self, batch.form, windows))
         self.resident.clear()
+        device.deliver(counts, found, partial(self._check_results, batch, found, stream))
+
+    def _check_results(self, batch: Batch, found: HostWindow, stream: WindowStream) -> None:
+        stream.check()
+        for (number, job), (nonfinite, overflow) in zip(batch.jobs, found.tensor().tolist(), strict=True):
+            self._check_finite(job, nonfinite, overflow, [number])
+        self._finish(batch, stream)
+
+    def _finish(self, batch: Batch, stream: WindowStream) -> None:
+        stream.check()
         for number, job in batch.jobs:
             self.outputs[number].writer.finish(job.name)
         self.done += len(batch.jobs)

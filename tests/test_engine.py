@@ -186,6 +186,13 @@ def test_bytes_depend_on_no_window_thread_shard_or_way_of_reading_or_writing(
 
 
 @contextmanager
+def computing_on(device: CpuDevice) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "open_device", lambda name, memory: device)
+        yield
+
+
+@contextmanager
 def writing_at_once(lanes: int) -> Iterator[None]:
     """As many shards as a machine with many cores writes at once."""
     with pytest.MonkeyPatch.context() as patch:
@@ -221,10 +228,9 @@ class LateDevice(CpuDevice):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_device_may_deliver_a_result_while_it_computes_the_next(
-    trio: list[Path], expected: dict[str, Any], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    trio: list[Path], expected: dict[str, Any], tmp_path: Path, method: str
 ) -> None:
-    monkeypatch.setattr(merging, "open_device", lambda name, memory: LateDevice())
-    with cut_anywhere(Random(3)):
+    with computing_on(LateDevice()), cut_anywhere(Random(3)):
         assert merged(spec_of(trio, **METHODS[method]), tmp_path / "out") == expected[method]
 
 
@@ -511,7 +517,10 @@ def test_a_merge_stopped_anywhere_goes_on_to_the_same_bytes(
         for number in stops:
             seen: list[Progress] = []
             try:
-                merge(load_spec(spec), folder / "out", resume=True, should_stop=StopAt(number), progress=seen.append)
+                with computing_on(data.draw(st.sampled_from([CpuDevice, LateDevice]))()):
+                    merge(
+                        load_spec(spec), folder / "out", resume=True, should_stop=StopAt(number), progress=seen.append
+                    )
             except Interrupted:
                 assert os.listdir(folder / ".out.partial")
                 assert not (folder / "out").exists()
@@ -609,15 +618,16 @@ def poisoned(trio: list[Path], folder: Path, number: int, name: str, *values: fl
 @pytest.mark.parametrize(
     "name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
 )
+@pytest.mark.parametrize("device", [CpuDevice, LateDevice])
 @pytest.mark.parametrize("method", ["widen", "widen after dare", "linear after dare"])
 @pytest.mark.parametrize(("number", "value"), [(0, float("inf")), (2, float("nan"))], ids=["Inf in base", "NaN in far"])
 def test_nan_and_inf_are_told_with_tensor_file_and_number(
-    trio: list[Path], tmp_path: Path, name: str, method: str, number: int, value: float
+    trio: list[Path], tmp_path: Path, name: str, method: str, number: int, value: float, device: type[CpuDevice]
 ) -> None:
     models = poisoned(trio, tmp_path / "models", number, name, *[value] * 5)
     outputs = tmp_path / "outputs"
     outputs.mkdir()
-    with pytest.raises(NonFiniteError) as caught:
+    with computing_on(device()), pytest.raises(NonFiniteError) as caught:
         merge(load_spec(spec_of(models, **METHODS[method])), outputs / "out")
     message = str(caught.value)
     assert message.startswith(f"{name} holds NaN or Inf in {models[number]}/model.safetensors (5 entries); ")
@@ -646,7 +656,8 @@ def test_nan_and_inf_go_through_if_asked_to(
     }
 
 
-def test_results_beyond_the_output_dtype_are_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", [CpuDevice, LateDevice])
+def test_results_beyond_the_output_dtype_are_an_error(tmp_path: Path, device: type[CpuDevice]) -> None:
     base = {"a.weight": torch.full((4, 4), 6e4)}
     models = [
         write_model(tmp_path / "base", base),
@@ -654,10 +665,14 @@ def test_results_beyond_the_output_dtype_are_an_error(tmp_path: Path) -> None:
     ]
     spec = spec_of(models, merge_method="task_arithmetic", parameters={"weight": 4.0}, dtype="float16")
     (tmp_path / "outputs").mkdir()
-    with pytest.raises(NonFiniteError, match=r"a.weight: 16 results overflow float16; set out_dtype"):
+    with (
+        computing_on(device()),
+        pytest.raises(NonFiniteError, match=r"a.weight: 16 results overflow float16; set out_"),
+    ):
         merge(load_spec(spec), tmp_path / "outputs" / "out")
     assert os.listdir(tmp_path / "outputs") == []
-    result = merge(load_spec({**spec, "on_nonfinite": "warn"}), tmp_path / "outputs" / "out")
+    with computing_on(device()):
+        result = merge(load_spec({**spec, "on_nonfinite": "warn"}), tmp_path / "outputs" / "out")
     assert result.warnings == ("a.weight: 16 results overflow float16",)
     assert torch.isinf(load_tensors(tmp_path / "outputs" / "out")["a.weight"]).all()
 
