@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mergecore import merging
 from mergecore.batches import Batch, interleaved
 
 
@@ -40,3 +42,10 @@ def test_lanes_take_turns_by_bytes_and_keep_their_order(tensors: list[tuple[int,
 def test_one_lane_changes_no_order() -> None:
     batches = [batch_of(name, 7) for name in ("b", "a", "c")]
     assert interleaved(batches, lambda name: 0) == batches
+
+
+@pytest.mark.parametrize(
+    ("threads", "outputs", "lanes"), [(1, 1, 1), (7, 1, 1), (8, 1, 2), (16, 1, 4), (64, 1, 4), (16, 2, 2), (16, 8, 1)]
+)
+def test_few_cores_write_one_shard_after_the_other(threads: int, outputs: int, lanes: int) -> None:
+    assert merging._lanes(threads, outputs) == lanes
