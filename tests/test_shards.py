@@ -206,6 +206,31 @@ def test_shards_of_different_lanes_are_written_at_once(tmp_path: Path, monkeypat
     assert files_in(tmp_path / "out") == expected_files(layout)
 
 
+@pytest.mark.parametrize("started", [0, 1, 2])
+def test_a_lane_that_cannot_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: int) -> None:
+    """As under a limit of threads."""
+    layout = layout_of([(f"t{i}", "U8", (30_000,)) for i in range(3)], 30_000)
+    left, start = started, threading.Thread.start
+
+    def failing(thread: threading.Thread) -> None:
+        nonlocal left
+        if thread.name == "writer of out":
+            left -= 1
+            if left < 0:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", failing)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            OutputWriter(tmp_path / "out", layout, "a merge", lanes=3)
+    assert everything_below(tmp_path) == set()
+    assert not any(thread.name == "writer of out" for thread in threading.enumerate())
+    with OutputWriter(tmp_path / "out", layout, "a merge") as writer:  # nor a lock
+        put_rest(writer)
+        writer.publish()
+
+
 @pytest.mark.parametrize("broken", [0, 1, 2])
 def test_the_failure_of_one_lane_ends_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int) -> None:
     layout = layout_of([(f"t{i}", "U8", (30_000,)) for i in range(3)], 30_000)

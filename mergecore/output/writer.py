@@ -85,24 +85,12 @@ class OutputWriter:
 
         self._staging.enter()
         try:
-            self._open(identity, resume)
+            shards = self._open(identity, resume)
+            for number in range(self._lane_count):
+                self._lanes.append(self._lane(number, shards))
         except BaseException:
-            self._close_shards()
-            self._staging.leave(keep=self.resumed)
+            self.abandon(keep=self.resumed)
             raise
-        assert self._shards is not None
-        self._lanes = [
-            Lane(
-                self._staging.out.name,
-                number,
-                self._shards,
-                self._changed,
-                stored=self._stored,
-                record=self._record,
-                failed=self._failed,
-            )
-            for number in range(self._lane_count)
-        ]
 
     @property
     def scratch(self) -> Path:
@@ -241,7 +229,9 @@ class OutputWriter:
                 lane.stop(keep)
         for lane in self._lanes:
             lane.join()
-        self._close_shards()
+        self._closed = True
+        if self._shards is not None:
+            self._shards.close()
         self._staging.leave(keep)
 
     def __enter__(self) -> OutputWriter:
@@ -255,7 +245,11 @@ class OutputWriter:
 
     # Opening and closing.
 
-    def _open(self, identity: str, resume: bool) -> None:
+    def _lane(self, number: int, shards: ShardFiles) -> Lane:
+        name, stored, record, failed = self._staging.out.name, self._stored, self._record, self._failed
+        return Lane(name, number, shards, self._changed, stored=stored, record=record, failed=failed)
+
+    def _open(self, identity: str, resume: bool) -> ShardFiles:
         """Opens the journal and all shards, preallocated and with their headers."""
         staging = self._staging
         names = [shard.filename for shard in self.layout.shards]
@@ -294,6 +288,7 @@ class OutputWriter:
                 staging.journal.start(head)
             staging.output.sync()
             staging.sync()
+        return self._shards
 
     def _have_planned_sizes(self) -> bool:
         with suppress(OSError):
@@ -323,11 +318,6 @@ class OutputWriter:
             source = "" if isinstance(content, bytes) else f", a copy of {content}"
             raise OutputError(f"cannot write {output.path / name}{source}: {error.strerror or error}") from error
         self._added.add(name)
-
-    def _close_shards(self) -> None:
-        self._closed = True
-        if self._shards is not None:
-            self._shards.close()
 
     # Between the threads.
 
