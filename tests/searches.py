@@ -34,8 +34,9 @@ score = math.dist(tensor(sys.argv[1]), target)
 with open(os.path.join(here, "calls"), "a") as file:
     file.write(f"{score!r}\\n")
 while os.path.exists(os.path.join(here, "hold")):
-    with open(os.path.join(here, "held"), "w") as file:
+    with open(os.path.join(here, "holding"), "w") as file:
         file.write(str(os.getpid()))
+    os.replace(os.path.join(here, "holding"), os.path.join(here, "held"))
     time.sleep(0.02)
 print("distance", SCORE)
 """
@@ -92,7 +93,8 @@ def exists(process: int) -> bool:
 
 
 def hold(folder: Path) -> Path:
-    """From now on the scorer waits; the file that tells that it does."""
+    """From now on the scorer waits; the file that tells that it does, with its process: it is there whole or not."""
+    (folder / "held").unlink(missing_ok=True)
     (folder / "hold").touch()
     return folder / "held"
 

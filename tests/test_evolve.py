@@ -199,9 +199,8 @@ def test_a_search_that_is_killed_goes_on_where_it_was(folder: Path, tmp_path: Pa
 def test_a_scorer_dies_with_the_search_that_is_killed(folder: Path, tmp_path: Path) -> None:
     held = hold(folder)
     search = begin("search:_try:100", folder / "search.json", tmp_path / "out")
-    scorer = int(
-        wait_until(lambda: held.exists() and held.read_text(), "the scorer")
-    )  # which writes it again and again
+    wait_until(held.exists, "the scorer")
+    scorer = int(held.read_text())
     assert exists(scorer)
     search.kill()
     search.wait()

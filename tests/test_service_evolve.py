@@ -45,8 +45,8 @@ def daemon_options(folder: Path, **options: Any) -> dict[str, Any]:
 def held_scorer(daemon: DaemonProcess, folder: Path) -> int:
     """The scorer's process, which waits."""
     held = folder / "held"
-    # Read once: the scorer writes it again and again.
-    return int(wait_until(lambda: held.exists() and held.read_text(), f"the scorer; log:\n{daemon.log()}"))
+    wait_until(held.exists, f"the scorer; log:\n{daemon.log()}")
+    return int(held.read_text())
 
 
 def test_a_dropped_search_runs_with_its_progress_and_gives_what_the_command_line_gives(
