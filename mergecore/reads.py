@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mergecore.engine import Merge
 
 WHOLE_ENTRIES = 1 << 22  # read at once of what is held whole
+SPOTS = 16  # blocks of a sample
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,17 @@ class TensorReads:
     def only(self, first_entry: int, entries: int) -> Part:
         matrix, row = divmod(first_entry // self.job.columns, max(1, self.job.rows))
         return next(self._apart([Window(self.job, matrix, row, entries // self.job.columns)]))
+
+    def spots(self) -> Iterator[Part]:
+        yield from self._apart(self._spots())
+
+    def _spots(self) -> Iterator[Window]:
+        job = self.job
+        if job.rows < job.block_rows:
+            return
+        for n in range(SPOTS):
+            matrix, row = divmod(n * (job.matrices * job.rows - 1) // (SPOTS - 1), job.rows)
+            yield Window(job, matrix, min(row, job.rows - job.block_rows), job.block_rows)
 
     def _apart(self, windows: Iterable[Window]) -> Iterator[Part]:
         with self.merge.stream(0) as stream:

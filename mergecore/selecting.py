@@ -4,8 +4,9 @@ From what a method wants (`Keep`) to what the kernels test per entry (`Drop`), b
 tensor in bounded memory. Knows nothing of files and devices: reads are given.
 
 A top set is found by radix selection over the bits of the magnitude. The first read counts them by
-exponent and ten bits of mantissa, which tells the bin of each threshold; the second collects the
-entries of that bin with their indices, except those at its lower end, which are counted in blocks.
+exponent and ten bits of mantissa, which tells the bin of each threshold (on a CPU few of these bins, about
+where a sample has it: brackets.py); the second collects the entries of that bin with their indices,
+except those at its lower end, which are counted in blocks.
 Deltas of bfloat16 and mostly those of float16 lie on grids so coarse that nearly all of a bin is at
 its lower end; of float32, a bin holds less than a thousandth of the entries. Where a bin still has
 more entries than there is room for, further reads narrow it by 14 bits each.
@@ -15,15 +16,19 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mergecore import ops
+from mergecore.brackets import Sample
 from mergecore.methods.base import Keep
 from mergecore.ops import Drop, Measure, Place
 
@@ -37,6 +42,8 @@ FIRST, LAST = 863 * BINADE, 1208 * BINADE  # bins of 2^-160 to 2^185: beyond eve
 BINS = LAST - FIRST
 INFINITE = 0x7FF << 52  # the key of infinity; NaN has larger ones
 DIGIT = 14  # bits by which a further read narrows a bin
+MOST_BINS = 1 << 13  # of a bracket
+PIECES, PIECE = 64, 512  # of a window that is sampled, and entries of each
 
 Selected = tuple[float, int]
 """A top set: its smallest magnitude, and the index before which entries of that magnitude belong to it."""
@@ -71,6 +78,9 @@ class Reads(Protocol):
 
     def further(self) -> Iterator[Part]:
         """The same, for a read that was not planned."""
+
+    def spots(self) -> Iterator[Part]:
+        """Blocks spread over the tensor, for a sample: few of many, of equal size, or none."""
 
     def only(self, first_entry: int, entries: int) -> Part:
         """A few entries, whole rows of one matrix."""
@@ -135,6 +145,8 @@ class _Bin:
     high: int
     rank: int
     entries: int
+    is_outer: bool = False
+    """Whether it holds what lies beyond the bins that were counted."""
 
 
 def compared(keeps: Sequence[Keep], reads: Reads, place: Place) -> Place:
@@ -161,9 +173,8 @@ def _divergences(models: int, reads: Reads, place: Place) -> Tensor:
 
 def _extremes(models: int, reads: Reads, place: Place) -> Tensor:
     """The least |d| of each model, and how much larger the largest is, float64 (models, 2)."""
-    histogram = _counted(models, reads, place)
     queries = [_Query(n, count) for n in range(models) for count in sorted({1, reads.entries}) if reads.entries]
-    found = _select(queries, histogram, reads, place)
+    found = _select(queries, _located(queries, models, reads, place), reads, place)
     pairs = [(found[n, reads.entries][0], found[n, 1][0]) if queries else (0.0, 0.0) for n in range(models)]
     return torch.tensor(
         [(least, largest - least) for least, largest in pairs], dtype=torch.float64, device=reads.device
@@ -256,8 +267,9 @@ def thinned(keeps: Sequence[Keep], keys: Sequence[int], part: Part, columns: int
 def _limited(drops: list[Drop], keeps: Sequence[Keep], reads: Reads, place: Place) -> list[Drop]:
     """`drops` with the limits of the models' top sets."""
     sets, entries = _sets(keeps), reads.entries
-    histogram = _counted(sets, reads, place)
-    tops = [_top_counts(keep, entries, int(histogram[n, 0])) for n, keep in enumerate(keeps[:sets])]
+    histogram = _counted(sets, reads.planned(), reads, place) if place.measure is not Measure.OWN else None
+    zeros = [0] * sets if histogram is None else histogram[:, 0].tolist()
+    tops = [_top_counts(keep, entries, none) for keep, none in zip(keeps[:sets], zeros, strict=True)]
     wanted = {_Query(n, count) for n, counts in enumerate(tops) for count in counts if 0 < count < entries}
     for n, keep in enumerate(keeps[:sets]):
         if entries and keep.fence:
@@ -265,7 +277,11 @@ def _limited(drops: list[Drop], keeps: Sequence[Keep], reads: Reads, place: Plac
         if entries and keep.measure is Measure.COMPETITION:
             wanted.add(_Query(n, 1))
     queries = sorted(wanted, key=lambda query: (query.which, query.count))
-    found = _select(queries, histogram, reads, place)
+    if histogram is None:
+        bins = _located(queries, sets, reads, place)
+    else:
+        bins = [_bin_of(histogram[query.which], FIRST, query.count) for query in queries]
+    found = _select(queries, bins, reads, place)
     out = []
     for n, (keep, drop) in enumerate(zip(keeps, drops, strict=True)):
         which = min(n, sets - 1)
@@ -286,17 +302,82 @@ def _limited(drops: list[Drop], keeps: Sequence[Keep], reads: Reads, place: Plac
     return out
 
 
-def _counted(sets: int, reads: Reads, place: Place) -> Tensor:
-    """The first read's histogram, int64 (sets, BINS)."""
+def _counted(sets: int, parts: Iterable[Part], reads: Reads, place: Place) -> Tensor:
+    """A read's histogram of all bins, int64 (sets, BINS)."""
     histogram = torch.zeros(sets, BINS, dtype=torch.int64, device=reads.device)
-    for part in reads.planned():
+    _count(histogram, [FIRST] * sets, parts, reads, place)
+    return histogram
+
+
+def _count(histogram: Tensor, offsets: Sequence[int], parts: Iterable[Part], reads: Reads, place: Place) -> None:
+    for part in parts:
         here = replace(place, first_entry=part.first_entry)
-        ops.count_magnitudes(
-            part.base, part.models, histogram, shift=SHIFT, offsets=[FIRST] * sets, clamp=True, place=here
-        )
+        ops.count_magnitudes(part.base, part.models, histogram, shift=SHIFT, offsets=offsets, clamp=True, place=here)
     if int(histogram[:, -1].sum()):
         reads.nonfinite()
-    return histogram
+
+
+def _located(queries: Sequence[_Query], models: int, reads: Reads, place: Place) -> list[_Bin]:
+    """The bin of each query, of magnitudes that are compared as they are: one read, or two where a sample misled."""
+    parts = reads.planned()
+    head = next(parts, None)
+    parts = chain([head] if head is not None else [], parts)
+    brackets = _brackets(queries, head, reads, place) if head is not None and reads.device.type == "cpu" else []
+    if not brackets:
+        histogram = _counted(models, parts, reads, place)
+        return [_bin_of(histogram[query.which], FIRST, query.count) for query in queries]
+    # A set for each query: its model among few bins, with one on either side for what lies beyond.
+    offsets = [low - 2 for low, _ in brackets]
+    few = torch.zeros(len(queries), max(high - low for low, high in brackets) + 5, dtype=torch.int64)
+    drops = [place.drops[query.which] for query in queries] if place.drops else []
+    asked = (replace(part, models=[part.models[query.which] for query in queries]) for part in parts)
+    _count(few, offsets, asked, reads, replace(place, drops=drops))
+    bins = [_bin_of(row, first, query.count) for row, first, query in zip(few, offsets, queries, strict=True)]
+    if any(found.is_outer for found in bins):
+        histogram = _counted(models, reads.further(), reads, place)
+        bins = [_bin_of(histogram[query.which], FIRST, query.count) for query in queries]
+    return bins
+
+
+def _brackets(queries: Sequence[_Query], head: Part, reads: Reads, place: Place) -> list[tuple[int, int]]:
+    """The first and the last bin where each query's may be; empty where they are not few."""
+    found = []
+    samples = list(_sampled(head, reads, place))
+    for query in queries if samples else ():
+        bracket = samples[query.which].bracket(query.count)
+        low, high = (_key(end) >> SHIFT for end in bracket or (0.0, 0.0))
+        if bracket is None or high - low > MOST_BINS - 5:
+            return []
+        found.append((low, high))
+    return found
+
+
+def _sampled(head: Part, reads: Reads, place: Place) -> Iterator[Sample]:
+    """Of each model, from the first window if that is the whole tensor."""
+    entries = reads.entries
+    if head.models[0].numel() < entries:
+        pieces = [_sizes(part.base, part.models, place, part.first_entry) for part in reads.spots()]
+        yield from (Sample(np.stack(own), entries) for own in zip(*pieces, strict=True))
+        return
+
+    def pieces_of(whole: Tensor) -> Tensor:
+        if entries <= PIECES * PIECE:
+            return whole.view(1, -1)
+        step = (entries - PIECE) // (PIECES - 1)
+        return whole.view(-1).as_strided((PIECES, PIECE), (step, 1)).contiguous()
+
+    base = None if head.base is None else pieces_of(head.base)
+    # Which entry a random number drops does not matter to what is left of many.
+    sizes = _sizes(base, [pieces_of(model) for model in head.models], place, 0)
+    yield from (Sample(own, entries) for own in sizes)
+
+
+def _sizes(base: Tensor | None, models: Sequence[Tensor], place: Place, first_entry: int) -> NDArray[np.float64]:
+    return ops.magnitudes(base, models, replace(place, first_entry=first_entry)).numpy()
+
+
+def _key(magnitude: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", magnitude))[0])
 
 
 def _quarter_ranks(quarter: int, entries: int) -> tuple[int, int]:
@@ -326,17 +407,8 @@ def _top_counts(keep: Keep, entries: int, zeros: int) -> tuple[int, int]:
     return outliers, outliers + kept
 
 
-def _select(
-    queries: Sequence[_Query], histogram: Tensor, reads: Reads, place: Place
-) -> dict[tuple[int, int], Selected]:
-    """The top set of each query, from the first read's histogram."""
-    bins = []
-    for query in queries:
-        number, rank, entries = _bin_of(histogram[query.which], query.count)
-        # Zeros and what is not finite have bins of their own, the ones beside them hold all other keys beyond.
-        low = {0: 0, 1: 1, BINS - 1: INFINITE}.get(number, (FIRST + number) << SHIFT)
-        high = {0: 1, BINS - 2: INFINITE, BINS - 1: 2**63 - 1}.get(number, (FIRST + number + 1) << SHIFT)
-        bins.append(_Bin(low, high, rank, entries))
+def _select(queries: Sequence[_Query], bins: list[_Bin], reads: Reads, place: Place) -> dict[tuple[int, int], Selected]:
+    """The top set of each query, whose bin is known."""
     # Where nothing is asked, the planned read still has to be taken.
     found = _collected(queries, bins, reads, reads.planned(), place)
     for n, query in enumerate(queries):
@@ -350,7 +422,17 @@ def _select(
     }
 
 
-def _bin_of(counts: Tensor, rank: int) -> tuple[int, int, int]:
+def _bin_of(counts: Tensor, offset: int, rank: int) -> _Bin:
+    """The bin that holds the entry of `rank` (from 1, the largest first) among those from `offset` on, clamped."""
+    number, rank, entries = _number_of(counts, rank)
+    last = len(counts) - 1
+    # Zeros and what is not finite have bins of their own, the ones beside them hold all other keys beyond.
+    low = {0: 0, 1: 1, last: INFINITE}.get(number, (offset + number) << SHIFT)
+    high = {0: 1, last - 1: INFINITE, last: 2**63 - 1}.get(number, (offset + number + 1) << SHIFT)
+    return _Bin(low, high, rank, entries, is_outer=number in (1, last - 1))
+
+
+def _number_of(counts: Tensor, rank: int) -> tuple[int, int, int]:
     """The bin that holds the entry of `rank` (from 1, the highest bins first), its rank there, the bin's entries."""
     first = 0
     if counts.numel() % BINADE == 0:
@@ -451,7 +533,7 @@ def _narrowed(query: _Query, within: _Bin, reads: Reads, place: Place) -> _Bin:
         ops.count_magnitudes(
             part.base, models, histogram, shift=shift, offsets=[offset] * len(histogram), clamp=False, place=here
         )
-    number, rank, entries = _bin_of(histogram[0 if own else query.which], within.rank)
+    number, rank, entries = _number_of(histogram[0 if own else query.which], within.rank)
     low, high = (offset + number) << shift, (offset + number + 1) << shift
     return _Bin(max(low, within.low), min(high, within.high), rank, entries)
 

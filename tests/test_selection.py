@@ -142,6 +142,11 @@ class InMemory:
         for first, last in itertools.pairwise(places):
             yield self.part(first, last)
 
+    def spots(self) -> Iterator[Part]:
+        length = min(self.block, self.entries)
+        for n in range(4):
+            yield self.only(n * (self.entries - length) // 3, length)
+
     def only(self, first_entry: int, entries: int) -> Part:
         return self.part(first_entry, first_entry + entries)
 

@@ -8,29 +8,6 @@
 
 namespace mergecore::cpu {
 
-// Differences of bf16 numbers, as float32: mostly exact, and then keys are half as wide. A key of
-// float32 bits k > 0 has the float64 bits (k << kNarrow) + kRebias.
-constexpr int kNarrow = 29;
-constexpr int64_t kRebias = int64_t{1023 - 127} << 52;
-constexpr uint32_t kLeastKey = 0x00800000u;  // of normal numbers
-constexpr uint32_t kInfiniteKey = 0x7f800000u;
-
-// keys[i] = the bits of |x[i] - a[i]| in float32. False if one of them is not that of a normal
-// number or zero, or may not be exact: numbers of 8 significant bits have an exact difference of 24
-// where their exponents differ by 15 at most.
-MERGECORE_CLONES
-bool narrow_keys_of(const uint16_t* x, const uint16_t* a, int n, uint32_t* keys) {
-  uint32_t wrong = 0;
-  for (int i = 0; i < n; ++i) {
-    const uint32_t key = bit_cast<uint32_t>(BF16::load(x[i]) - BF16::load(a[i])) & 0x7fffffffu;
-    const int gap = ((x[i] >> 7) & 0xff) - ((a[i] >> 7) & 0xff);
-    keys[i] = key;
-    wrong |= (key != 0) & (key - kLeastKey >= kInfiniteKey - kLeastKey);
-    wrong |= (gap > 15) | (gap < -15);
-  }
-  return wrong == 0;
-}
-
 MERGECORE_CLONES
 void wide_keys(const double* values, int n, int64_t* keys) {
   for (int i = 0; i < n; ++i) keys[i] = magnitude_bits(values[i]);
@@ -67,11 +44,6 @@ void with_keys(const Kept& kept, int first, int last, int64_t entry, int n, cons
   load_all_deltas(in, entry, n, deltas);
   common_run(kept, deltas, n, common);
   for (int m = first; m < last; ++m) call(m, deltas[m].value, common);
-}
-
-bool narrow_keys(const Inputs& in, int m, int64_t entry, int n, uint32_t* keys) {
-  return narrow_keys_of(static_cast<const uint16_t*>(at(in.models[m], entry)),
-                        static_cast<const uint16_t*>(at(in.base, entry)), n, keys);
 }
 
 // How often each bin occurs. Two counters per bin, for entries side by side: increments of one
@@ -189,11 +161,85 @@ bool tells_bins(const Bins& bins) {
          bins.count < most && bins.offset > -most && bins.offset < most;
 }
 
+constexpr int64_t kFewBins = 1 << 13;  // most keys lie beyond
+
+// Few bins of plain models.
+class FewBins {
+ public:
+  FewBins(const Kept& kept, int shift, const int64_t* offsets, int64_t bins)
+      : kept_(kept), bins_(bins), counts_(static_cast<size_t>(kept.inputs.count * bins)) {
+    for (int set = 0; set < kept.inputs.count; ++set) {
+      wide_.push_back({shift, offsets[set], true, bins});
+      narrow_.emplace_back(shift, offsets[set] + 2, bins - 4);  // without those that are clamped to
+    }
+  }
+
+  // A run of n <= kChunk entries. Sets side by side may be of one model: its keys are made once.
+  void add(int64_t entry, int n) {
+    const Inputs& in = kept_.inputs;
+    for (int first = 0, last; first < in.count; first = last) {
+      last = first + 1;
+      while (last < in.count && in.models[last].data == in.models[first].data) ++last;
+      add(first, last, entry, n);
+    }
+  }
+
+  void move_to(int64_t* histogram) const {
+    for (int set = 0; set < kept_.inputs.count; ++set) {
+      const NarrowBins& beyond = narrow_[static_cast<size_t>(set)];
+      int64_t* to = histogram + set * bins_;
+      for (int64_t bin = 0; bin < bins_; ++bin) {
+        if (const uint32_t count = counts_of(set)[bin]; count != 0) add_to(to + bin, count);
+      }
+      add_to(to, beyond.zeros);
+      add_to(to + 1, beyond.below);
+      add_to(to + bins_ - 2, beyond.above);
+    }
+  }
+
+ private:
+  void add(int first, int last, int64_t entry, int n) {
+    alignas(64) uint32_t keys[kChunk];
+    if (narrow_keys(kept_.inputs, first, entry, n, keys)) {
+      for (int set = first; set < last; ++set) {
+        narrow_[static_cast<size_t>(set)].add(keys, n, counts_of(set) + 2);
+      }
+    } else if (n > kPlaces) {  // one entry may be the reason
+      for (int start = 0; start < n; start += kPlaces) {
+        add(first, last, entry + start, std::min(kPlaces, n - start));
+      }
+    } else {
+      for (int set = first; set < last; ++set) {
+        with_keys(kept_, set, set + 1, entry, n, [&](int, const int64_t* wide) {
+          wide_bins(wide_[static_cast<size_t>(set)], wide, n, keys);
+        });
+        for (int i = 0; i < n; ++i) ++counts_of(set)[keys[i]];
+      }
+    }
+  }
+
+  uint32_t* counts_of(int set) { return counts_.data() + set * bins_; }
+  const uint32_t* counts_of(int set) const { return counts_.data() + set * bins_; }
+
+  const Kept& kept_;
+  const int64_t bins_;
+  std::vector<Bins> wide_;
+  std::vector<NarrowBins> narrow_;
+  std::vector<uint32_t> counts_;
+};
+
 void count_magnitudes(const Kept& kept, int shift, const int64_t* offsets, bool clamp, int64_t bins,
                       int64_t* histogram, int64_t begin, int64_t end) {
+  const bool plain = kept.measure == Measure::own && are_plain_bf16(kept.inputs);
+  if (plain && bins >= 5 && bins <= kFewBins && tells_bins({shift, offsets[0], clamp, bins})) {
+    FewBins few(kept, shift, offsets, bins);
+    for (int64_t entry = begin; entry < end; entry += kChunk) {
+      few.add(entry, static_cast<int>(std::min<int64_t>(kChunk, end - entry)));
+    }
+    return few.move_to(histogram);
+  }
   // One set after the other: a thread's counts of one fit its cache.
   Counters counters(bins);
-  const bool plain = kept.measure == Measure::own && are_plain_bf16(kept.inputs);
   for (int set = 0; set < sets_of(kept); ++set) {
     const Bins places{shift, offsets[set], clamp, bins};
     const bool narrow = plain && tells_bins(places);
@@ -235,65 +281,36 @@ struct Collection {
   }
 };
 
-// How many of a run's keys are `equal`, and how many lie from `first` to `last`.
-template <class Key>
-inline __attribute__((always_inline)) void count_keys(const Key* keys, int n, Key equal, Key first,
-                                                      Key last, int64_t& same, int64_t& within) {
-  Key equals = 0, inside = 0;
+MERGECORE_CLONES
+void find_wide(const int64_t* keys, int n, const KeyRange& range, int64_t& equal, int64_t& within) {
+  const int64_t low = range.low, high = range.high;
+  int64_t same = 0, inside = 0;
   for (int i = 0; i < n; ++i) {
-    equals += keys[i] == equal;
-    inside += (keys[i] >= first) & (keys[i] <= last);
+    same += keys[i] == low;
+    inside += (keys[i] > low) & (keys[i] < high);
   }
-  same = equals;
+  equal = same;
   within = inside;
 }
 
-MERGECORE_CLONES
-void count_wide(const int64_t* keys, int n, const KeyRange& range, int64_t& same, int64_t& within) {
-  count_keys(keys, n, range.low, range.low + 1, range.high - 1, same, within);
-}
-
-// The float32 key of the largest number whose float64 key is not beyond `key`; -1 if there is none.
-int32_t narrow_floor(int64_t key) {
-  constexpr int64_t least = (int64_t{kLeastKey} << kNarrow) + kRebias;
-  if (key < least) return key < 0 ? -1 : 0;
-  return static_cast<int32_t>(std::min<int64_t>((key - kRebias) >> kNarrow, 0x7fffffff));
-}
-
-int64_t widened(uint32_t key) {
-  return key == 0 ? 0 : (static_cast<int64_t>(key) << kNarrow) + kRebias;
-}
-
-MERGECORE_CLONES
-void count_narrow(const uint32_t* keys, int n, const KeyRange& range, int64_t& same,
-                  int64_t& within) {
-  const int32_t floor = narrow_floor(range.low), last = narrow_floor(range.high - 1);
-  const bool is_key = floor >= 0 && widened(static_cast<uint32_t>(floor)) == range.low;
-  // Keys are below 2^31.
-  const auto* numbers = reinterpret_cast<const int32_t*>(keys);
-  if (floor == std::numeric_limits<int32_t>::max()) {
-    same = within = 0;
-    return;
-  }
-  count_keys<int32_t>(numbers, n, is_key ? floor : -1, floor + 1, last, same, within);
-}
-
 void collect_run(const Collection& to, const int64_t* keys, int n, int64_t block, int64_t first) {
-  int64_t same, within;
-  count_wide(keys, n, to.range, same, within);
-  to.equal[block] += same;
+  int64_t equal, within;
+  find_wide(keys, n, to.range, equal, within);
+  to.equal[block] += equal;
   if (within != 0) to.append(keys, n, within, first);
 }
 
 void collect_narrow_run(const Collection& to, const uint32_t* keys, int n, int64_t block,
                         int64_t first) {
-  int64_t same, within;
-  count_narrow(keys, n, to.range, same, within);
-  to.equal[block] += same;
-  if (within == 0) return;
+  const int32_t floor = narrow_floor(to.range.low), last = narrow_floor(to.range.high - 1);
+  if (floor == std::numeric_limits<int32_t>::max()) return;
+  const bool is_key = floor >= 0 && widened(static_cast<uint32_t>(floor)) == to.range.low;
+  const Found found = find_keys(keys, n, is_key ? floor : -1, floor + 1, last);
+  to.equal[block] += found.equal;
+  if (found.within == 0) return;
   int64_t wide[kRun];
   for (int i = 0; i < n; ++i) wide[i] = widened(keys[i]);
-  to.append(wide, n, within, first);
+  to.append(wide, n, found.within, first);
 }
 
 void collect_magnitudes(const Kept& kept, const KeyRange* ranges, int count, int64_t* keys_out,

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "chunk.h"
+#include "narrow.h"
 
 namespace mergecore::cpu {
 
@@ -41,9 +41,11 @@ inline bool are_plain_bf16(const Inputs& in) {
 // Deltas of model m with what `in.drops` says. `base` holds zeros where there is none.
 void load_deltas(const Inputs& in, int m, int64_t entry, int n, const double* base, double* delta);
 void load_all_deltas(const Inputs& in, int64_t entry, int n, Deltas* deltas);
-// keys[i]: the bits of |d| of model m in float32, of plain bf16 models. False where float32 does
-// not tell all of them exactly.
-bool narrow_keys(const Inputs& in, int m, int64_t entry, int n, uint32_t* keys);
+// The keys of model m's deltas, of plain bf16 models. False where float32 does not tell them all.
+inline bool narrow_keys(const Inputs& in, int m, int64_t entry, int n, uint32_t* keys) {
+  return narrow_keys_of(static_cast<const uint16_t*>(at(in.models[m], entry)),
+                        static_cast<const uint16_t*>(at(in.base, entry)), n, keys);
+}
 // What the measures of all models of a run have in common: the standard deviation, or the sum of
 // the deltas.
 void common_run(const Kept& kept, const Deltas* deltas, int n, double* common);

@@ -1,0 +1,53 @@
+// Keys of the differences of bf16 numbers as float32 bits, half as wide as those of float64. Not
+// for what is counted and collected by them (magnitudes.cpp).
+#pragma once
+
+#include <algorithm>
+
+#include "chunk.h"
+
+namespace mergecore::cpu {
+
+// A key of float32 bits k > 0 has the float64 bits (k << kNarrow) + kRebias.
+constexpr int kNarrow = 29;
+constexpr int64_t kRebias = int64_t{1023 - 127} << 52;
+constexpr int64_t kLeastKey = 0x00800000;     // of normal numbers
+constexpr int64_t kInfiniteKey = 0x7f800000;  // and below it all keys are
+
+constexpr int kPlaces = 64;  // entries side by side
+
+inline int64_t widened(uint32_t key) {
+  return key == 0 ? 0 : (static_cast<int64_t>(key) << kNarrow) + kRebias;
+}
+
+// The float32 key of the largest number whose float64 key is not beyond `key`; -1 if there is none.
+inline int32_t narrow_floor(int64_t key) {
+  if (key < widened(kLeastKey)) return key < 0 ? -1 : 0;
+  return static_cast<int32_t>(std::min<int64_t>((key - kRebias) >> kNarrow, 0x7fffffff));
+}
+
+// keys[i] = the bits of |x[i] - a[i]| in float32. False if one of them may not be exact, or is not
+// that of a normal number or zero.
+bool narrow_keys_of(const uint16_t* x, const uint16_t* a, int n, uint32_t* keys);
+
+// What a few bins side by side count, and what lies beyond them. Keys `first` + (bin << shift) are
+// the first ones of bins.
+struct NarrowBins {
+  int shift;
+  uint32_t first, last;  // keys: first <= key < last lies in one of the bins; 0 does not
+  uint32_t hot = 0;      // the bin with most keys, as far as is known: many keys may be one number
+  int64_t zeros = 0, below = 0, above = 0;
+
+  // Of the bins [offset, offset + bins), numbered by float64 keys >> shift.
+  NarrowBins(int wide_shift, int64_t offset, int64_t count);
+  // Counts n <= kChunk keys; counts[bin] of those that lie in one.
+  void add(const uint32_t* keys, int n, uint32_t* counts);
+};
+
+// How many of the keys are `equal`, and how many lie from `first` to `last`.
+struct Found {
+  int32_t equal, within;
+};
+Found find_keys(const uint32_t* keys, int n, int32_t equal, int32_t first, int32_t last);
+
+}  // namespace mergecore::cpu
