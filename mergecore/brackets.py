@@ -15,7 +15,8 @@ DEVIATIONS = 5.0
 WIDEST = 0.25
 """Share of the entries within a bracket beyond which it is not worth while."""
 REACH = 16.0
-"""How far beyond the sample the largest entry may lie, or the smallest other than zero."""
+"""How far beyond the sample's largest entry others may lie; as likely, as many times below its smallest as there are
+entries for each of the sample."""
 
 
 class Sample:
@@ -41,6 +42,6 @@ class Sample:
         low, high = (math.floor(size * (1.0 - share + side * apart)) for side in (-1, 1))
         zeros = int(np.searchsorted(rising, 0.0, side="right"))
         smallest = float(rising[min(size - 1, zeros)])
-        least = float(rising[low]) if low >= 0 else smallest / REACH
+        least = float(rising[max(0, low)]) if low >= 0 or zeros else smallest / (REACH * self.entries / size)
         most = float(rising[high]) if high < size else float(rising[-1]) * REACH
         return (least or min(smallest, most), most) if 2.0 * apart < WIDEST and math.isfinite(most) else None

@@ -108,32 +108,37 @@ bool narrow_keys_of(const uint16_t* x, const uint16_t* a, int n, uint32_t* keys)
 }
 
 NarrowBins::NarrowBins(int wide_shift, int64_t offset, int64_t count)
-    : shift(wide_shift - kNarrow) {
+    : shift_(wide_shift - kNarrow),
+      offset_(static_cast<int32_t>(offset - (kRebias >> wide_shift))) {
+  // Both limits are multiples of a bin's width, so that bins lie inside or outside as a whole.
   const auto key_of = [&](int64_t bin) {
-    const int64_t key = (bin - (kRebias >> wide_shift)) << shift;
+    const int64_t key = bin * (int64_t{1} << shift_);
     return static_cast<uint32_t>(std::clamp<int64_t>(key, kLeastKey, kInfiniteKey));
   };
-  first = key_of(offset);
-  last = key_of(offset + count);
+  first_ = key_of(offset_);
+  last_ = key_of(offset_ + count);
 }
 
 void NarrowBins::add(const uint32_t* keys, int n, uint32_t* counts) {
   alignas(64) uint8_t inside[kChunk];
-  const Split found = split_keys(keys, n, first, last, first + (hot << shift), shift, inside);
+  const Split found = split_keys(keys, n, first_, last_, hot_, shift_, inside);
   zeros += found.zeros;
   above += found.above;
   below += n - found.zeros - found.above - found.inside - found.hot;
-  counts[hot] += static_cast<uint32_t>(found.hot);
+  const auto count_of = [&](uint32_t key) -> uint32_t& {
+    return counts[static_cast<int32_t>(key >> shift_) - offset_];
+  };
+  if (found.hot != 0) count_of(hot_) += static_cast<uint32_t>(found.hot);
   if (found.inside == 0) return;
   std::fill(inside + n, inside + (n + kPlaces - 1) / kPlaces * kPlaces, uint8_t{0});
-  uint32_t bin = hot;
+  uint32_t key = kInfiniteKey;
   for (int start = 0; start < n; start += kPlaces) {
     for (uint64_t bits = bits_of(inside + start); bits != 0; bits &= bits - 1) {
-      bin = (keys[start + __builtin_ctzll(bits)] - first) >> shift;
-      ++counts[bin];
+      key = keys[start + __builtin_ctzll(bits)];
+      ++count_of(key);
     }
   }
-  if (counts[bin] > counts[hot]) hot = bin;
+  if (hot_ == kInfiniteKey || count_of(key) > count_of(hot_)) hot_ = key >> shift_ << shift_;
 }
 
 MERGECORE_CLONES

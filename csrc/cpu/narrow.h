@@ -11,8 +11,8 @@ namespace mergecore::cpu {
 // A key of float32 bits k > 0 has the float64 bits (k << kNarrow) + kRebias.
 constexpr int kNarrow = 29;
 constexpr int64_t kRebias = int64_t{1023 - 127} << 52;
-constexpr int64_t kLeastKey = 0x00800000;     // of normal numbers
-constexpr int64_t kInfiniteKey = 0x7f800000;  // and below it all keys are
+constexpr uint32_t kLeastKey = 0x00800000;     // of normal numbers
+constexpr uint32_t kInfiniteKey = 0x7f800000;  // and below it all keys are
 
 constexpr int kPlaces = 64;  // entries side by side
 
@@ -30,18 +30,23 @@ inline int32_t narrow_floor(int64_t key) {
 // that of a normal number or zero.
 bool narrow_keys_of(const uint16_t* x, const uint16_t* a, int n, uint32_t* keys);
 
-// What a few bins side by side count, and what lies beyond them. Keys `first` + (bin << shift) are
-// the first ones of bins.
-struct NarrowBins {
-  int shift;
-  uint32_t first, last;  // keys: first <= key < last lies in one of the bins; 0 does not
-  uint32_t hot = 0;      // the bin with most keys, as far as is known: many keys may be one number
+// A few bins side by side, and how many keys lie beyond them.
+class NarrowBins {
+ public:
+  // The bins [offset, offset + count), numbered by float64 keys >> shift.
+  NarrowBins(int shift, int64_t offset, int64_t count);
+
+  // Counts n <= kChunk keys: counts[bin] of those that lie in one.
+  void add(const uint32_t* keys, int n, uint32_t* counts);
+
   int64_t zeros = 0, below = 0, above = 0;
 
-  // Of the bins [offset, offset + bins), numbered by float64 keys >> shift.
-  NarrowBins(int wide_shift, int64_t offset, int64_t count);
-  // Counts n <= kChunk keys; counts[bin] of those that lie in one.
-  void add(const uint32_t* keys, int n, uint32_t* counts);
+ private:
+  int shift_;  // of float32 keys
+  int32_t offset_;
+  uint32_t first_, last_;        // keys inside: first <= key < last
+  uint32_t hot_ = kInfiniteKey;  // the first key of the bin with most, as far as is known: many
+                                 // differences may be one number
 };
 
 // How many of the keys are `equal`, and how many lie from `first` to `last`.

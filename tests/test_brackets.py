@@ -1,0 +1,198 @@
+"""Thresholds that a sample brackets: few bins are counted, top sets stay exact, a sample that misleads costs a read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mergecore import ops, selecting
+from mergecore.brackets import Sample
+from mergecore.methods.base import Keep
+from mergecore.ops import Place
+from mergecore.selecting import FIRST, INFINITE, SHIFT, choose
+from tests import oracle
+from tests.test_kernels import threads
+from tests.test_selection import InMemory, deltas_of, mask_of, trimmed
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@contextmanager
+def counted(pieces: int = 8, length: int = 16) -> Iterator[list[int]]:
+    """How many bins each read counts; samples are small."""
+    bins: list[int] = []
+    count = ops.count_magnitudes
+
+    def counting(base: Any, models: Any, histogram: Tensor, **where: Any) -> None:
+        if where["place"].first_entry == 0:
+            bins.append(histogram.shape[1])
+        count(base, models, histogram, **where)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selecting, "PIECES", pieces)
+        patch.setattr(selecting, "PIECE", length)
+        patch.setattr(ops, "count_magnitudes", counting)
+        yield bins
+
+
+def assert_exact(made: InMemory, keeps: list[Keep]) -> None:
+    drops = choose(keeps, made, Place(), range(len(keeps)))
+    for keep, drop, delta in zip(keeps, drops, deltas_of(made.base, made.models), strict=True):
+        assert np.array_equal(mask_of(drop, np.abs(delta)), trimmed(delta, keep.density, keep.outliers))
+
+
+def made_of(deltas: Tensor, dtype: torch.dtype = F32, cuts: tuple[int, ...] = ()) -> InMemory:
+    base = torch.zeros_like(deltas, dtype=dtype)
+    return InMemory(base, [deltas.to(dtype)], cuts, block=64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    entries=st.sampled_from([129, 1000, 5000]),
+    kind=st.sampled_from(["even", "rising", "rows", "grid", "zeros", "spikes", "constant"]),
+    dtype=st.sampled_from([BF16, F32, torch.float64]),
+    density=st.sampled_from([1e-4, 0.01, 0.3, 0.5, 0.9, 0.9999]),
+    gamma=st.sampled_from([0.0, 0.01, 0.3]),
+    cuts=st.lists(st.integers(0, 5000), max_size=2),
+    workers=st.integers(1, 3),
+)
+def test_top_sets_are_exact_whatever_the_sample_says(
+    seed: int, entries: int, kind: str, dtype: torch.dtype, density: float, gamma: float, cuts: list[int], workers: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    deltas = torch.randn(2, entries, generator=random, dtype=torch.float64) * 1e-3
+    places = torch.arange(entries)
+    if kind == "rising":
+        deltas *= 2.0 ** (places / entries * 30 - 20)
+    elif kind == "rows":
+        deltas *= 2.0 ** torch.randint(-3, 3, (entries // 64 + 1,), generator=random).repeat_interleave(64)[:entries]
+    elif kind == "grid":
+        deltas = torch.randint(-3, 4, deltas.shape, generator=random) / 64.0
+    elif kind == "zeros":
+        deltas *= places % 97 == 0
+    elif kind == "spikes":  # where no sample is taken
+        deltas *= torch.where(places % 128 == 1, 1e6, 1.0)
+    elif kind == "constant":
+        deltas = torch.full_like(deltas, 0.25)
+    base = (torch.randn(entries, generator=random) * 0.02 if kind != "grid" else torch.zeros(entries)).to(dtype)
+    models = [(base.double() + delta).to(dtype) for delta in deltas]
+    keeps = [Keep(density=density, outliers=gamma), Keep(density=1 - density)]
+    with counted(), threads(workers):
+        assert_exact(InMemory(base, models, tuple(cuts), block=64), keeps)
+
+
+@pytest.mark.parametrize("cuts", [(), (1000, 30000)], ids=["one window", "several"])
+def test_an_even_tensor_is_counted_once_in_few_bins(cuts: tuple[int, ...]) -> None:
+    made = made_of(torch.randn(1 << 16, generator=torch.Generator().manual_seed(1)), cuts=cuts)
+    made.block = 1024
+    with counted(64, 64) as bins:
+        assert_exact(made, [Keep(density=0.5)])
+    assert len(bins) == 1
+    assert bins[0] < 1000
+    assert made.reads == 2
+
+
+def test_a_sample_that_misleads_costs_one_read_of_all_bins() -> None:
+    deltas = torch.full((8000,), 1000.0)
+    step = (8000 - 64) // 15
+    for piece in range(16):  # all that lies between the pieces is a thousand times as large
+        deltas[piece * step : piece * step + 64] = 1.0
+    made = made_of(deltas * (1 + torch.rand(8000, generator=torch.Generator().manual_seed(2))))
+    with counted(16, 64) as bins:
+        assert_exact(made, [Keep(density=0.5)])
+    assert [count == selecting.BINS for count in bins] == [False, True]
+
+
+def test_a_tensor_whose_parts_differ_is_counted_in_all_bins_at_once() -> None:
+    made = made_of(torch.randn(5000) * torch.where(torch.arange(5000) < 2500, 1e-6, 1.0))
+    with counted() as bins:
+        assert_exact(made, [Keep(density=0.5)])
+    assert bins == [selecting.BINS]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    share=st.sampled_from([0.01, 0.2, 0.5, 0.99]),
+    scales=st.sampled_from([0.0, 0.1, 0.3]),
+)
+def test_a_bracket_holds_the_threshold_where_rows_differ(seed: int, share: float, scales: float) -> None:
+    random = np.random.default_rng(seed)
+    rows = np.abs(random.normal(size=(1024, 128)) * np.exp(scales * random.normal(size=(1024, 1))))
+    sample = Sample(np.ascontiguousarray(rows[::16]), rows.size)
+    count = max(1, round(share * rows.size))
+    threshold = np.sort(rows, axis=None)[-count]
+    bracket = sample.bracket(count)
+    assert bracket is not None
+    assert bracket[0] <= threshold <= bracket[1]
+    inside = ((rows >= bracket[0]) & (rows <= bracket[1])).mean()
+    assert inside < 0.1 + 0.5 * scales
+
+
+def test_a_sample_with_infinities_brackets_nothing_beside_them() -> None:
+    values = np.ones((8, 16))
+    values[:, 0] = np.nan
+    assert Sample(values, 1000).bracket(10) is None
+
+
+# The kernel ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    entries=st.sampled_from([1, 63, 64, 65, 511, 512, 513, 3000]),
+    kind=st.sampled_from(["near", "apart", "tiny", "zeros", "wild"]),
+    bins=st.sampled_from([5, 6, 40, 1024, 8192]),
+    shift=st.sampled_from([40, 42, 45, 52]),
+    same=st.booleans(),
+)
+def test_few_bins_count_what_their_definition_says(
+    seed: int, entries: int, kind: str, bins: int, shift: int, same: bool
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    base = torch.randn(entries, 1, generator=random) * 0.02
+    model = base + torch.randn(entries, 1, generator=random) * 1e-3
+    if kind == "apart":  # no float32 holds the difference
+        model = base * 2.0 ** torch.randint(-40, 40, base.shape, generator=random)
+    elif kind == "tiny":
+        base, model = base * 2.0**-110, model * 2.0**-110
+    elif kind == "zeros":
+        hidden = torch.rand(base.shape, generator=random)
+        base, model = base * (hidden < 0.5), model * (hidden > 0.3)
+    elif kind == "wild":
+        model[::7] = torch.tensor([float("inf"), float("nan"), 3e38, -0.0])[
+            torch.randint(0, 4, model[::7].shape, generator=random)
+        ]
+    base, model = base.to(BF16), model.to(BF16)
+    models = [model, model] if same else [model, base]
+    delta = oracle.floats(models[0]) - oracle.floats(base)
+    finite = np.abs(delta[np.isfinite(delta) & (delta != 0)])
+    middle = int(np.float64(np.median(finite) if finite.size else 1.0).view(np.int64)) >> shift
+    offsets = [middle - bins // 2, middle - 3]
+    found = torch.zeros(2, bins, dtype=torch.int64)
+    ops.count_magnitudes(base, models, found, shift=shift, offsets=offsets, clamp=True, place=Place())
+    for counts, offset, each in zip(found, offsets, models, strict=True):
+        with np.errstate(invalid="ignore"):
+            sizes = np.abs(oracle.floats(each) - oracle.floats(base)).reshape(-1)
+        keys = sizes.view(np.int64)
+        numbers = np.clip((keys >> shift) - offset, 1, bins - 2)
+        numbers = np.where(keys == 0, 0, np.where(keys >= INFINITE, bins - 1, numbers))
+        assert np.array_equal(counts.numpy(), np.bincount(numbers, minlength=bins))
+
+
+def test_bins_far_from_all_numbers_hold_nothing() -> None:
+    base, model = torch.zeros(100, 1, dtype=BF16), torch.ones(100, 1, dtype=BF16)
+    for offset, place in ((FIRST, 4), (FIRST + 340 * 1024, 1), (-(1 << 27), 4)):
+        found = torch.zeros(1, 6, dtype=torch.int64)
+        ops.count_magnitudes(base, [model], found, shift=SHIFT, offsets=[offset], clamp=True, place=Place())
+        assert found.tolist() == [[100 if n == place else 0 for n in range(6)]]
