@@ -28,7 +28,10 @@ constexpr double kSmallestQuick = 0x1p-60;  // of coefficients, so that products
 constexpr double kLargestQuick = 0x1p60;
 constexpr double kLeastError = 0x1p-120;    // e
 constexpr double kGreatestQuick = 0x1p120;  // S X, with room below float32's largest number
-constexpr int kMostSteps = 16;              // k
+constexpr double kGreatestElected = 0x1p104;
+constexpr double kLeastDivided = 0x1p-80;
+constexpr int kMostSteps = 16;  // k
+constexpr int kFewBinades = 8;  // between an entry's numbers: nearly always they are closer
 
 MERGECORE_INLINE bool is_tame(double coefficient) {
   const double size = fabs(coefficient);
@@ -58,6 +61,11 @@ MERGECORE_INLINE int exact_binades(int most_steps, double sum) {
   const int up = (bits & 0xfffffffffffffull) != 0;  // ceil(log2(sum)), `sum` being a normal number
   const int binades = 16 - most_steps - exponent - up;
   return binades < 0 ? 0 : binades > 15 ? 15 : binades;
+}
+
+// The bits of a positive number cut to bf16.
+MERGECORE_INLINE uint16_t cut_bits(double number) {
+  return static_cast<uint16_t>(bit_cast<uint32_t>(static_cast<float>(number)) >> 16);
 }
 
 }  // namespace mergecore
