@@ -39,25 +39,30 @@ float rounded_down(double limit) {
 // Bit i is set where float32 does not decide block i.
 template <int kModels>
 inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElection& e, int n) {
-  const uint16_t* numbers[kModels + 1] = {e.base};
-  for (int m = 0; m < kModels; ++m) numbers[m + 1] = e.models[m];
   const uint16_t spread = e.spread, least = e.least_size, greatest = e.greatest;
   uint32_t blocks = 0;
   for (int place = 0; place < n; place += kQuick) {
-    for (int m = 0; m <= kModels; ++m) fetch<0>(numbers[m] + place + kChunk);
+    alignas(64) uint16_t largest[kQuick], smallest[kQuick];  // less one: beside it zeros do not count
+    std::fill_n(largest, kQuick, uint16_t{0});
+    std::fill_n(smallest, kQuick, uint16_t{0xffff});
+    for (int m = -1; m < kModels; ++m) {
+      const uint16_t* numbers = (m < 0 ? e.base : e.models[m]) + place;
+      fetch<0>(numbers + kChunk);
+      for (int i = 0; i < kQuick; ++i) {
+        const uint16_t size = numbers[i] & 0x7fffu;
+        largest[i] = size > largest[i] ? size : largest[i];
+      }
+      for (int i = 0; i < kQuick; ++i) {
+        const uint16_t less = static_cast<uint16_t>((numbers[i] & 0x7fffu) - 1);
+        smallest[i] = less < smallest[i] ? less : smallest[i];
+      }
+    }
     fetch<1>(e.out + place + kChunk);
     uint16_t undecided = 0;
-    for (int i = place; i < place + kQuick; ++i) {
-      uint16_t largest = 0, smallest = 0xffff;  // less one: beside it zeros do not count
-#pragma GCC unroll 5
-      for (int m = 0; m <= kModels; ++m) {
-        const uint16_t size = numbers[m][i] & 0x7fffu;
-        const uint16_t less = static_cast<uint16_t>(size - 1);
-        largest = size > largest ? size : largest;
-        smallest = less < smallest ? less : smallest;
-      }
-      const uint16_t apart = static_cast<uint16_t>(largest - smallest);
-      undecided |= (apart > spread) | (largest > greatest) | (smallest < least);
+    for (int i = 0; i < kQuick; ++i) {
+      undecided |= static_cast<uint16_t>(largest[i] - smallest[i]) > spread;
+      undecided |= largest[i] > greatest;
+      undecided |= smallest[i] < least;
     }
     blocks |= uint32_t{undecided} << place / kQuick;
   }
