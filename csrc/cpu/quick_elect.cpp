@@ -20,29 +20,24 @@ inline __attribute__((always_inline)) float inverse(float power) {
   return bit_cast<float>(0x7f000000u - bit_cast<uint32_t>(power));
 }
 
-// `value`, negated where `sign` is below zero.
-inline __attribute__((always_inline)) float turned(float value, float sign) {
-  return bit_cast<float>(bit_cast<uint32_t>(value) ^ (bit_cast<uint32_t>(sign) & 0x80000000u));
-}
-
-// The smallest float32 number that is not below `limit`, and the largest that is not beyond it.
-float rounded_up(double limit) {
-  const auto near = static_cast<float>(limit);
-  return near < limit ? std::nextafter(near, HUGE_VALF) : near;
-}
-
-float rounded_down(double limit) {
-  const auto near = static_cast<float>(limit);
-  return near > limit ? std::nextafter(near, -HUGE_VALF) : near;
+// The float32 magnitudes from `least` to `most`.
+Magnitudes magnitudes_within(double least, double most) {
+  const auto low = static_cast<float>(std::max(least, 0.0)), high = static_cast<float>(most);
+  const float first = low < least ? std::nextafter(low, HUGE_VALF) : low;
+  const float last = high > most ? std::nextafter(high, -HUGE_VALF) : high;
+  if (!(first <= last)) return {0x80000000u, 0};  // none
+  const auto from = bit_cast<uint32_t>(first);
+  return {from, bit_cast<uint32_t>(last) - from};
 }
 
 // Bit i is set where float32 does not decide block i.
 template <int kModels>
 inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElection& e, int n) {
   const uint16_t spread = e.spread, least = e.least_size, greatest = e.greatest;
-  uint32_t blocks = 0;
+  alignas(64) uint16_t undecided[kQuick] = {};  // bit i: of block i
   for (int place = 0; place < n; place += kQuick) {
-    alignas(64) uint16_t largest[kQuick], smallest[kQuick];  // less one: beside it zeros do not count
+    alignas(64) uint16_t largest[kQuick];
+    alignas(64) uint16_t smallest[kQuick];  // less one: beside it zeros do not count
     std::fill_n(largest, kQuick, uint16_t{0});
     std::fill_n(smallest, kQuick, uint16_t{0xffff});
     for (int m = -1; m < kModels; ++m) {
@@ -58,14 +53,15 @@ inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElect
       }
     }
     fetch<1>(e.out + place + kChunk);
-    uint16_t undecided = 0;
+    const auto bit = static_cast<uint16_t>(1 << place / kQuick);
     for (int i = 0; i < kQuick; ++i) {
-      undecided |= static_cast<uint16_t>(largest[i] - smallest[i]) > spread;
-      undecided |= largest[i] > greatest;
-      undecided |= smallest[i] < least;
+      const uint16_t apart = static_cast<uint16_t>(largest[i] - smallest[i]);
+      const uint16_t far = (apart > spread) | (largest[i] > greatest) | (smallest[i] < least);
+      undecided[i] |= static_cast<uint16_t>(far * bit);
     }
-    blocks |= uint32_t{undecided} << place / kQuick;
   }
+  uint16_t blocks = 0;
+  for (int i = 0; i < kQuick; ++i) blocks |= undecided[i];
   return blocks;
 }
 
@@ -73,43 +69,43 @@ inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElect
 template <int kModels, Mix kMix>
 inline __attribute__((always_inline)) void mix_words(const QuickElection& e, int n) {
   const Word* model[kModels];
-  float least[kModels], most[kModels], side[kModels], coefficient[kModels], weight[kModels];
+  uint32_t least[kModels], extent[kModels];
+  float side[kModels], share[kModels], weight[kModels];
   for (int m = 0; m < kModels; ++m) {
     model[m] = reinterpret_cast<const Word*>(e.models[m]);
-    least[m] = e.least[m];
-    most[m] = e.most[m];
+    least[m] = e.kept[m].least;
+    extent[m] = e.kept[m].extent;
     side[m] = e.side[m];
-    coefficient[m] = e.coefficient[m];
+    share[m] = e.share[m];
     weight[m] = e.weight[m];
   }
   const auto mix = [&](float a, const float* x) __attribute__((always_inline)) {
-    float d[kModels];
-    float mixed = 0.0f, sum = 0.0f, divisor = 0.0f;
+    float vote[kModels];
+    float sum = 0.0f, mixed = 0.0f, divisor = 0.0f;
 #pragma GCC unroll 4
     for (int m = 0; m < kModels; ++m) {
-      const float delta = x[m] - a, size = fabsf(delta);
-      d[m] = (size < least[m]) | (size > most[m]) ? 0.0f : delta;
-      if constexpr (kMix == Mix::all) {
-        mixed += coefficient[m] * d[m];
-      } else {
-        sum += side[m] * d[m];
-      }
+      float d = x[m] - a;
+      d = (bit_cast<uint32_t>(d) & 0x7fffffffu) - least[m] <= extent[m] ? d : 0.0f;
+      vote[m] = side[m] * d;
+      sum = m == 0 ? vote[m] : sum + vote[m];
     }
-    if constexpr (kMix != Mix::all) {
+    if constexpr (kMix == Mix::all) {
+      mixed = sum;
+    } else {
+      const uint32_t sign = bit_cast<uint32_t>(sum) & 0x80000000u;
 #pragma GCC unroll 4
       for (int m = 0; m < kModels; ++m) {
-        const bool agrees = turned(side[m] * d[m], sum) > 0.0f;
-        mixed += agrees ? coefficient[m] * d[m] : 0.0f;
-        divisor += agrees ? weight[m] : 0.0f;
+        const bool agrees = bit_cast<float>(bit_cast<uint32_t>(vote[m]) ^ sign) > 0.0f;
+        mixed = agrees ? fmaf(share[m], vote[m], mixed) : mixed;
+        divisor = agrees ? divisor + weight[m] : divisor;
       }
     }
     float result;
     if constexpr (kMix == Mix::all || kMix == Mix::elected) {
       result = a + mixed;
     } else {
-      const float size = divisor == 0.0f ? 1.0f : fabsf(divisor);
-      const float whole = size * a + turned(mixed, divisor);
-      result = kMix == Mix::halved ? whole * inverse(size) : whole / size;
+      const float whole = fmaf(divisor, a, mixed);
+      result = kMix == Mix::halved ? whole * inverse(divisor) : whole / divisor;
     }
     return rounded(mixed == 0.0f ? a : result);
   };
@@ -182,11 +178,9 @@ QuickElect::QuickElect(const Election& e) : election_(e) {
   applies_ = take_coefficients();
   for (int m = 0; m < e.kept.inputs.count; ++m) {
     const Drop drop = e.kept.keeps == nullptr ? Drop{0, 0, 1.0} : e.kept.keeps[m];
-    // Ties are kept before the first place, and beyond the second.
-    const double more = std::nextafter(drop.least, HUGE_VAL);
-    const double less = std::nextafter(drop.most, -HUGE_VAL);
-    limits_[m] = {{rounded_up(more), rounded_up(drop.least)},
-                  {rounded_down(drop.most), rounded_down(less)}};
+    const double least[] = {std::nextafter(drop.least, HUGE_VAL), drop.least};
+    const double most[] = {drop.most, std::nextafter(drop.most, -HUGE_VAL)};
+    for (int i = 0; i < 4; ++i) kept_[m][i] = magnitudes_within(least[i % 2], most[i / 2]);
   }
 }
 
@@ -194,29 +188,30 @@ QuickElect::QuickElect(const Election& e) : election_(e) {
 bool QuickElect::take_coefficients() {
   const Election& e = election_;
   const int count = e.kept.inputs.count;
-  const bool divides = e.normalize && e.elect != Elect::none;
+  const bool elects = e.elect != Elect::none, divides = elects && e.normalize;
   if (!is_tame(e.scale) || (divides && !is_power_of_two(e.scale))) return false;
   int most_steps = 0;
-  double votes = 0.0, weights = 0.0, sum = 0.0;
+  double votes = 0.0, shares = 0.0, weights = 0.0;
   for (int m = 0; m < count; ++m) {
     const double w = e.weights[m], kept = e.kept.keeps == nullptr ? 1.0 : e.kept.keeps[m].scale;
-    if (!is_tame(w) || !is_tame(kept)) return false;
-    const double side = (e.elect == Elect::weighted ? w : 1.0) * kept;
-    const double coefficient = e.scale * w * kept;
+    if (!is_tame(w) || !is_tame(kept) || (divides && w < 0.0)) return false;
+    const double votes_by = e.elect == Elect::unweighted ? 1.0 : w;
+    const double side = elects ? votes_by * kept : e.scale * w * kept;
+    const double share = !elects ? 1.0 : e.elect == Elect::weighted ? e.scale : e.scale * w;
     run_.side[m] = static_cast<float>(side);
-    run_.coefficient[m] = static_cast<float>(coefficient);
+    run_.share[m] = static_cast<float>(share);
     run_.weight[m] = static_cast<float>(w);
     most_steps = std::max(most_steps, steps(e.scale) + steps(w) + steps(kept));
     votes += 2.0 * fabs(side);
-    sum += 2.0 * fabs(coefficient);
-    weights += fabs(w);
+    shares += 2.0 * fabs(share * side);
+    weights += w;
   }
-  sum = std::max(votes, sum + (divides ? std::max(1.0, weights) : 1.0));
+  const double sum = std::max(votes, shares + (divides ? std::max(weights, 1.0) : 1.0));
   const int binades = exact_binades(most_steps, sum);
   run_.spread = static_cast<uint16_t>(binades << 7);
   run_.greatest = cut_bits(kGreatestElected / sum);
   run_.least_size = divides ? cut_bits(kLeastDivided) : 0;
-  mix_ = e.elect == Elect::none ? Mix::all : divides ? Mix::halved : Mix::elected;
+  mix_ = !elects ? Mix::all : divides ? Mix::halved : Mix::elected;
   for (int some = 1; divides && some < 1 << count; ++some) {
     double divisor = 0.0;
     for (int m = 0; m < count; ++m) divisor += (some >> m & 1) != 0 ? e.weights[m] : 0.0;
@@ -225,19 +220,18 @@ bool QuickElect::take_coefficients() {
   return binades >= kFewBinades;
 }
 
-// The limits of a run. False where two numbers do not tell: ties are kept in a part of it only.
+// False where two limits do not tell what is kept of a run: ties are in a part of it only.
 bool QuickElect::take_limits(int64_t first, int n) {
   for (int m = 0; m < election_.kept.inputs.count; ++m) {
-    bool before_least = false, before_most = false;
+    int which = 0;
     if (election_.kept.keeps != nullptr) {
       const Drop& drop = election_.kept.keeps[m];
-      before_least = first < drop.least_before;
-      before_most = first < drop.most_before;
-      if (before_least != (first + n - 1 < drop.least_before)) return false;
-      if (before_most != (first + n - 1 < drop.most_before)) return false;
+      const int64_t last = first + n - 1;
+      if ((first < drop.least_before) != (last < drop.least_before)) return false;
+      if ((first < drop.most_before) != (last < drop.most_before)) return false;
+      which = (first < drop.least_before) + 2 * (first < drop.most_before);
     }
-    run_.least[m] = limits_[m].least[before_least];
-    run_.most[m] = limits_[m].most[before_most];
+    run_.kept[m] = kept_[m][which];
   }
   return true;
 }
@@ -257,12 +251,12 @@ const uint16_t* QuickElect::kept_at_random(int m, int64_t entry, int n) {
   uint16_t greatest;
   if (kept.odds == nullptr) {
     const auto last_dropped = static_cast<uint32_t>(drop.threshold - 1);
-    greatest = drop_run(run_.base, model, numbers, last_dropped, n, kept_[m]);
+    greatest = drop_run(run_.base, model, numbers, last_dropped, n, dropped_[m]);
   } else {
     const double* odds = kept.odds + m * w.rows * w.columns + entry;
-    greatest = keep_run(run_.base, model, numbers, odds, n, kept_[m]);
+    greatest = keep_run(run_.base, model, numbers, odds, n, dropped_[m]);
   }
-  return greatest > run_.greatest ? nullptr : kept_[m];
+  return greatest > run_.greatest ? nullptr : dropped_[m];
 }
 
 uint32_t QuickElect::store(int64_t entry, int n) {

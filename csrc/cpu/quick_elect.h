@@ -11,13 +11,18 @@ namespace mergecore::cpu {
 // divided by the sum of their weights: a power of two, or any number.
 enum class Mix { all, elected, halved, divided };
 
+// Those whose float32 bits are `least` to `least` + `extent`.
+struct Magnitudes {
+  uint32_t least, extent;
+};
+
 // Entries of a run; pointers are to the first.
 struct QuickElection {
   const uint16_t* base;
   const uint16_t* models[kMaxPlain];
-  float least[kMaxPlain], most[kMaxPlain];  // magnitudes below or beyond are not kept
-  float side[kMaxPlain];                    // a delta times this is its vote
-  float coefficient[kMaxPlain];             // ... and this is what it adds to the base
+  Magnitudes kept[kMaxPlain];  // deltas of others are dropped
+  float side[kMaxPlain];       // a delta times this is its vote
+  float share[kMaxPlain];      // a vote times this is added to the base
   float weight[kMaxPlain];
   uint16_t spread;                // bits between an entry's least and largest number, at most
   uint16_t least_size, greatest;  // of an entry's numbers but 0, of all numbers
@@ -34,11 +39,6 @@ class QuickElect {
   uint32_t store(int64_t entry, int n);
 
  private:
-  // Float32 numbers that keep what a limit keeps, by whether entries stand before its place.
-  struct Limits {
-    float least[2], most[2];
-  };
-
   bool take_coefficients();
   bool take_limits(int64_t first, int n);
   const uint16_t* kept_at_random(int m, int64_t entry, int n);
@@ -47,9 +47,10 @@ class QuickElect {
   bool applies_ = false;
   Mix mix_ = Mix::all;
   QuickElection run_;
-  Limits limits_[kMaxPlain];
-  int rest_ = 0;                                  // runs until the next try
-  alignas(64) uint16_t kept_[kMaxPlain][kChunk];  // the run, the base where a delta is dropped
+  // Without and with ties of the least magnitude; the same without those of the largest.
+  Magnitudes kept_[kMaxPlain][4];
+  int rest_ = 0;                                     // runs until the next try
+  alignas(64) uint16_t dropped_[kMaxPlain][kChunk];  // a run without what is dropped at random
 };
 
 }  // namespace mergecore::cpu
