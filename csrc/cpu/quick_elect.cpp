@@ -15,11 +15,6 @@ bool is_power_of_two(double number) {
   return (bit_cast<uint64_t>(number) & 0xfffffffffffffull) == 0 && number != 0.0;
 }
 
-// 1 / power, of a positive power of two.
-inline __attribute__((always_inline)) float inverse(float power) {
-  return bit_cast<float>(0x7f000000u - bit_cast<uint32_t>(power));
-}
-
 // The float32 magnitudes from `least` to `most`.
 Magnitudes magnitudes_within(double least, double most) {
   const auto low = static_cast<float>(std::max(least, 0.0)), high = static_cast<float>(most);
@@ -100,13 +95,7 @@ inline __attribute__((always_inline)) void mix_words(const QuickElection& e, int
         divisor = agrees ? divisor + weight[m] : divisor;
       }
     }
-    float result;
-    if constexpr (kMix == Mix::all || kMix == Mix::elected) {
-      result = a + mixed;
-    } else {
-      const float whole = fmaf(divisor, a, mixed);
-      result = kMix == Mix::halved ? whole * inverse(divisor) : whole / divisor;
-    }
+    const float result = kMix == Mix::divided ? fmaf(divisor, a, mixed) / divisor : a + mixed;
     return rounded(mixed == 0.0f ? a : result);
   };
   const Word* base = reinterpret_cast<const Word*>(e.base);
@@ -133,9 +122,6 @@ inline __attribute__((always_inline)) uint32_t elect_models(const QuickElection&
       break;
     case Mix::elected:
       mix_words<kModels, Mix::elected>(e, n);
-      break;
-    case Mix::halved:
-      mix_words<kModels, Mix::halved>(e, n);
       break;
     case Mix::divided:
       mix_words<kModels, Mix::divided>(e, n);
@@ -211,12 +197,7 @@ bool QuickElect::take_coefficients() {
   run_.spread = static_cast<uint16_t>(binades << 7);
   run_.greatest = cut_bits(kGreatestElected / sum);
   run_.least_size = divides ? cut_bits(kLeastDivided) : 0;
-  mix_ = !elects ? Mix::all : divides ? Mix::halved : Mix::elected;
-  for (int some = 1; divides && some < 1 << count; ++some) {
-    double divisor = 0.0;
-    for (int m = 0; m < count; ++m) divisor += (some >> m & 1) != 0 ? e.weights[m] : 0.0;
-    if (divisor != 0.0 && !is_power_of_two(divisor)) mix_ = Mix::divided;
-  }
+  mix_ = !elects ? Mix::all : divides ? Mix::divided : Mix::elected;
   return binades >= kFewBinades;
 }
 

@@ -8,8 +8,8 @@
 namespace mergecore::cpu {
 
 // What is added to the base: the sum of all deltas, or of those of the elected sign; as it is, or
-// divided by the sum of their weights: a power of two, or any number.
-enum class Mix { all, elected, halved, divided };
+// divided by the sum of their weights.
+enum class Mix { all, elected, divided };
 
 // Those whose float32 bits are `least` to `least` + `extent`.
 struct Magnitudes {
