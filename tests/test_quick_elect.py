@@ -268,6 +268,23 @@ def test_deltas_and_weights_that_cancel(
     elected(base, models, weights, how=how, normalize=normalize, scale=scale)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("binade", range(4, 31))
+def test_a_tie_but_for_what_float32_cannot_hold(binade: int, normalize: bool) -> None:
+    """1 + 2^-8 is a tie; what small and nearly equal numbers leave of each other makes it none."""
+    small = 2.0**-binade
+    if normalize:  # the mean of all models
+        values = [-2 * small, 4.0, 2.0**-6, small * (1 + 2.0**-7), -small]
+        wanted = 1 + 2.0**-7
+    else:  # base and the sum of its distances: x_1 + x_2 + x_3 - 2 a
+        values = [small * (1 + 2.0**-7), 1 + 2.0**-7, 2.0**-8, 2 * small]
+        wanted = 1 + 2.0**-7
+    base, *models = (torch.full((1, 64), value, dtype=BF16) for value in values)
+    for how in HOWS[1:] if normalize else HOWS[:2]:
+        out = elected(base, models, [1.0] * len(models), how=how, normalize=normalize)
+        assert binade < 9 or (out == wanted).all(), how
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_ties_go_to_even(how: Elect) -> None:
     base = torch.full((4, 512), 1.0, dtype=BF16)

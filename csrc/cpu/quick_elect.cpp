@@ -28,7 +28,7 @@ Magnitudes magnitudes_within(double least, double most) {
 // Bit i is set where float32 does not decide block i.
 template <int kModels>
 inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElection& e, int n) {
-  const uint16_t spread = e.spread, least = e.least_size, greatest = e.greatest;
+  const uint16_t spread = e.spread, greatest = e.greatest;
   alignas(64) uint16_t undecided[kQuick] = {};  // bit i: of block i
   for (int place = 0; place < n; place += kQuick) {
     alignas(64) uint16_t largest[kQuick];
@@ -51,7 +51,7 @@ inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElect
     const auto bit = static_cast<uint16_t>(1 << place / kQuick);
     for (int i = 0; i < kQuick; ++i) {
       const uint16_t apart = static_cast<uint16_t>(largest[i] - smallest[i]);
-      const uint16_t far = (apart > spread) | (largest[i] > greatest) | (smallest[i] < least);
+      const uint16_t far = (apart > spread) | (largest[i] > greatest);
       undecided[i] |= static_cast<uint16_t>(far * bit);
     }
   }
@@ -196,7 +196,6 @@ bool QuickElect::take_coefficients() {
   const int binades = exact_binades(most_steps, sum);
   run_.spread = static_cast<uint16_t>(binades << 7);
   run_.greatest = cut_bits(kGreatestElected / sum);
-  run_.least_size = divides ? cut_bits(kLeastDivided) : 0;
   mix_ = !elects ? Mix::all : divides ? Mix::divided : Mix::elected;
   return binades >= kFewBinades;
 }

@@ -24,8 +24,8 @@ struct QuickElection {
   float side[kMaxPlain];       // a delta times this is its vote
   float share[kMaxPlain];      // a vote times this is added to the base
   float weight[kMaxPlain];
-  uint16_t spread;                // bits between an entry's least and largest number, at most
-  uint16_t least_size, greatest;  // of an entry's numbers but 0, of all numbers
+  uint16_t spread;    // bits between an entry's least and largest number, at most
+  uint16_t greatest;  // of all numbers
   uint16_t* out;
 };
 
