@@ -61,8 +61,8 @@ void row_gradient(const Inputs* in, const Matrix* gradient, double* sums, int64_
   cpu::row_gradient(*in, *gradient, sums, rows, 0, rows);
 }
 void blend(const Blend* b, int64_t entries, int64_t* counts) { cpu::blend(*b, 0, entries, counts[0], counts[1]); }
-void elect(const Inputs* in, const double* numbers, const Drop* keeps, int measure, int how, int consensus, double scale,
-           void* out, int64_t entries, int64_t* counts) {
+void elect(const Inputs* in, const double* numbers, const Drop* keeps, int measure, int how, int consensus,
+           double scale, void* out, int64_t entries, int64_t* counts) {
   Kept kept{*in, static_cast<Measure>(measure), numbers, 2, keeps, nullptr, false};
   Election election{kept, static_cast<Elect>(how), true, scale, numbers, numbers, consensus, out, Dtype::bf16};
   cpu::elect(election, 0, entries, counts[0], counts[1]);

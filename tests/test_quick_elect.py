@@ -268,21 +268,27 @@ def test_deltas_and_weights_that_cancel(
     elected(base, models, weights, how=how, normalize=normalize, scale=scale)
 
 
-@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("binade", range(4, 31))
-def test_a_tie_but_for_what_float32_cannot_hold(binade: int, normalize: bool) -> None:
-    """1 + 2^-8 is a tie; what small and nearly equal numbers leave of each other makes it none."""
+@pytest.mark.parametrize("how", HOWS[1:])
+def test_a_mean_that_is_a_tie_but_for_what_float32_cannot_hold(binade: int, how: Elect) -> None:
+    """(4 + 2^-6) / 4 is a tie; what small numbers leave of each other makes it none."""
     small = 2.0**-binade
-    if normalize:  # the mean of all models
-        values = [-2 * small, 4.0, 2.0**-6, small * (1 + 2.0**-7), -small]
-        wanted = 1 + 2.0**-7
-    else:  # base and the sum of its distances: x_1 + x_2 + x_3 - 2 a
-        values = [small * (1 + 2.0**-7), 1 + 2.0**-7, 2.0**-8, 2 * small]
-        wanted = 1 + 2.0**-7
+    values = [-2 * small, 4.0, 2.0**-6, small * (1 + 2.0**-7), -small]
     base, *models = (torch.full((1, 64), value, dtype=BF16) for value in values)
-    for how in HOWS[1:] if normalize else HOWS[:2]:
-        out = elected(base, models, [1.0] * len(models), how=how, normalize=normalize)
-        assert binade < 9 or (out == wanted).all(), how
+    assert (elected(base, models, [1.0] * 4, how=how) == 1 + 2.0**-7).all()
+
+
+@pytest.mark.parametrize("binade", range(4, 25))
+@pytest.mark.parametrize(("first", "sign", "wanted"), [(1.0, 1, 179 / 32), (1 + 2.0**-5, -1, 181 / 32)])
+@pytest.mark.parametrize("how", HOWS[:2])
+def test_a_sum_that_is_a_tie_but_for_what_float32_cannot_hold(
+    binade: int, first: float, sign: int, wanted: float, how: Elect
+) -> None:
+    """The same with S X nearly reached: 3 x - 2.5 a is a tie."""
+    small = sign * 2.0**-binade
+    values = [-(1 + 2.0**-5), first, small * (1 + 2.0**-7), -small]
+    base, *models = (torch.full((1, 64), value, dtype=BF16) for value in values)
+    assert (elected(base, models, [3.0, 0.25, 0.25], how=how, normalize=False) == wanted).all()
 
 
 @pytest.mark.parametrize("how", HOWS)
