@@ -18,6 +18,23 @@
 // included, and rounding to 40 bits leaves it as it is.
 // k is at most 16: so the multiples are float32 numbers however small q is (bf16 subnormals are
 // multiples of 2^-133, float32 ones of 2^-149).
+//
+// Elections (csrc/cpu/quick_elect.cpp) are tried only where they are exact. With weights w_n >= 0,
+// a scale t and s_n for what kept deltas are multiplied with, let 2^k t w_n s_n and all factors and
+// products of these be whole numbers. Votes are w_n s_n d_n or s_n d_n. In the place of
+// a + t sum w_n s_n d_n / D, D being the sum of the weights that agree, one computes R / D with
+// R = D a + t sum w_n s_n d_n. S is the larger of two bounds: of what votes sum up to, 2 sum |votes
+// for d_n = 1|, and of R, max(1, sum w_n) + 2 sum |t w_n s_n|. Votes, their sums and R are exact as
+// above. So signs are right: a sum other than 0 is at least 2^-24 of what its terms are at most,
+// and none is taken for noise (2^-40). What is compared with limits is exact, too.
+// Let h = 2^(-7-k) q, so that R is a multiple of h below 2^24 h, and M the middle of two bf16
+// numbers, an odd multiple of 2^(e-8) if 2^e < |M| < 2^(e+1). Float32's R / D, which is rounded
+// once, is on the right side of M unless |R - D M| <= D 2^(e-24) and not 0. But that is a multiple
+// of h or of 2^(-k+e-8), whichever is less: h > D 2^(e-24) because D 2^e < |R| < 2^24 h, and
+// 2^(-k+e-8) > D 2^(e-24) because 2^k D <= 2^k S <= 2^8, by kFewBinades. Where R / D is below the
+// normal numbers, M is a multiple of 2^-134 and |R / D - M| at least 2^-142, beside which rounding
+// by 2^-150 is nothing. Float64, which divides first, errs by less than 2^-28 h / D and
+// 2^(e-39), and not at all where R / D is M, t being a power of two: it rounds to the same side.
 #pragma once
 
 #include "numeric.h"
@@ -26,9 +43,11 @@ namespace mergecore {
 
 constexpr double kSmallestQuick = 0x1p-60;  // of coefficients, so that products are normal numbers
 constexpr double kLargestQuick = 0x1p60;
-constexpr double kLeastError = 0x1p-120;    // e
-constexpr double kGreatestQuick = 0x1p120;  // S X, with room below float32's largest number
-constexpr int kMostSteps = 16;              // k
+constexpr double kLeastError = 0x1p-120;      // e
+constexpr double kGreatestQuick = 0x1p120;    // S X, with room below float32's largest number
+constexpr double kGreatestElected = 0x1p104;  // S X of an election, with room for division
+constexpr int kMostSteps = 16;                // k
+constexpr int kFewBinades = 8;  // between an entry's numbers: nearly always they are closer
 
 MERGECORE_INLINE bool is_tame(double coefficient) {
   const double size = fabs(coefficient);
@@ -58,6 +77,11 @@ MERGECORE_INLINE int exact_binades(int most_steps, double sum) {
   const int up = (bits & 0xfffffffffffffull) != 0;  // ceil(log2(sum)), `sum` being a normal number
   const int binades = 16 - most_steps - exponent - up;
   return binades < 0 ? 0 : binades > 15 ? 15 : binades;
+}
+
+// The bits of a positive number cut to bf16.
+MERGECORE_INLINE uint16_t cut_bits(double number) {
+  return static_cast<uint16_t>(bit_cast<uint32_t>(static_cast<float>(number)) >> 16);
 }
 
 }  // namespace mergecore

@@ -70,8 +70,6 @@ void blend_chunk(const Blend& b, int64_t entry, int64_t row, int64_t column, int
               overflow);
 }
 
-constexpr int kPatience = 15;  // chunks that are not tried after one that failed
-
 void blend(const Blend& b, int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow) {
   const Inputs& in = b.inputs;
   const Window& w = in.window;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "quick_elect.h"
 #include "select.h"
 
 namespace mergecore::cpu {
@@ -199,8 +200,6 @@ inline __attribute__((always_inline)) void mix_plain(const Election& e, const Pl
   }
 }
 
-constexpr int kMaxPlain = 4;  // models whose deltas fit the registers
-
 MERGECORE_CLONES
 void mix_plain_run(const Election& e, const Plain* plain, bool random, const uint16_t* base, int n,
                    double* mixed) {
@@ -214,13 +213,6 @@ void mix_plain_run(const Election& e, const Plain* plain, bool random, const uin
     case 4:
       return mix_plain<4>(e, plain, random, base, n, mixed);
   }
-}
-
-bool is_plain(const Election& e) {
-  const bool mixes =
-      e.elect == Elect::none || e.elect == Elect::weighted || e.elect == Elect::unweighted;
-  return mixes && e.consensus == 0 && e.kept.measure == Measure::own &&
-         e.kept.inputs.count <= kMaxPlain && are_plain_bf16(e.kept.inputs);
 }
 
 // The limits of a run. False where two numbers do not tell: ties are kept in a part of it only.
@@ -265,8 +257,7 @@ void elect(const Election& e, int64_t begin, int64_t end, int64_t& nonfinite, in
   const bool plain = is_plain(e);
   alignas(64) double base[kRun] = {};
   alignas(64) double mixed[kRun];
-  for (int64_t entry = begin; entry < end; entry += kRun) {
-    const int n = static_cast<int>(std::min<int64_t>(kRun, end - entry));
+  const auto store = [&](int64_t entry, int n) {
     load_base(in, entry, n, base);
     if (!plain || !mix_plain_models(e, entry, n, run.factors.data(), mixed)) {
       const Deltas* values = run.load(e.kept, entry, n, base);
@@ -275,6 +266,21 @@ void elect(const Election& e, int64_t begin, int64_t end, int64_t& nonfinite, in
     }
     void* out = static_cast<char*>(e.out) + entry * dtype_size(e.out_dtype);
     store_chunk(base, 1.0, mixed, n, e.out_dtype, out, nonfinite, overflow);
+  };
+  QuickElect quick(e);
+  for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+    const int64_t chunk_end = std::min(end, chunk + kChunk);
+    uint32_t left = quick.store(chunk, static_cast<int>(chunk_end - chunk));
+    for (int64_t entry = chunk; left != 0;) {
+      const int decided = __builtin_ctz(left), blocks = __builtin_ctz(~(left >> decided));
+      left = left >> decided >> blocks;
+      entry += decided * kQuick;
+      const int64_t stop = std::min(chunk_end, entry + blocks * kQuick);
+      for (; entry < stop; entry += kRun) {
+        store(entry, static_cast<int>(std::min<int64_t>(kRun, stop - entry)));
+      }
+      entry = stop;
+    }
   }
 }
 

@@ -11,8 +11,6 @@ namespace mergecore::cpu {
 
 namespace {
 
-constexpr int kFewBinades = 8;  // between an entry's numbers: nearly always they are closer
-
 // sums[i] += times * |scale * from[i]|. Whether all these are tame.
 MERGECORE_CLONES
 bool add_sizes(const double* from, double scale, double times, int64_t n, double* sums) {
@@ -45,11 +43,6 @@ void find_range(const double* values, int64_t n, double* least, double* greatest
   }
   *least = low;
   *greatest = high;
-}
-
-// The bits of a positive number cut to bf16.
-uint16_t cut(double number) {
-  return static_cast<uint16_t>(bit_cast<uint32_t>(static_cast<float>(number)) >> 16);
 }
 
 // The scale of kept deltas of a model.
@@ -102,8 +95,8 @@ bool QuickBlend::take_coefficients() {
   const int binades = exact_binades(most_steps, greatest_sum);
   exact_ = binades >= kFewBinades;
   spread_ = static_cast<uint16_t>(binades << 7);
-  least_ = static_cast<uint16_t>(cut(kLeastError / (bound * least_sum)) + 1);
-  greatest_ = cut(kGreatestQuick / std::max(greatest_sum, 1.0));
+  least_ = static_cast<uint16_t>(cut_bits(kLeastError / (bound * least_sum)) + 1);
+  greatest_ = cut_bits(kGreatestQuick / std::max(greatest_sum, 1.0));
 
   bounds_ = std::move(sums);
   for (double& sum : bounds_) sum = std::max(sum, kSmallestQuick) * bound;

@@ -1,7 +1,4 @@
 // The loops of the float32 blend (quick_bounds.h).
-//
-// Two neighbours are computed as the halves of a word, the first being the lower one (every machine
-// that this runs on is little-endian): widening and packing takes no shuffles.
 #include "quick_run.h"
 
 #include <algorithm>
@@ -13,40 +10,14 @@ namespace {
 
 constexpr int kWords = kQuick / 2;
 
-using Word [[gnu::may_alias, gnu::aligned(2)]] = uint32_t;
 using Four [[gnu::may_alias, gnu::aligned(2)]] = uint64_t;  // entries
 
 enum class End { none, bounded, exact };
-
-inline __attribute__((always_inline)) float lower(uint32_t word) {
-  return bit_cast<float>(word << 16);
-}
-
-inline __attribute__((always_inline)) float upper(uint32_t word) {
-  return bit_cast<float>(word & 0xffff0000u);
-}
-
-inline __attribute__((always_inline)) uint32_t packed(uint32_t lower, uint32_t upper) {
-  return (upper & 0xffff0000u) | lower >> 16;
-}
 
 // sum + b a; a zero sum leaves the base bit for bit, the sign of its zeros included.
 inline __attribute__((always_inline)) float with_base(float sum, float of_base, float a) {
   const float product = of_base * a;
   return sum == 0.0f ? product : product + sum;
-}
-
-// To nearest even in the upper half.
-inline __attribute__((always_inline)) uint32_t rounded(float value) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  return bits + ((bits & 0x10000u) != 0 ? 0x8000u : 0x7fffu);
-}
-
-// Asks for the block at `from`, to read it (0) or to write it (1). Few lines at a time, among
-// arithmetic: many at once wait for each other, and everything else for them.
-template <int kWrite>
-inline __attribute__((always_inline)) void fetch(const uint16_t* from) {
-  for (int i = 0; i < kQuick; i += 32) __builtin_prefetch(from + i, kWrite, 3);
 }
 
 // Of one block: largest[i] is what bounds the error of entry i; with `exact`, undecided[i] is set

@@ -2,11 +2,9 @@
 // quick_bounds.h.
 #pragma once
 
-#include "chunk.h"
+#include "quick_words.h"
 
 namespace mergecore::cpu {
-
-constexpr int kQuick = 64;  // entries of a block; runs are whole blocks
 
 // Up to kChunk entries of one row; pointers are to the first.
 struct QuickRun {

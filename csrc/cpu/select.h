@@ -38,6 +38,16 @@ inline bool are_plain_bf16(const Inputs& in) {
   return plain;
 }
 
+constexpr int kMaxPlain = 4;  // models whose deltas fit the registers
+
+// Whether elections have loops of their own for it: up to kMaxPlain plain models.
+inline bool is_plain(const Election& e) {
+  const bool mixes =
+      e.elect == Elect::none || e.elect == Elect::weighted || e.elect == Elect::unweighted;
+  return mixes && e.consensus == 0 && e.kept.measure == Measure::own &&
+         e.kept.inputs.count <= kMaxPlain && are_plain_bf16(e.kept.inputs);
+}
+
 // Deltas of model m with what `in.drops` says. `base` holds zeros where there is none.
 void load_deltas(const Inputs& in, int m, int64_t entry, int n, const double* base, double* delta);
 void load_all_deltas(const Inputs& in, int64_t entry, int n, Deltas* deltas);

@@ -1,0 +1,260 @@
+// Which elections of bf16 are tried in float32 (see quick_bounds.h), and their loops.
+#include "quick_elect.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "../quick_bounds.h"
+#include "quick_run.h"
+
+namespace mergecore::cpu {
+
+namespace {
+
+bool is_power_of_two(double number) {
+  return (bit_cast<uint64_t>(number) & 0xfffffffffffffull) == 0 && number != 0.0;
+}
+
+// The float32 magnitudes from `least` to `most`.
+Magnitudes magnitudes_within(double least, double most) {
+  const auto low = static_cast<float>(std::max(least, 0.0)), high = static_cast<float>(most);
+  const float first = low < least ? std::nextafter(low, HUGE_VALF) : low;
+  const float last = high > most ? std::nextafter(high, -HUGE_VALF) : high;
+  if (!(first <= last)) return {0x80000000u, 0};  // none
+  const auto from = bit_cast<uint32_t>(first);
+  return {from, bit_cast<uint32_t>(last) - from};
+}
+
+// Bit i is set where float32 does not decide block i.
+template <int kModels>
+inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElection& e, int n) {
+  const uint16_t spread = e.spread, greatest = e.greatest;
+  alignas(64) uint16_t undecided[kQuick] = {};  // bit i: of block i
+  for (int place = 0; place < n; place += kQuick) {
+    alignas(64) uint16_t largest[kQuick];
+    alignas(64) uint16_t smallest[kQuick];  // less one: beside it zeros do not count
+    std::fill_n(largest, kQuick, uint16_t{0});
+    std::fill_n(smallest, kQuick, uint16_t{0xffff});
+    for (int m = -1; m < kModels; ++m) {
+      const uint16_t* numbers = (m < 0 ? e.base : e.models[m]) + place;
+      fetch<0>(numbers + kChunk);
+      for (int i = 0; i < kQuick; ++i) {
+        const uint16_t size = numbers[i] & 0x7fffu;
+        largest[i] = size > largest[i] ? size : largest[i];
+      }
+      for (int i = 0; i < kQuick; ++i) {
+        const uint16_t less = static_cast<uint16_t>((numbers[i] & 0x7fffu) - 1);
+        smallest[i] = less < smallest[i] ? less : smallest[i];
+      }
+    }
+    fetch<1>(e.out + place + kChunk);
+    const auto bit = static_cast<uint16_t>(1 << place / kQuick);
+    for (int i = 0; i < kQuick; ++i) {
+      const uint16_t apart = static_cast<uint16_t>(largest[i] - smallest[i]);
+      const uint16_t far = (apart > spread) | (largest[i] > greatest);
+      undecided[i] |= static_cast<uint16_t>(far * bit);
+    }
+  }
+  uint16_t blocks = 0;
+  for (int i = 0; i < kQuick; ++i) blocks |= undecided[i];
+  return blocks;
+}
+
+// The results of n entries, decided or not.
+template <int kModels, Mix kMix>
+inline __attribute__((always_inline)) void mix_words(const QuickElection& e, int n) {
+  const Word* model[kModels];
+  uint32_t least[kModels], extent[kModels];
+  float side[kModels], share[kModels], weight[kModels];
+  for (int m = 0; m < kModels; ++m) {
+    model[m] = reinterpret_cast<const Word*>(e.models[m]);
+    least[m] = e.kept[m].least;
+    extent[m] = e.kept[m].extent;
+    side[m] = e.side[m];
+    share[m] = e.share[m];
+    weight[m] = e.weight[m];
+  }
+  const auto mix = [&](float a, const float* x) __attribute__((always_inline)) {
+    float vote[kModels];
+    float sum = 0.0f, mixed = 0.0f, divisor = 0.0f;
+#pragma GCC unroll 4
+    for (int m = 0; m < kModels; ++m) {
+      float d = x[m] - a;
+      d = (bit_cast<uint32_t>(d) & 0x7fffffffu) - least[m] <= extent[m] ? d : 0.0f;
+      vote[m] = side[m] * d;
+      sum = m == 0 ? vote[m] : sum + vote[m];
+    }
+    if constexpr (kMix == Mix::all) {
+      mixed = sum;
+    } else {
+      const uint32_t sign = bit_cast<uint32_t>(sum) & 0x80000000u;
+#pragma GCC unroll 4
+      for (int m = 0; m < kModels; ++m) {
+        const bool agrees = bit_cast<float>(bit_cast<uint32_t>(vote[m]) ^ sign) > 0.0f;
+        mixed = agrees ? fmaf(share[m], vote[m], mixed) : mixed;
+        divisor = agrees ? divisor + weight[m] : divisor;
+      }
+    }
+    const float result = kMix == Mix::divided ? fmaf(divisor, a, mixed) / divisor : a + mixed;
+    return rounded(mixed == 0.0f ? a : result);
+  };
+  const Word* base = reinterpret_cast<const Word*>(e.base);
+  Word* out = reinterpret_cast<Word*>(e.out);
+#pragma GCC ivdep
+  for (int i = 0; i < n / 2; ++i) {
+    float x0[kModels], x1[kModels];
+#pragma GCC unroll 4
+    for (int m = 0; m < kModels; ++m) {
+      x0[m] = lower(model[m][i]);
+      x1[m] = upper(model[m][i]);
+    }
+    out[i] = packed(mix(lower(base[i]), x0), mix(upper(base[i]), x1));
+  }
+}
+
+template <int kModels>
+inline __attribute__((always_inline)) uint32_t elect_models(const QuickElection& e, Mix mix,
+                                                            int n) {
+  const uint32_t undecided = undecided_blocks<kModels>(e, n);
+  switch (mix) {
+    case Mix::all:
+      mix_words<kModels, Mix::all>(e, n);
+      break;
+    case Mix::elected:
+      mix_words<kModels, Mix::elected>(e, n);
+      break;
+    case Mix::divided:
+      mix_words<kModels, Mix::divided>(e, n);
+      break;
+  }
+  return undecided;
+}
+
+MERGECORE_CLONES
+uint32_t elect_quickly(const QuickElection& e, Mix mix, int count, int n) {
+  switch (count) {
+    case 1:
+      return elect_models<1>(e, mix, n);
+    case 2:
+      return elect_models<2>(e, mix, n);
+    case 3:
+      return elect_models<3>(e, mix, n);
+    default:
+      return elect_models<4>(e, mix, n);
+  }
+}
+
+// As drop_run, by the odds of each entry.
+MERGECORE_CLONES
+uint16_t keep_run(const uint16_t* base, const uint16_t* model, const uint32_t* numbers,
+                  const double* odds, int n, uint16_t* kept) {
+  uint16_t greatest = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint16_t size = model[i] & 0x7fffu;
+    greatest = size > greatest ? size : greatest;
+  }
+  for (int i = 0; i < n; ++i) kept[i] = kept_by_odds(numbers[i], odds[i]) ? model[i] : base[i];
+  return greatest;
+}
+
+}  // namespace
+
+QuickElect::QuickElect(const Election& e) : election_(e) {
+  if (!is_plain(e) || e.out_dtype != Dtype::bf16 || e.kept.divide_by_odds) return;
+  applies_ = take_coefficients();
+  for (int m = 0; m < e.kept.inputs.count; ++m) {
+    const Drop drop = e.kept.keeps == nullptr ? Drop{0, 0, 1.0} : e.kept.keeps[m];
+    const double least[] = {std::nextafter(drop.least, HUGE_VAL), drop.least};
+    const double most[] = {drop.most, std::nextafter(drop.most, -HUGE_VAL)};
+    for (int i = 0; i < 4; ++i) kept_[m][i] = magnitudes_within(least[i % 2], most[i / 2]);
+  }
+}
+
+// False where float32 is not for them.
+bool QuickElect::take_coefficients() {
+  const Election& e = election_;
+  const int count = e.kept.inputs.count;
+  const bool elects = e.elect != Elect::none, divides = elects && e.normalize;
+  if (!is_tame(e.scale) || (divides && !is_power_of_two(e.scale))) return false;
+  int most_steps = 0;
+  double votes = 0.0, shares = 0.0, weights = 0.0;
+  for (int m = 0; m < count; ++m) {
+    const double w = e.weights[m], kept = e.kept.keeps == nullptr ? 1.0 : e.kept.keeps[m].scale;
+    if (!is_tame(w) || !is_tame(kept) || (divides && w < 0.0)) return false;
+    const double votes_by = e.elect == Elect::unweighted ? 1.0 : w;
+    const double side = elects ? votes_by * kept : e.scale * w * kept;
+    const double share = !elects ? 1.0 : e.elect == Elect::weighted ? e.scale : e.scale * w;
+    run_.side[m] = static_cast<float>(side);
+    run_.share[m] = static_cast<float>(share);
+    run_.weight[m] = static_cast<float>(w);
+    most_steps = std::max(most_steps, steps(e.scale) + steps(w) + steps(kept));
+    votes += 2.0 * fabs(side);
+    shares += 2.0 * fabs(share * side);
+    weights += w;
+  }
+  const double sum = std::max(votes, shares + (divides ? std::max(weights, 1.0) : 1.0));
+  const int binades = exact_binades(most_steps, sum);
+  run_.spread = static_cast<uint16_t>(binades << 7);
+  run_.greatest = cut_bits(kGreatestElected / sum);
+  mix_ = !elects ? Mix::all : divides ? Mix::divided : Mix::elected;
+  return binades >= kFewBinades;
+}
+
+// False where two limits do not tell what is kept of a run: ties are in a part of it only.
+bool QuickElect::take_limits(int64_t first, int n) {
+  for (int m = 0; m < election_.kept.inputs.count; ++m) {
+    int which = 0;
+    if (election_.kept.keeps != nullptr) {
+      const Drop& drop = election_.kept.keeps[m];
+      const int64_t last = first + n - 1;
+      if ((first < drop.least_before) != (last < drop.least_before)) return false;
+      if ((first < drop.most_before) != (last < drop.most_before)) return false;
+      which = (first < drop.least_before) + 2 * (first < drop.most_before);
+    }
+    run_.kept[m] = kept_[m][which];
+  }
+  return true;
+}
+
+// The run of model m, the base's numbers in the place of those whose deltas are dropped; nullptr
+// where a number is not for float32: dropped or not, it has to show in the result.
+const uint16_t* QuickElect::kept_at_random(int m, int64_t entry, int n) {
+  const Kept& kept = election_.kept;
+  const auto* model = static_cast<const uint16_t*>(at(kept.inputs.models[m], entry));
+  if (kept.keeps == nullptr) return model;
+  const Drop& drop = kept.keeps[m];
+  if (kept.odds == nullptr && drop.threshold == 0) return model;
+  const Window& w = kept.inputs.window;
+  alignas(64) uint32_t numbers[kChunk];
+  numbers_chunk(drop.key, static_cast<uint64_t>(index_of(w, entry)), n, numbers);
+  prefetch(model + 2 * kChunk, 2 * n);
+  uint16_t greatest;
+  if (kept.odds == nullptr) {
+    const auto last_dropped = static_cast<uint32_t>(drop.threshold - 1);
+    greatest = drop_run(run_.base, model, numbers, last_dropped, n, dropped_[m]);
+  } else {
+    const double* odds = kept.odds + m * w.rows * w.columns + entry;
+    greatest = keep_run(run_.base, model, numbers, odds, n, dropped_[m]);
+  }
+  return greatest > run_.greatest ? nullptr : dropped_[m];
+}
+
+uint32_t QuickElect::store(int64_t entry, int n) {
+  const Inputs& in = election_.kept.inputs;
+  const uint32_t all = (uint32_t{1} << (n + kQuick - 1) / kQuick) - 1;
+  const int whole = n / kQuick * kQuick;
+  if (rest_ > 0) --rest_;
+  if (!applies_ || rest_ > 0 || whole == 0) return all;
+  if (!take_limits(index_of(in.window, entry), whole)) return all;
+  run_.base = static_cast<const uint16_t*>(at(in.base, entry));
+  run_.out = static_cast<uint16_t*>(election_.out) + entry;
+  for (int m = 0; m < in.count; ++m) {
+    run_.models[m] = kept_at_random(m, entry, whole);
+    if (run_.models[m] == nullptr) return all;
+  }
+  const uint32_t undecided = elect_quickly(run_, mix_, in.count, whole);
+  if (2 * __builtin_popcount(undecided) > whole / kQuick) rest_ = kPatience;
+  return undecided | (all >> whole / kQuick << whole / kQuick);
+}
+
+}  // namespace mergecore::cpu
