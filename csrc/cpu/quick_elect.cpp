@@ -37,7 +37,7 @@ inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElect
     std::fill_n(smallest, kQuick, uint16_t{0xffff});
     for (int m = -1; m < kModels; ++m) {
       const uint16_t* numbers = (m < 0 ? e.base : e.models[m]) + place;
-      fetch<0>(numbers + kChunk);
+      fetch<0>(numbers + 2 * kChunk);
       for (int i = 0; i < kQuick; ++i) {
         const uint16_t size = numbers[i] & 0x7fffu;
         largest[i] = size > largest[i] ? size : largest[i];
@@ -47,7 +47,7 @@ inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElect
         smallest[i] = less < smallest[i] ? less : smallest[i];
       }
     }
-    fetch<1>(e.out + place + kChunk);
+    fetch<1>(e.out + place + 2 * kChunk);
     const auto bit = static_cast<uint16_t>(1 << place / kQuick);
     for (int i = 0; i < kQuick; ++i) {
       const uint16_t apart = static_cast<uint16_t>(largest[i] - smallest[i]);
@@ -234,6 +234,7 @@ const uint16_t* QuickElect::kept_at_random(int m, int64_t entry, int n) {
     greatest = drop_run(run_.base, model, numbers, last_dropped, n, dropped_[m]);
   } else {
     const double* odds = kept.odds + m * w.rows * w.columns + entry;
+    prefetch(odds + 2 * kChunk, n * static_cast<int64_t>(sizeof(double)));
     greatest = keep_run(run_.base, model, numbers, odds, n, dropped_[m]);
   }
   return greatest > run_.greatest ? nullptr : dropped_[m];
