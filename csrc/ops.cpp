@@ -14,12 +14,31 @@ namespace {
 constexpr int64_t kGrainEntries = 1 << 15;
 constexpr int64_t kLine = 32;
 
+// Parts for each thread: others, which read and write files, take turns on the same cores, and a
+// thread that was held up does fewer.
+constexpr int64_t kParts = 4;
+
+// Calls f(begin, end) for parts of [0, count), of `grain` at least but for the last.
+template <class F>
+void parallel_parts(int64_t count, int64_t grain, const F& f) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t least = threads == 1 ? count : (count - 1) / (threads * kParts) + 1;
+  const int64_t part = std::max<int64_t>({1, grain, least});
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(
+      0, std::min(threads, (count + part - 1) / part), 1, [&](int64_t, int64_t) {
+        for (int64_t begin = next.fetch_add(part); begin < count; begin = next.fetch_add(part)) {
+          f(begin, std::min(begin + part, count));
+        }
+      });
+}
+
 template <class F>
 void parallel_lines(int64_t count, int64_t grain, const F& f) {
   const int64_t lines = (count + kLine - 1) / kLine;
-  torch::stable::parallel_for(
-      0, lines, std::max<int64_t>(1, grain / kLine),
-      [&](int64_t begin, int64_t end) { f(begin * kLine, std::min(end * kLine, count)); });
+  parallel_parts(lines, grain / kLine, [&](int64_t begin, int64_t end) {
+    f(begin * kLine, std::min(end * kLine, count));
+  });
 }
 
 }  // namespace
@@ -44,10 +63,10 @@ void row_moments_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, in
             sums.size(1) >= first_row + w.rows,
         "sums must be (1 + 3 * models, rows of the tensor)");
   double* out = float64(sums, models[0], 0, "sums");
-  torch::stable::parallel_for(0, w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                cpu::row_moments(a.inputs, out, sums.size(1), begin, end);
-                              });
+  parallel_parts(w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   cpu::row_moments(a.inputs, out, sums.size(1), begin, end);
+                 });
 }
 
 void column_gradient_cpu(Tensor gradient, std::optional<Tensor> base, Tensors models, Tensor sums,
@@ -67,11 +86,10 @@ void row_gradient_cpu(Tensor gradient, std::optional<Tensor> base, Tensors model
   GradientArguments a(gradient, base, models, first_row);
   const Window& w = a.inputs.window;
   double* out = row_gradients_of(sums, models, w);
-  torch::stable::parallel_for(0, w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                cpu::row_gradient(a.inputs, a.gradient, out, sums.size(1), begin,
-                                                  end);
-                              });
+  parallel_parts(w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   cpu::row_gradient(a.inputs, a.gradient, out, sums.size(1), begin, end);
+                 });
 }
 
 void gram_cpu(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t first_row,
@@ -82,10 +100,9 @@ void gram_cpu(Tensor sums, std::optional<Tensor> base, Tensors models, int64_t f
   const int64_t pairs = gram_count(a.inputs.count);
   const int64_t blocks = (w.rows * w.columns + kGramBlock - 1) / kGramBlock;
   std::vector<double> partial(static_cast<size_t>(blocks * pairs));
-  torch::stable::parallel_for(
-      0, blocks, kGrainEntries / kGramBlock, [&](int64_t begin, int64_t end) {
-        cpu::run_grams(a.inputs, kGramBlock, partial.data(), 1, pairs, begin, end);
-      });
+  parallel_parts(blocks, kGrainEntries / kGramBlock, [&](int64_t begin, int64_t end) {
+    cpu::run_grams(a.inputs, kGramBlock, partial.data(), 1, pairs, begin, end);
+  });
   for (int64_t i = 0; i < blocks * pairs; ++i) total[i % pairs] += partial[static_cast<size_t>(i)];
 }
 
@@ -94,11 +111,10 @@ void row_gram_cpu(Tensor sums, std::optional<Tensor> base, Tensors models, int64
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   const Window& w = a.inputs.window;
   double* out = row_gram_of(sums, models, w) + w.first_row;
-  torch::stable::parallel_for(0, w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                cpu::run_grams(a.inputs, w.columns, out, sums.size(1), 1, begin,
-                                               end);
-                              });
+  parallel_parts(w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   cpu::run_grams(a.inputs, w.columns, out, sums.size(1), 1, begin, end);
+                 });
 }
 
 void column_gram_cpu(Tensor sums, Tensor pending, std::optional<Tensor> base, Tensors models,
@@ -133,7 +149,7 @@ void blend_cpu(Tensor out, std::optional<Tensor> base, Tensors models, Tensor co
 
 void rank_cpu(Tensor values, Tensor ranks, bool average) {
   Ranking a(values, ranks);
-  torch::stable::parallel_for(0, a.models, 1, [&](int64_t begin, int64_t end) {
+  parallel_parts(a.models, 1, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       cpu::rank(a.values + m * a.count, a.ranks + m * a.count, a.count, average);
     }
@@ -143,7 +159,7 @@ void rank_cpu(Tensor values, Tensor ranks, bool average) {
 void calibrated_softmax_cpu(Tensor scores, Tensor thresholds, double divisor, double s,
                             Tensor out) {
   Softmax a(scores, thresholds, divisor, out);
-  torch::stable::parallel_for(0, a.count, 4096, [&](int64_t begin, int64_t end) {
+  parallel_parts(a.count, 4096, [&](int64_t begin, int64_t end) {
     cpu::calibrated_softmax(a.scores, a.thresholds, divisor, s, a.out, a.models, a.count, begin,
                             end);
   });
@@ -155,8 +171,8 @@ void count_magnitudes_cpu(std::optional<Tensor> base, Tensors models, Tensor his
                           int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
   CountArguments a(base, models, histogram, shift, offsets, clamp, measure, measure_scales,
                    first_row, first_entry, keys, thresholds, scales);
-  // Large parts: each goes through all bins once.
-  parallel_lines(a.entries(), int64_t{1} << 20, [&](int64_t begin, int64_t end) {
+  // Large parts of many bins: each goes through all of them once.
+  parallel_lines(a.entries(), std::max(kGrainEntries, 4 * a.bins), [&](int64_t begin, int64_t end) {
     cpu::count_magnitudes(a.kept, static_cast<int>(shift), offsets.data(), clamp, a.bins,
                           a.histogram, begin, end);
   });
@@ -170,12 +186,11 @@ void collect_magnitudes_cpu(std::optional<Tensor> base, Tensors models, Integers
   CollectArguments a(base, models, which, lows, highs, keys_out, indices, found, equal, block,
                      measure, measure_scales, first_row, first_entry, keys, thresholds, scales);
   const int64_t blocks = (a.entries() + block - 1) / block;
-  torch::stable::parallel_for(
-      0, blocks, kGrainEntries / block + 1, [&](int64_t begin, int64_t end) {
-        cpu::collect_magnitudes(a.kept, a.ranges.data(), static_cast<int>(a.ranges.size()), a.keys,
-                                a.indices, a.capacity, a.found, a.equal, block, begin * block,
-                                std::min(end * block, a.entries()));
-      });
+  parallel_parts(blocks, kGrainEntries / block + 1, [&](int64_t begin, int64_t end) {
+    cpu::collect_magnitudes(a.kept, a.ranges.data(), static_cast<int>(a.ranges.size()), a.keys,
+                            a.indices, a.capacity, a.found, a.equal, block, begin * block,
+                            std::min(end * block, a.entries()));
+  });
 }
 
 void kept_sums_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, int64_t block,
@@ -188,9 +203,9 @@ void kept_sums_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, int6
   a.choose(keep_keys, keep_thresholds, keep_scales, odds, false);
   double* out = block_sums(a, sums, block);
   const int64_t blocks = (a.entries() + block - 1) / block;
-  torch::stable::parallel_for(
-      0, blocks, kGrainEntries / block + 1,
-      [&](int64_t begin, int64_t end) { cpu::kept_sums(a.kept, out, block, begin, end); });
+  parallel_parts(blocks, kGrainEntries / block + 1, [&](int64_t begin, int64_t end) {
+    cpu::kept_sums(a.kept, out, block, begin, end);
+  });
 }
 
 void row_odds_cpu(std::optional<Tensor> base, Tensors models, Reals lowest, Reals steps,
@@ -199,11 +214,11 @@ void row_odds_cpu(std::optional<Tensor> base, Tensors models, Reals lowest, Real
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   const Window& w = a.inputs.window;
   double* out = row_odds_of(a, models, lowest, steps, odds);
-  torch::stable::parallel_for(0, w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                cpu::row_odds(a.inputs, lowest.data(), steps.data(), out, begin,
-                                              end);
-                              });
+  // Each part makes its counters.
+  parallel_parts(w.rows, 8 * kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   cpu::row_odds(a.inputs, lowest.data(), steps.data(), out, begin, end);
+                 });
 }
 
 void magnitudes_cpu(std::optional<Tensor> base, Tensors models, Tensor out, int64_t first_row,
@@ -242,11 +257,10 @@ void row_divergences_cpu(std::optional<Tensor> base, Tensors models, Tensor out,
                          int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   double* values = row_scales(a, models, out);
-  torch::stable::parallel_for(0, a.inputs.window.rows,
-                              4096 / std::max<int64_t>(1, a.inputs.window.columns) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                cpu::row_divergences(a.inputs, values, out.size(1), begin, end);
-                              });
+  parallel_parts(a.inputs.window.rows, 4096 / std::max<int64_t>(1, a.inputs.window.columns) + 1,
+                 [&](int64_t begin, int64_t end) {
+                   cpu::row_divergences(a.inputs, values, out.size(1), begin, end);
+                 });
 }
 
 void elect_cpu(Tensor out, std::optional<Tensor> base, Tensors models, Reals weights, Reals limits,
