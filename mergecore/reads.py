@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mergecore.engine import Merge
 
 WHOLE_ENTRIES = 1 << 22  # read at once of what is held whole
-SPOTS = 16  # blocks of a sample
+SPOTS, SPOT = 16, 1024  # of a sample, and entries of each
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class TensorReads:
         yield from self._apart(self._spots())
 
     def _spots(self) -> Iterator[Window]:
-        job = self.job
-        if job.rows < job.block_rows:
+        job, rows = self.job, max(1, SPOT // max(1, self.job.columns))
+        if job.rows < rows:
             return
         for n in range(SPOTS):
             matrix, row = divmod(n * (job.matrices * job.rows - 1) // (SPOTS - 1), job.rows)
-            yield Window(job, matrix, min(row, job.rows - job.block_rows), job.block_rows)
+            yield Window(job, matrix, min(row, job.rows - rows), rows)
 
     def _apart(self, windows: Iterable[Window]) -> Iterator[Part]:
         with self.merge.stream(0) as stream:

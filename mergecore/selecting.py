@@ -14,12 +14,13 @@ more entries than there is room for, further reads narrow it by 14 bits each.
 
 from __future__ import annotations
 
+import bisect
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Protocol
 
 import numpy as np
@@ -43,7 +44,7 @@ BINS = LAST - FIRST
 INFINITE = 0x7FF << 52  # the key of infinity; NaN has larger ones
 DIGIT = 14  # bits by which a further read narrows a bin
 MOST_BINS = 1 << 13  # of a bracket
-PIECES, PIECE = 64, 512  # of a window that is sampled, and entries of each
+PIECES, PIECE = 64, 256  # of a window that is sampled, and entries of each
 
 Selected = tuple[float, int]
 """A top set: its smallest magnitude, and the index before which entries of that magnitude belong to it."""
@@ -74,13 +75,14 @@ class Reads(Protocol):
     def device(self) -> torch.device: ...
 
     def planned(self) -> Iterator[Part]:
-        """Windows of whole blocks (but for the last), in order: one of the reads that were planned."""
+        """Windows of whole blocks (but for the last), in order: one of the reads that were planned. The last window is
+        valid until the next one is asked for."""
 
     def further(self) -> Iterator[Part]:
         """The same, for a read that was not planned."""
 
     def spots(self) -> Iterator[Part]:
-        """Blocks spread over the tensor, for a sample: few of many, of equal size, or none."""
+        """Whole rows spread over the tensor, for a sample: pieces of equal size, few of many, or none."""
 
     def only(self, first_entry: int, entries: int) -> Part:
         """A few entries, whole rows of one matrix."""
@@ -410,11 +412,11 @@ def _top_counts(keep: Keep, entries: int, zeros: int) -> tuple[int, int]:
 def _select(queries: Sequence[_Query], bins: list[_Bin], reads: Reads, place: Place) -> dict[tuple[int, int], Selected]:
     """The top set of each query, whose bin is known."""
     # Where nothing is asked, the planned read still has to be taken.
-    found = _collected(queries, bins, reads, reads.planned(), place)
+    found = _collected(queries, bins, reads, place, planned=True)
     for n, query in enumerate(queries):
         while found[n] is None:
             bins[n] = _narrowed(query, bins[n], reads, place)
-            found[n] = _collected([query], [bins[n]], reads, reads.further(), place)[0]
+            found[n] = _collected([query], [bins[n]], reads, place, planned=False)[0]
     return {
         (query.which, query.count): selected
         for query, selected in zip(queries, found, strict=True)
@@ -453,9 +455,10 @@ def _place_of(counts: Tensor, rank: int) -> tuple[int, int, int]:
 
 
 def _collected(
-    queries: Sequence[_Query], bins: Sequence[_Bin], reads: Reads, parts: Iterator[Part], place: Place
+    queries: Sequence[_Query], bins: Sequence[_Bin], reads: Reads, place: Place, *, planned: bool
 ) -> list[Selected | None]:
     """Each query's top set from one read; None where its bin has more entries than there is room for."""
+    parts = reads.planned() if planned else reads.further()
     if not queries:
         for _ in parts:
             pass
@@ -466,11 +469,10 @@ def _collected(
     indices = torch.empty_like(keys)
     found = torch.zeros(len(ranges), dtype=torch.int64, device=reads.device)
     counted: list[Tensor] = []
-    starts: list[tuple[int, int]] = []
+    windows: list[tuple[int, int]] = []
     for part in parts:
-        entries = part.models[0].numel()
-        starts += [(part.first_entry + i, min(reads.block, entries - i)) for i in range(0, entries, reads.block)]
-        blocks = -(-entries // reads.block)
+        blocks = -(-part.models[0].numel() // reads.block)
+        windows.append((part.first_entry, part.models[0].numel()))
         equal = torch.zeros(len(ranges), blocks, dtype=torch.int64, device=reads.device)
         here = replace(place, first_entry=part.first_entry)
         ops.collect_magnitudes(
@@ -478,13 +480,22 @@ def _collected(
         )
         counted.append(equal)
     equals = torch.cat(counted, dim=1)
+    ends = list(accumulate(each.shape[1] for each in counted))
     out: list[Selected | None] = []
     for n, (query, each) in enumerate(zip(queries, bins, strict=True)):
         within = int(found[n])
         if each.rank > within:
             kept = each.rank - within
             block = int(torch.searchsorted(equals[n].cumsum(0), kept))
-            before = _tie_limit(query, each.low, kept - int(equals[n, :block].sum()), reads, starts[block], place)
+            window = bisect.bisect_right(ends, block)
+            first, entries = windows[window]
+            inside = (block - (ends[window] - counted[window].shape[1])) * reads.block
+            length = min(reads.block, entries - inside)
+            if planned and window == len(windows) - 1:
+                held = _piece(part, inside, length)
+            else:
+                held = reads.only(first + inside, length)
+            before = _tie_limit(query, each.low, kept - int(equals[n, :block].sum()), held, place)
             out.append((_magnitude(each.low), before))
         elif within > room:
             out.append(None)
@@ -500,15 +511,23 @@ def _ranked(keys: Tensor, indices: Tensor, rank: int) -> Selected:
     return _magnitude(key), int(ties[rank - larger - 1]) + 1
 
 
-def _tie_limit(query: _Query, key: int, kept: int, reads: Reads, block: tuple[int, int], place: Place) -> int:
-    """The index after the `kept`-th entry of a block (first entry, entries) whose key is `key`."""
-    part = reads.only(*block)
-    keys = torch.empty(1, block[1], dtype=torch.int64, device=reads.device)
+def _piece(part: Part, first: int, entries: int) -> Part:
+    """Whole rows of a window."""
+    columns = part.models[0].shape[1]
+    rows = slice(first // columns, (first + entries) // columns)
+    base = None if part.base is None else part.base[rows]
+    return Part(part.first_entry + first, base, [model[rows] for model in part.models])
+
+
+def _tie_limit(query: _Query, key: int, kept: int, block: Part, place: Place) -> int:
+    """The index after the `kept`-th entry of a block whose key is `key`."""
+    entries = block.models[0].numel()
+    keys = torch.empty(1, entries, dtype=torch.int64, device=block.models[0].device)
     indices = torch.empty_like(keys)
-    found = torch.zeros(1, dtype=torch.int64, device=reads.device)
+    found = torch.zeros(1, dtype=torch.int64, device=keys.device)
     ops.collect_magnitudes(
-        part.base, part.models, [(query.which, key - 1, key + 1)], keys, indices, found, torch.zeros_like(found),
-        block=block[1], place=replace(place, first_entry=block[0]),
+        block.base, block.models, [(query.which, key - 1, key + 1)], keys, indices, found, torch.zeros_like(found),
+        block=entries, place=replace(place, first_entry=block.first_entry),
     )  # fmt: skip
     return int(indices[0, : int(found[0])].sort().values[kept - 1]) + 1
 
