@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-DEVIATIONS = 5.0
+DEVIATIONS = 4.0
 """Standard errors of the share of larger entries between the sample's threshold and each end of its bracket."""
 WIDEST = 0.25
 """Share of the entries within a bracket beyond which it is not worth while."""
