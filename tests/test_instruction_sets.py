@@ -68,6 +68,10 @@ void elect(const Inputs* in, const double* numbers, const Drop* keeps, int measu
   Election election{kept, static_cast<Elect>(how), true, scale, numbers, numbers, consensus, out, Dtype::bf16};
   cpu::elect(election, 0, entries, counts[0], counts[1]);
 }
+void count(const Inputs* in, const int64_t* offsets, int64_t bins, int64_t* histogram, int64_t entries) {
+  const Kept kept{*in, Measure::own, nullptr, 0, nullptr, nullptr, false};
+  cpu::count_magnitudes(kept, 42, offsets, true, bins, histogram, 0, entries);
+}
 void divergences(const Inputs* in, double* out, int64_t rows) { cpu::row_divergences(*in, out, rows, 0, rows); }
 void rank(const double* values, double* ranks, int64_t count, bool average) {
   cpu::rank(values, ranks, count, average);
@@ -315,3 +319,20 @@ def test_scores(compiled: ctypes.CDLL) -> None:
     arguments: tuple[Any, ...] = (ctypes.c_double(3.0), ctypes.c_double(0.7), pointer(found), 3, ctypes.c_int64(10_001))
     compiled.calibrated_softmax(pointer(scores), pointer(thresholds), *arguments)
     assert same(found, ops.calibrated_softmax(scores, thresholds, divisor=3.0, s=0.7))
+
+
+@pytest.mark.parametrize("bins", [7, 1000, 1 << 14])
+@pytest.mark.parametrize("case", ["bf16", "mixed"])
+def test_counts_of_magnitudes(compiled: ctypes.CDLL, case: str, bins: int) -> None:
+    base, models, _ = made(case)
+    assert base is not None
+    # About 2^-3.
+    offsets = [((1020 << 10) - bins // 2) + n for n in range(len(models))]
+    found = torch.zeros(len(models), bins, dtype=torch.int64)
+    expected = torch.zeros_like(found)
+    place = ops.Place(first_entry=5)
+    ops.count_magnitudes(base, models, expected, shift=42, offsets=offsets, clamp=True, place=place)
+    inputs, numbers = Inputs.of(base, models, ()), (ctypes.c_int64 * len(offsets))(*offsets)
+    compiled.count(ctypes.byref(inputs), numbers, ctypes.c_int64(bins), pointer(found), ctypes.c_int64(base.numel()))
+    assert int(found.sum()) == len(models) * base.numel()
+    assert torch.equal(found, expected)
