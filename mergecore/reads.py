@@ -84,7 +84,7 @@ class TensorReads:
             self.merge._count(self.merge.nbytes(window), 0)
 
     def further(self) -> Iterator[Part]:
-        yield from self._apart(windows_of(self.job, range(self.job.matrices)))
+        yield from self._apart(windows_of(self.job, range(self.job.matrices)), counted=True)
 
     def only(self, first_entry: int, entries: int) -> Part:
         matrix, row = divmod(first_entry // self.job.columns, max(1, self.job.rows))
@@ -101,7 +101,8 @@ class TensorReads:
             matrix, row = divmod(n * (job.matrices * job.rows - 1) // (SPOTS - 1), job.rows)
             yield Window(job, matrix, min(row, job.rows - rows), rows)
 
-    def _apart(self, windows: Iterable[Window]) -> Iterator[Part]:
+    def _apart(self, windows: Iterable[Window], *, counted: bool = False) -> Iterator[Part]:
+        """Windows beside the planned ones. A few entries are not `counted` as read: how many depends on the windows."""
         with self.merge.stream(0) as stream:
             for window in windows:
                 there = self.merge.resident.get((window.matrix, window.first_row))
@@ -112,7 +113,7 @@ class TensorReads:
                 views = stream.next()
                 yield self._part(window, views)
                 stream.check()
-                self.merge.read += sum(map(len, views))
+                self.merge.read += sum(map(len, views)) if counted else 0
 
     def _part(self, window: Window, views: list[memoryview]) -> Part:
         return self.merge._upload(window, views)
