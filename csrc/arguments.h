@@ -378,15 +378,14 @@ inline double* magnitudes_of(const Tensor& out, const Tensors& models) {
   return float64(out, models[0], 0, "out");
 }
 
-inline double* row_odds_of(const Arguments& a, const Tensors& models, const Reals& lowest,
-                           const Reals& steps, const Tensor& odds) {
-  const size_t count = models.size();
-  check(lowest.size() == count && steps.size() == count,
+inline void check_ranking(const Arguments& a, const Reals& lowest, const Reals& steps) {
+  const int64_t count = a.inputs.count;
+  check(static_cast<int64_t>(lowest.size()) == count && lowest.size() == steps.size(),
         "there must be one lowest probability and one step per model");
   // Indices have 32 bits, and so has twice a rank.
-  check(odds.numel() < (int64_t{1} << 31), "at most 2^31 - 1 values can be ranked");
-  check(a.inputs.window.columns < (int64_t{1} << 30), "rows must have less than 2^30 entries");
-  return magnitudes_of(odds, models);
+  const Window& w = a.inputs.window;
+  check(count * w.rows * w.columns < (int64_t{1} << 31), "at most 2^31 - 1 values can be ranked");
+  check(w.columns < (int64_t{1} << 30), "rows must have less than 2^30 entries");
 }
 
 struct ElectArguments : KeptArguments {
@@ -398,11 +397,16 @@ struct ElectArguments : KeptArguments {
                  const std::optional<Tensor>& measure_scales, int64_t first_row,
                  int64_t first_entry, const Integers& keys, const Integers& thresholds,
                  const Reals& scales, const Integers& keep_keys, const Integers& keep_thresholds,
-                 const Reals& keep_scales, const std::optional<Tensor>& odds, bool divide_by_odds,
-                 const Tensor& counts)
+                 const Reals& keep_scales, const Reals& lowest, const Reals& steps,
+                 bool divide_by_odds, const Tensor& counts)
       : KeptArguments(base, models, first_row, first_entry, keys, thresholds, scales, measure,
                       measure_scales) {
-    choose(keep_keys, keep_thresholds, keep_scales, odds, divide_by_odds);
+    choose(keep_keys, keep_thresholds, keep_scales, std::nullopt, false);
+    kept.divide_by_odds = divide_by_odds;
+    if (!lowest.empty()) {
+      check_ranking(*this, lowest, steps);
+      check(kept.keeps != nullptr, "odds need keeps, whose keys they use");
+    }
     check(base.has_value(), "choosing among deltas needs a base");
     check_device(out, models[0], "out");
     check(out.dim() == 2 && out.numel() == entries() && out.size(0) == inputs.window.rows &&

@@ -174,7 +174,8 @@ void row_odds_cuda(std::optional<Tensor> base, Tensors models, Reals lowest, Rea
                    Integers thresholds, Reals scales) {
   const OnDevice on(odds);
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
-  double* out = row_odds_of(a, models, lowest, steps, odds);
+  check_ranking(a, lowest, steps);
+  double* out = magnitudes_of(odds, models);
   Tensor space = scratch(odds, cuda::row_odds_scratch(a.inputs));
   succeed(cuda::row_odds(a.inputs, lowest.data(), steps.data(), out, space.data_ptr(), on.stream),
           "row_odds");
@@ -221,12 +222,22 @@ void elect_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Reals we
                 double scale, int64_t elect, int64_t consensus, bool normalize, int64_t measure,
                 std::optional<Tensor> measure_scales, int64_t first_row, int64_t first_entry,
                 Integers keys, Integers thresholds, Reals scales, Integers keep_keys,
-                Integers keep_thresholds, Reals keep_scales, std::optional<Tensor> odds,
+                Integers keep_thresholds, Reals keep_scales, Reals lowest, Reals steps,
                 bool divide_by_odds, Tensor counts) {
   const OnDevice on(out);
   ElectArguments a(out, base, models, weights, limits, scale, elect, consensus, normalize, measure,
                    measure_scales, first_row, first_entry, keys, thresholds, scales, keep_keys,
-                   keep_thresholds, keep_scales, odds, divide_by_odds, counts);
+                   keep_thresholds, keep_scales, lowest, steps, divide_by_odds, counts);
+  std::optional<Tensor> odds;
+  if (!lowest.empty()) {
+    odds = scratch(out, 8 * a.inputs.count * a.entries());
+    auto* values = static_cast<double*>(odds->data_ptr());
+    Tensor space = scratch(out, cuda::row_odds_scratch(a.inputs));
+    succeed(
+        cuda::row_odds(a.inputs, lowest.data(), steps.data(), values, space.data_ptr(), on.stream),
+        "row_odds");
+    a.election.kept.odds = values;
+  }
   succeed(cuda::elect(a.election, static_cast<int64_t*>(counts.data_ptr()), on.stream), "elect");
 }
 

@@ -301,6 +301,9 @@ void row_divergences(const Inputs& in, double* out, int64_t stride, int64_t begi
 // Window entries [begin, end); adds to non-finite results, overflowed results.
 void elect(const Election& election, int64_t begin, int64_t end, int64_t& nonfinite,
            int64_t& overflow);
+// The same of window rows [begin, end), with the odds of row_odds.
+void elect_by_rank(const Election& election, const double* lowest, const double* steps,
+                   int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow);
 
 }  // namespace cpu
 

@@ -213,7 +213,8 @@ void row_odds_cpu(std::optional<Tensor> base, Tensors models, Reals lowest, Real
                   Integers thresholds, Reals scales) {
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   const Window& w = a.inputs.window;
-  double* out = row_odds_of(a, models, lowest, steps, odds);
+  check_ranking(a, lowest, steps);
+  double* out = magnitudes_of(odds, models);
   // Each part makes its counters.
   parallel_parts(w.rows, 3 * kGrainEntries / 2 / std::max<int64_t>(1, w.columns) + 1,
                  [&](int64_t begin, int64_t end) {
@@ -267,18 +268,28 @@ void elect_cpu(Tensor out, std::optional<Tensor> base, Tensors models, Reals wei
                double scale, int64_t elect, int64_t consensus, bool normalize, int64_t measure,
                std::optional<Tensor> measure_scales, int64_t first_row, int64_t first_entry,
                Integers keys, Integers thresholds, Reals scales, Integers keep_keys,
-               Integers keep_thresholds, Reals keep_scales, std::optional<Tensor> odds,
+               Integers keep_thresholds, Reals keep_scales, Reals lowest, Reals steps,
                bool divide_by_odds, Tensor counts) {
   ElectArguments a(out, base, models, weights, limits, scale, elect, consensus, normalize, measure,
                    measure_scales, first_row, first_entry, keys, thresholds, scales, keep_keys,
-                   keep_thresholds, keep_scales, odds, divide_by_odds, counts);
+                   keep_thresholds, keep_scales, lowest, steps, divide_by_odds, counts);
+  const Window& w = a.inputs.window;
   std::atomic<int64_t> nonfinite{0}, overflow{0};
-  parallel_lines(a.entries(), kGrainEntries, [&](int64_t begin, int64_t end) {
+  const auto elect_part = [&](int64_t begin, int64_t end) {
     int64_t bad = 0, large = 0;
-    cpu::elect(a.election, begin, end, bad, large);
+    if (lowest.empty()) {
+      cpu::elect(a.election, begin, end, bad, large);
+    } else {
+      cpu::elect_by_rank(a.election, lowest.data(), steps.data(), begin, end, bad, large);
+    }
     nonfinite += bad;
     overflow += large;
-  });
+  };
+  if (lowest.empty()) {
+    parallel_lines(a.entries(), kGrainEntries, elect_part);
+  } else {
+    parallel_parts(w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1, elect_part);
+  }
   auto* totals = static_cast<int64_t*>(counts.data_ptr());
   totals[0] += nonfinite;
   totals[1] += overflow;
@@ -359,7 +370,8 @@ STABLE_TORCH_LIBRARY(mergecore, m) {
       "float scale, int elect, int consensus, bool normalize, int measure, Tensor? measure_scales, "
       "int first_row, int first_entry, int[] drop_keys, "
       "int[] drop_thresholds, float[] drop_scales, int[] keep_keys, int[] keep_thresholds, "
-      "float[] keep_scales, Tensor? odds, bool divide_by_odds, Tensor(b!) counts) -> ()");
+      "float[] keep_scales, float[] lowest, float[] steps, bool divide_by_odds, Tensor(b!) counts) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mergecore, CPU, m) {

@@ -14,7 +14,7 @@ from torch import Tensor
 from mergecore import ops, statistics
 from mergecore.jobs import TensorJob
 from mergecore.methods.base import Coefficients, Dense, Election, Rowwise
-from mergecore.selecting import Part, row_odds, row_pieces
+from mergecore.selecting import Part, odds_by_rank, row_pieces
 
 Blend = Callable[[Tensor, Part], None]
 """Fills the result, (rows, columns) of the output's dtype, from a window."""
@@ -75,10 +75,13 @@ def of_election(
     """The blend of methods that keep some of the deltas; `block`: entries of which ranks are taken together."""
     keeps = job.keeps
     divide_by_odds = any(keep.rescale == "probability" for keep in keeps)
+    lowest, steps = odds_by_rank(keeps, job.columns)
 
     def compute(result: Tensor, part: Part) -> None:
         done = 0
-        for piece in row_pieces(keeps, part, block):
+        # A CPU's kernel ranks one row after the other and holds no more.
+        pieces = [part] if part.models[0].device.type == "cpu" else row_pieces(keeps, part, block)
+        for piece in pieces:
             here = replace(place, first_entry=piece.first_entry)
             rows = piece.models[0].shape[0]
             assert piece.base is not None
@@ -95,7 +98,8 @@ def of_election(
                 consensus=election.consensus,
                 keeps=kept,
                 place=here,
-                odds=row_odds(keeps, piece, here),
+                lowest=lowest,
+                steps=steps,
                 divide_by_odds=divide_by_odds,
             )
             done += rows

@@ -359,7 +359,7 @@ def kept_sums(
 ) -> Tensor:
     """Sums over each block of a window, float64 (models, 3, blocks): of |d|, of |kept d|, of kept d squared.
 
-    Nothing is rescaled. `odds`: as in `elect`.
+    Nothing is rescaled. `odds`, float64 (models, entries): keep-probabilities in the place of `keeps`' thresholds.
     """
     blocks = -(-models[0].numel() // block)
     sums = torch.zeros(len(models), 3, blocks, dtype=torch.float64, device=models[0].device)
@@ -398,7 +398,8 @@ def keep_deltas(
 ) -> Tensor:
     """base + kept d, rescaled, of every entry of a window: float64 (models, rows, columns), windows for any op.
 
-    Other arguments as in `elect`. Where nothing of a delta is kept the entry is the base's, exactly.
+    `odds` as in `kept_sums`, other arguments as in `elect`. Where nothing of a delta is kept the entry is the base's,
+    exactly.
     """
     out = torch.empty(len(models), *models[0].shape, dtype=torch.float64, device=models[0].device)
     torch.ops.mergecore.keep_deltas(
@@ -436,7 +437,8 @@ def elect(
     place: Place,
     limits: Sequence[float] = (),
     consensus: int = 0,
-    odds: Tensor | None = None,
+    lowest: Sequence[float] = (),
+    steps: Sequence[float] = (),
     divide_by_odds: bool = False,
 ) -> None:
     """out = cast(base + scale * mixed), one rounding.
@@ -444,13 +446,14 @@ def elect(
     `mixed` is what `elect` makes of the kept deltas; with an election by sign (a sum of 0 elects +) and
     `normalize` divided by the sum of the weights that agree. With `consensus` (not 0) it is 0 where fewer
     models hold on to it: |d_n| > limits[n] * |mixed - d_n|, for the deltas before `keeps` (Wang et al. 2024).
-    `keeps` choose among the deltas that `place.drops` left; `odds`, float64 (models, entries), are
-    keep-probabilities in the place of their thresholds, and of their scales with `divide_by_odds`.
+    `keeps` choose among the deltas that `place.drops` left. With `lowest` and `steps` those of `row_odds` are
+    keep-probabilities in the place of their thresholds, and of their scales with `divide_by_odds`; the window is
+    whole rows then.
     Adds to `counts` (int64, 2): results that are NaN or Inf, and finite results that overflow.
     """
     torch.ops.mergecore.elect(
         out, base, list(models), list(weights), list(limits), scale, int(elect), consensus, normalize,
-        *place.arguments, *_drop_arguments(keeps), odds, divide_by_odds, counts,
+        *place.arguments, *_drop_arguments(keeps), list(lowest), list(steps), divide_by_odds, counts,
     )  # fmt: skip
 
 

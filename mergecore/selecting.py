@@ -230,18 +230,21 @@ def row_pieces(keeps: Sequence[Keep], part: Part, block: int) -> Iterator[Part]:
         yield Part(part.first_entry + first * columns, base, models)
 
 
-def row_odds(keeps: Sequence[Keep], part: Part, place: Place) -> Tensor | None:
-    """Keep-probabilities by rank of magnitude within a row (DELLA), float64 (models, rows, columns).
-
-    They rise from density - epsilon to density + epsilon; equal magnitudes have equal ones.
-    """
+def odds_by_rank(keeps: Sequence[Keep], columns: int) -> tuple[list[float], list[float]]:
+    """Of each model the keep-probability of the smallest |d| of a row, and by how much it rises with each rank, from
+    density - epsilon to density + epsilon (DELLA); nothing where none is kept by rank."""
     if not any(keep.by_row for keep in keeps):
-        return None
-    others = part.models[0].shape[1] - 1
-    epsilons = [keep.epsilon if others else 0.0 for keep in keeps]
+        return [], []
+    epsilons = [keep.epsilon if columns > 1 else 0.0 for keep in keeps]
     lowest = [(1.0 - keep.drop_rate) - epsilon for keep, epsilon in zip(keeps, epsilons, strict=True)]
-    steps = [2.0 * epsilon / max(1, others) for epsilon in epsilons]
-    return ops.row_odds(part.base, part.models, lowest, steps, place)
+    return lowest, [2.0 * epsilon / max(1, columns - 1) for epsilon in epsilons]
+
+
+def row_odds(keeps: Sequence[Keep], part: Part, place: Place) -> Tensor | None:
+    """Keep-probabilities by rank of magnitude within a row, float64 (models, rows, columns); equal magnitudes have
+    equal ones."""
+    lowest, steps = odds_by_rank(keeps, part.models[0].shape[1])
+    return ops.row_odds(part.base, part.models, lowest, steps, place) if lowest else None
 
 
 def thinned(keeps: Sequence[Keep], keys: Sequence[int], part: Part, columns: int) -> list[Tensor]:

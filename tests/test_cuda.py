@@ -379,6 +379,8 @@ def check_selection(m: Matrices, measure: Measure, out_dtype: torch.dtype) -> No
             gpu_out, gpu_counts = out.to(GPU), counts.to(GPU)
             options: dict[str, Any] = {"scale": 0.7, "elect": elect, "normalize": True, "keeps": keeps}
             options |= {"consensus": consensus, "limits": limits if limited or consensus else ()}
+            if elect == Elect.WEIGHTED and not consensus:
+                options |= {"lowest": [0.25] * count, "steps": [0.5 / m.columns] * count, "divide_by_odds": True}
             ops.elect(out, m.base, m.models, weights, counts, place=place, **options)
             ops.elect(gpu_out, *gpu, weights, gpu_counts, place=gpu_place, **options)
             assert_same_bits(out, gpu_out)

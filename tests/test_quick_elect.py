@@ -31,8 +31,6 @@ def elected(
     normalize: bool = True,
     scale: float = 1.0,
     keeps: Sequence[Drop] = (),
-    odds: Tensor | None = None,
-    divide: bool = False,
     first: int = 0,
 ) -> Tensor:
     """The election, after it was held against the one of the same numbers as float32, which is computed in float64."""
@@ -41,7 +39,7 @@ def elected(
     for dtype, out, counted in ((BF16, found, counts[0]), (torch.float32, wanted, counts[1])):
         ops.elect(
             out, base.to(dtype), [model.to(dtype) for model in models], weights, counted, scale=scale, elect=how,
-            normalize=normalize, keeps=keeps, place=Place(first), odds=odds, divide_by_odds=divide,
+            normalize=normalize, keeps=keeps, place=Place(first),
         )  # fmt: skip
     differ = (oracle.bits(found) != oracle.bits(wanted)).nonzero()
     assert len(differ) == 0, [(found[at], wanted[at], base[at], [m[at] for m in models]) for at in map(tuple, differ)][
@@ -180,8 +178,6 @@ def test_limits_of_magnitudes_and_their_ties(
     thresholds=st.lists(st.sampled_from([0, 1, 1 << 30, 1 << 31, (1 << 32) - 1, 1 << 32]), min_size=4, max_size=4),
     scale=st.sampled_from([1.0, 2.0, 10 / 7]),
     least=st.sampled_from([-1.0, 1e-3]),
-    by_odds=st.booleans(),
-    divide=st.booleans(),
     special=st.booleans(),
 )
 def test_deltas_dropped_at_random(
@@ -193,8 +189,6 @@ def test_deltas_dropped_at_random(
     thresholds: list[int],
     scale: float,
     least: float,
-    by_odds: bool,
-    divide: bool,
     special: bool,
 ) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -204,23 +198,7 @@ def test_deltas_dropped_at_random(
         with_specials([base, *models], [-0.0, 0.0], random)
         with_specials([models[-1][:1]], [math.nan, math.inf], random)  # seen although dropped
     keeps = [Drop(seed + m, thresholds[m], scale, least) for m in range(count)]
-    odds = None
-    if by_odds:
-        odds = torch.rand(count, base.numel(), dtype=torch.float64, generator=random)
-        odds[:, ::3], odds[:, 1::5] = 1.0, 0.5
-    elected(base, models, [0.5] * count, how=how, keeps=keeps, odds=odds, divide=divide and by_odds, first=first)
-
-
-def test_an_entry_stands_at_its_place_among_random_numbers_and_odds() -> None:
-    """Odds of 0 and 1 drop and keep for certain, with any random number."""
-    base = torch.zeros(3, 500, dtype=BF16)
-    models = [torch.full_like(base, 1.0), torch.full_like(base, -2.0)]
-    sure = torch.zeros(2, base.numel(), dtype=torch.float64)
-    sure[0, ::2], sure[1, 1::2] = 1.0, 1.0
-    keeps = [Drop(5, 0, 2.0), Drop(6, 0, 2.0)]
-    out = elected(base, models, [1.0, 1.0], how=Elect.WEIGHTED, keeps=keeps, odds=sure).flatten()
-    assert (out[::2] == 2.0).all()
-    assert (out[1::2] == -4.0).all()
+    elected(base, models, [0.5] * count, how=how, keeps=keeps, first=first)
 
 
 @settings(max_examples=100, deadline=None)

@@ -372,7 +372,7 @@ def test_every_op_passes_opcheck() -> None:
             registered.elect.default,
             (
                 torch.empty(5, 7), base, models, [1.0, 2.0], [0.5, 0.4], 1.0, 1, 2, True, 2, rows, 0, 14, *drops,
-                *keeps, odds, True, counts,
+                *keeps, [0.4, 0.5], [0.05, 0.0], True, counts,
             ),
         )  # fmt: skip
         check(registered.keep_deltas.default, (base, models, odds.clone(), 3, rows, 0, 9, *drops, *keeps, None, False))

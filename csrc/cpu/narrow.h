@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "chunk.h"
+#include "flags.h"
 
 namespace mergecore::cpu {
 
@@ -13,8 +14,6 @@ constexpr int kNarrow = 29;
 constexpr int64_t kRebias = int64_t{1023 - 127} << 52;
 constexpr uint32_t kLeastKey = 0x00800000;     // of normal numbers
 constexpr uint32_t kInfiniteKey = 0x7f800000;  // and below it all keys are
-
-constexpr int kPlaces = 64;  // entries side by side
 
 inline int64_t widened(uint32_t key) {
   return key == 0 ? 0 : (static_cast<int64_t>(key) << kNarrow) + kRebias;

@@ -144,23 +144,10 @@ uint32_t elect_quickly(const QuickElection& e, Mix mix, int count, int n) {
   }
 }
 
-// As drop_run, by the odds of each entry.
-MERGECORE_CLONES
-uint16_t keep_run(const uint16_t* base, const uint16_t* model, const uint32_t* numbers,
-                  const double* odds, int n, uint16_t* kept) {
-  uint16_t greatest = 0;
-  for (int i = 0; i < n; ++i) {
-    const uint16_t size = model[i] & 0x7fffu;
-    greatest = size > greatest ? size : greatest;
-  }
-  for (int i = 0; i < n; ++i) kept[i] = kept_by_odds(numbers[i], odds[i]) ? model[i] : base[i];
-  return greatest;
-}
-
 }  // namespace
 
 QuickElect::QuickElect(const Election& e) : election_(e) {
-  if (!is_plain(e) || e.out_dtype != Dtype::bf16 || e.kept.divide_by_odds) return;
+  if (!is_plain(e) || e.out_dtype != Dtype::bf16 || e.kept.odds != nullptr) return;
   applies_ = take_coefficients();
   for (int m = 0; m < e.kept.inputs.count; ++m) {
     const Drop drop = e.kept.keeps == nullptr ? Drop{0, 0, 1.0} : e.kept.keeps[m];
@@ -223,20 +210,12 @@ const uint16_t* QuickElect::kept_at_random(int m, int64_t entry, int n) {
   const auto* model = static_cast<const uint16_t*>(at(kept.inputs.models[m], entry));
   if (kept.keeps == nullptr) return model;
   const Drop& drop = kept.keeps[m];
-  if (kept.odds == nullptr && drop.threshold == 0) return model;
-  const Window& w = kept.inputs.window;
+  if (drop.threshold == 0) return model;
   alignas(64) uint32_t numbers[kChunk];
-  numbers_chunk(drop.key, static_cast<uint64_t>(index_of(w, entry)), n, numbers);
+  numbers_chunk(drop.key, static_cast<uint64_t>(index_of(kept.inputs.window, entry)), n, numbers);
   prefetch(model + 2 * kChunk, 2 * n);
-  uint16_t greatest;
-  if (kept.odds == nullptr) {
-    const auto last_dropped = static_cast<uint32_t>(drop.threshold - 1);
-    greatest = drop_run(run_.base, model, numbers, last_dropped, n, dropped_[m]);
-  } else {
-    const double* odds = kept.odds + m * w.rows * w.columns + entry;
-    prefetch(odds + 2 * kChunk, n * static_cast<int64_t>(sizeof(double)));
-    greatest = keep_run(run_.base, model, numbers, odds, n, dropped_[m]);
-  }
+  const auto last_dropped = static_cast<uint32_t>(drop.threshold - 1);
+  const uint16_t greatest = drop_run(run_.base, model, numbers, last_dropped, n, dropped_[m]);
   return greatest > run_.greatest ? nullptr : dropped_[m];
 }
 

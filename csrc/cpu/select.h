@@ -65,6 +65,9 @@ const double* measured_run(const Kept& kept, int m, const double* delta, const d
 // factor[i]: what entry i's random number makes of its delta: 0 where it is dropped.
 void random_run(const Kept& kept, int m, int64_t entry, int n, double* factor);
 
+// mixed[i]: what is added to the base, out of each model's kept deltas; `factors` for scores only.
+void mix_run(const Election& e, const Deltas* values, const Deltas* factors, int n, double* mixed);
+
 // The kept deltas of a run. Where nothing is chosen, they are the deltas themselves.
 struct Run {
   std::vector<Deltas> deltas, factors, values;
