@@ -329,16 +329,16 @@ def test_kept_deltas_are_windows_for_any_kernel(seed: int, with_odds: bool, dtyp
     base = torch.randn(6, 50, generator=random).to(dtype)
     models = [(base.float() + torch.randn(6, 50, generator=random) * 0.1).to(dtype) for _ in range(2)]
     keeps = [Drop(seed + n, 1 << 31, 2.0, least=0.05, least_before=90) for n in range(2)]
-    odds = torch.rand(2, 6, 50, generator=random, dtype=torch.float64) if with_odds else None
-    options: dict[str, Any] = {"keeps": keeps, "odds": odds, "divide_by_odds": with_odds}
-    place = Place(first_entry=300)
-    found = ops.keep_deltas(base, models, place=place, **options)
+    options: dict[str, Any] = {"keeps": keeps, "place": Place(first_entry=300), "divide_by_odds": with_odds}
+    lowest, steps = ([0.1, 0.4], [0.015, 0.01]) if with_odds else ([], [])
+    odds = ops.row_odds(base, models, lowest, steps, options["place"]) if with_odds else None
+    found = ops.keep_deltas(base, models, odds=odds, **options)
     # The blend of what it wrote is the sum that `elect` makes.
     counts = torch.zeros(2, dtype=torch.int64)
     summed, blended = torch.empty(2, 6, 50).unbind()
     ops.elect(
-        summed, base, models, [1.0, 0.5], counts, scale=1.0, elect=ops.Elect.NONE, normalize=False, place=place,
-        **options,
+        summed, base, models, [1.0, 0.5], counts, scale=1.0, elect=ops.Elect.NONE, normalize=False, lowest=lowest,
+        steps=steps, **options,
     )  # fmt: skip
     weights = torch.tensor([[1.0], [0.5]], dtype=torch.float64)
     ops.blend(blended, base, list(found), weights, counts)
