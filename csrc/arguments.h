@@ -382,10 +382,15 @@ inline void check_ranking(const Arguments& a, const Reals& lowest, const Reals& 
   const int64_t count = a.inputs.count;
   check(static_cast<int64_t>(lowest.size()) == count && lowest.size() == steps.size(),
         "there must be one lowest probability and one step per model");
-  // Indices have 32 bits, and so has twice a rank.
+  // Twice a rank has 32 bits.
+  check(a.inputs.window.columns < (int64_t{1} << 30), "rows must have less than 2^30 entries");
+}
+
+// Where all rows of a window are ranked at once: indices have 32 bits.
+inline void check_ranked_together(const Arguments& a) {
   const Window& w = a.inputs.window;
-  check(count * w.rows * w.columns < (int64_t{1} << 31), "at most 2^31 - 1 values can be ranked");
-  check(w.columns < (int64_t{1} << 30), "rows must have less than 2^30 entries");
+  check(a.inputs.count * w.rows * w.columns < (int64_t{1} << 31),
+        "at most 2^31 - 1 values can be ranked");
 }
 
 struct ElectArguments : KeptArguments {

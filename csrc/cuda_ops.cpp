@@ -175,6 +175,7 @@ void row_odds_cuda(std::optional<Tensor> base, Tensors models, Reals lowest, Rea
   const OnDevice on(odds);
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   check_ranking(a, lowest, steps);
+  check_ranked_together(a);
   double* out = magnitudes_of(odds, models);
   Tensor space = scratch(odds, cuda::row_odds_scratch(a.inputs));
   succeed(cuda::row_odds(a.inputs, lowest.data(), steps.data(), out, space.data_ptr(), on.stream),
@@ -230,6 +231,7 @@ void elect_cuda(Tensor out, std::optional<Tensor> base, Tensors models, Reals we
                    keep_thresholds, keep_scales, lowest, steps, divide_by_odds, counts);
   std::optional<Tensor> odds;
   if (!lowest.empty()) {
+    check_ranked_together(a);
     odds = scratch(out, 8 * a.inputs.count * a.entries());
     auto* values = static_cast<double*>(odds->data_ptr());
     Tensor space = scratch(out, cuda::row_odds_scratch(a.inputs));

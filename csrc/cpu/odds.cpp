@@ -91,10 +91,10 @@ bool RowRanks::count(const Inputs& in, int m, int64_t row, int32_t* twice) {
   }
   uint32_t least, largest;
   digits_of_row(keys_.data(), columns, digits_.data(), least, largest);
+  groups_.resize(keys_.size() / 2 + 1);  // what can fail comes before counts that are not 0
   uint32_t* counts = tables.counts.data();
   for (const uint16_t digit : digits_) ++counts[digit];
   // Without branches, which would be taken as it happens.
-  groups_.resize(keys_.size() / 2 + 1);
   Group* group = groups_.data();
   uint32_t below = 0, shared = 0;
   const auto take = [&](uint32_t digit) {
