@@ -2,3 +2,7 @@
 
 Needs the extra `features` (transformers). Imported only by what runs such a method.
 """
+
+from mergecore.starting import load_deferred
+
+load_deferred()
