@@ -5,56 +5,49 @@
 namespace mergecore::cpu {
 
 // base == nullptr: the deltas are the entries themselves.
-MERGECORE_CLONES
 void add_model_gradient(const Matrix& matrix, const Pieces& pieces, const double* base,
                         const double* gradient, double* sums) {
-  with_dtype(matrix.dtype, [&](auto type) __attribute__((always_inline)) {
-    auto add = [&](auto as, auto count, const auto* model, int i) __attribute__((always_inline)) {
-      typename decltype(as)::Lanes sum, x, g;
-      load(sums + i, sum);
-      const double* outer = gradient + i;
-      for (int p = 0; p < count; ++p, model += kPart, outer += kBlock) {
-        load(model, x);
-        load(outer, g);
-        multiply_add(g, x, sum);
-      }
-      store(sum, sums + i);
-    };
-    auto add_delta = [&](auto as, auto count, const auto* model,
-                         int i) __attribute__((always_inline)) {
-      typename decltype(as)::Lanes sum, x, a, g;
-      load(sums + i, sum);
-      const double* outer = gradient + i;
-      const double* start = base + i;
-      for (int p = 0; p < count; ++p, model += kPart, outer += kBlock, start += kBlock) {
-        load(model, x);
-        load(start, a);
-        load(outer, g);
-        const auto d = x - a;
-        multiply_add(g, d, sum);
-      }
-      store(sum, sums + i);
-    };
-    if (base == nullptr) return each_lanes<decltype(type)>(matrix, pieces, add);
-    each_lanes<decltype(type)>(matrix, pieces, add_delta);
-  });
+  auto add = [&](auto as, auto count, const auto* model, int i) __attribute__((always_inline)) {
+    typename decltype(as)::Lanes sum, x, g;
+    load(sums + i, sum);
+    const double* outer = gradient + i;
+    for (int p = 0; p < count; ++p, model += kPart, outer += kBlock) {
+      load(model, x);
+      load(outer, g);
+      multiply_add(g, x, sum);
+    }
+    store(sum, sums + i);
+  };
+  auto add_delta = [&](auto as, auto count, const auto* model,
+                       int i) __attribute__((always_inline)) {
+    typename decltype(as)::Lanes sum, x, a, g;
+    load(sums + i, sum);
+    const double* outer = gradient + i;
+    const double* start = base + i;
+    for (int p = 0; p < count; ++p, model += kPart, outer += kBlock, start += kBlock) {
+      load(model, x);
+      load(start, a);
+      load(outer, g);
+      const auto d = x - a;
+      multiply_add(g, d, sum);
+    }
+    store(sum, sums + i);
+  };
+  if (base == nullptr) return each_lanes(matrix, pieces, add);
+  each_lanes(matrix, pieces, add_delta);
 }
 
 // out[p * kBlock + i] is entry i of piece p, exactly.
-MERGECORE_CLONES
 void load_pieces(const Matrix& matrix, const Pieces& pieces, double* out) {
-  with_dtype(matrix.dtype, [&](auto type) __attribute__((always_inline)) {
-    auto widen = [&](auto as, auto count, const auto* numbers, int i)
-                     __attribute__((always_inline)) {
-                       typename decltype(as)::Lanes x;
-                       double* to = out + i;
-                       for (int p = 0; p < count; ++p, numbers += kPart, to += kBlock) {
-                         load(numbers, x);
-                         store(x, to);
-                       }
-                     };
-    each_lanes<decltype(type)>(matrix, pieces, widen);
-  });
+  auto widen = [&](auto as, auto count, const auto* numbers, int i) __attribute__((always_inline)) {
+    typename decltype(as)::Lanes x;
+    double* to = out + i;
+    for (int p = 0; p < count; ++p, numbers += kPart, to += kBlock) {
+      load(numbers, x);
+      store(x, to);
+    }
+  };
+  each_lanes(matrix, pieces, widen);
 }
 
 // What sum_columns and sum_rows call.

@@ -1,21 +1,71 @@
-// Eight adjacent float64 numbers as one value, for sums that stay in registers while entries pass
-// by. Not for loops that compilers vectorise well by themselves: through narrow types they take
-// wider steps, and pay for them in shuffles.
+// Adjacent float64 numbers as one value, for sums that stay in registers while entries pass by. Not
+// for loops that compilers vectorise well by themselves: through narrow types they take wider
+// steps, and pay for them in shuffles.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
+#include "chunk.h"
+
 namespace mergecore::cpu {
 
+// As many as a register of AVX-512 holds, and of AVX2: of more than one register GCC makes single
+// numbers.
 constexpr int kEight = 8;
+constexpr int kFour = 4;
 using Eight = double __attribute__((vector_size(kEight * sizeof(double))));
+using Four = double __attribute__((vector_size(kFour * sizeof(double))));
+
+template <class Lanes>
+constexpr int kLanesOf = sizeof(Lanes) / sizeof(double);
+
+// Which lanes a function is to take: Eight, Four, or double.
+template <class Type>
+struct As {
+  using Lanes = Type;
+};
+
+// Calls f(As<Lanes>), which must be inlined always, with what fits the registers of this processor.
+#ifdef MERGECORE_PICKS
+template <class F>
+__attribute__((target("arch=x86-64-v4"))) void with_eight(const F& f) {
+  f(As<Eight>{});
+}
+
+template <class F>
+__attribute__((target("arch=x86-64-v3"))) void with_four(const F& f) {
+  f(As<Four>{});
+}
+
+template <class F>
+void with_lanes(const F& f) {
+  if (__builtin_cpu_supports("x86-64-v4")) return with_eight(f);
+  if (__builtin_cpu_supports("x86-64-v3")) return with_four(f);
+  f(As<Four>{});
+}
+#elif defined(__AVX512F__)
+template <class F>
+void with_lanes(const F& f) {
+  f(As<Eight>{});
+}
+#else
+template <class F>
+void with_lanes(const F& f) {
+  f(As<Four>{});
+}
+#endif
 
 // The same names for one number, for what is left of a run. All go by reference: the registers
 // that vectors are passed in differ between instruction sets.
 template <class Number>
 inline __attribute__((always_inline)) void load(const Number* from, double& to) {
   to = from[0];
+}
+
+template <class Number>
+inline __attribute__((always_inline)) void load(const Number* from, Four& to) {
+  to = Four{from[0], from[1], from[2], from[3]};
 }
 
 template <class Number>
@@ -32,6 +82,11 @@ inline __attribute__((always_inline)) void store(const Lanes& from, double* to) 
 inline __attribute__((always_inline)) void multiply_add(const double& a, const double& b,
                                                         double& sum) {
   sum = fma(a, b, sum);
+}
+
+inline __attribute__((always_inline)) void multiply_add(const Four& a, const Four& b, Four& sum) {
+  sum = Four{fma(a[0], b[0], sum[0]), fma(a[1], b[1], sum[1]), fma(a[2], b[2], sum[2]),
+             fma(a[3], b[3], sum[3])};
 }
 
 inline __attribute__((always_inline)) void multiply_add(const Eight& a, const Eight& b,

@@ -12,49 +12,43 @@ struct Moments {
   double* xx;
 };
 
-MERGECORE_CLONES
 void add_model_pieces(const Matrix& matrix, const Pieces& pieces, const double* base,
                       Moments sums) {
-  with_dtype(matrix.dtype, [&](auto type) __attribute__((always_inline)) {
-    auto add = [&](auto as, auto count, const auto* model, int i) __attribute__((always_inline)) {
-      typename decltype(as)::Lanes dd, da, xx, x, a;
-      load(sums.dd + i, dd);
-      load(sums.da + i, da);
-      load(sums.xx + i, xx);
-      const double* start = base + i;
-      for (int p = 0; p < count; ++p, model += kPart, start += kBlock) {
-        load(model, x);
-        load(start, a);
-        const auto d = x - a;
-        multiply_add(d, d, dd);
-        multiply_add(d, a, da);
-        multiply_add(x, x, xx);
-      }
-      store(dd, sums.dd + i);
-      store(da, sums.da + i);
-      store(xx, sums.xx + i);
-    };
-    each_lanes<decltype(type)>(matrix, pieces, add);
-  });
+  auto add = [&](auto as, auto count, const auto* model, int i) __attribute__((always_inline)) {
+    typename decltype(as)::Lanes dd, da, xx, x, a;
+    load(sums.dd + i, dd);
+    load(sums.da + i, da);
+    load(sums.xx + i, xx);
+    const double* start = base + i;
+    for (int p = 0; p < count; ++p, model += kPart, start += kBlock) {
+      load(model, x);
+      load(start, a);
+      const auto d = x - a;
+      multiply_add(d, d, dd);
+      multiply_add(d, a, da);
+      multiply_add(x, x, xx);
+    }
+    store(dd, sums.dd + i);
+    store(da, sums.da + i);
+    store(xx, sums.xx + i);
+  };
+  each_lanes(matrix, pieces, add);
 }
 
 // Adds the squares and leaves the pieces in `base`.
-MERGECORE_CLONES
 void add_base_pieces(const Matrix& matrix, const Pieces& pieces, double* base, double* sums) {
-  with_dtype(matrix.dtype, [&](auto type) __attribute__((always_inline)) {
-    auto add = [&](auto as, auto count, const auto* numbers, int i) __attribute__((always_inline)) {
-      typename decltype(as)::Lanes aa, a;
-      load(sums + i, aa);
-      double* to = base + i;
-      for (int p = 0; p < count; ++p, numbers += kPart, to += kBlock) {
-        load(numbers, a);
-        store(a, to);
-        multiply_add(a, a, aa);
-      }
-      store(aa, sums + i);
-    };
-    each_lanes<decltype(type)>(matrix, pieces, add);
-  });
+  auto add = [&](auto as, auto count, const auto* numbers, int i) __attribute__((always_inline)) {
+    typename decltype(as)::Lanes aa, a;
+    load(sums + i, aa);
+    double* to = base + i;
+    for (int p = 0; p < count; ++p, numbers += kPart, to += kBlock) {
+      load(numbers, a);
+      store(a, to);
+      multiply_add(a, a, aa);
+    }
+    store(aa, sums + i);
+  };
+  each_lanes(matrix, pieces, add);
 }
 
 // One piece whose deltas were already dropped and rescaled.

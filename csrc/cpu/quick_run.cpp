@@ -208,7 +208,10 @@ uint16_t drop_run(const uint16_t* base, const uint16_t* model, const uint32_t* n
     const uint16_t size = model[i] & 0x7fffu;
     greatest = size > greatest ? size : greatest;
   }
-  for (int i = 0; i < n; ++i) kept[i] = numbers[i] > last_dropped ? model[i] : base[i];
+  for (int i = 0; i < n; ++i) {  // by a mask: of 32 and 16 bits AVX2 makes no choice
+    const auto keep = static_cast<uint16_t>(-static_cast<int>(numbers[i] > last_dropped));
+    kept[i] = base[i] ^ ((model[i] ^ base[i]) & keep);
+  }
   return greatest;
 }
 

@@ -3,17 +3,17 @@
 
 #include "chunk.h"
 
-// With AVX-512 eight counters are multiplied at once. Compilers do not find that in the plain loop.
-#ifdef __AVX512F__
-#define MERGECORE_V4
-#elif defined(MERGECORE_PICKS)
+// Vectors multiply several counters at once. Compilers do not find that in the plain loop.
+#ifdef MERGECORE_PICKS
 #define MERGECORE_V4 __attribute__((target("arch=x86-64-v4")))
+#define MERGECORE_V3 __attribute__((target("arch=x86-64-v3")))
 #define MERGECORE_ANY __attribute__((target("default")))
+#elif defined(__AVX512F__)
+#define MERGECORE_V4
+#elif defined(__AVX2__)
+#define MERGECORE_V3
 #else
 #define MERGECORE_ANY
-#endif
-#ifdef MERGECORE_V4
-#include <immintrin.h>
 #endif
 
 namespace mergecore::cpu {
@@ -34,25 +34,34 @@ void philox_run(uint64_t key, uint64_t counter, int count, uint32_t* out) {
 }
 #endif
 
-#ifdef MERGECORE_V4
-using Eight = uint64_t __attribute__((vector_size(64)));
-using Sixteen = uint32_t __attribute__((vector_size(64)));
+#if defined(MERGECORE_V4) || defined(MERGECORE_V3)
+// One number of each of several counters: the lower half of a word of its own.
+template <int kCounters>
+struct Vectors {
+  typedef uint64_t Words __attribute__((vector_size(8 * kCounters)));
+  typedef uint32_t Halves __attribute__((vector_size(8 * kCounters)));
+};
 
-// The products of the lower halves.
-MERGECORE_V4 inline __attribute__((always_inline)) Eight product(Eight one, Eight other) {
-  return (Eight)_mm512_maskz_mul_epu32(0xff, (__m512i)one, (__m512i)other);
+// The products of the lower halves. Not the compilers' function: it would have to be inlined into
+// what is written for any instruction set.
+template <class Words>
+inline __attribute__((always_inline)) void multiply(const Words& one, const Words& other,
+                                                    Words& product) {
+  asm("vpmuludq %2, %1, %0" : "=v"(product) : "v"(one), "v"(other));
 }
 
-// Words are lower halves; what is in the upper ones does not count. Several times eight counters,
-// since each step waits for the one before.
-template <int kTimes>
-MERGECORE_V4 inline __attribute__((always_inline)) void philox_vectors(uint64_t key,
-                                                                       uint64_t counter,
-                                                                       uint32_t* out) {
-  const Eight zero = {}, by0 = zero + 0xD2511F53u, by2 = zero + 0xCD9E8D57u;
-  Eight c0[kTimes], c1[kTimes], c2[kTimes], c3[kTimes];
-  for (int t = 0; t < kTimes; ++t) {
-    c0[t] = counter + static_cast<uint64_t>(kTogether * t) + Eight{0, 1, 2, 3, 4, 5, 6, 7};
+// What is in upper halves does not count. Several times kCounters, since each step waits for the
+// one before.
+template <int kCounters, int kTimes>
+inline __attribute__((always_inline)) void philox_vectors(uint64_t key, uint64_t counter,
+                                                          uint32_t* out) {
+  using Words = typename Vectors<kCounters>::Words;
+  using Halves = typename Vectors<kCounters>::Halves;
+  const Words zero = {}, by0 = zero + 0xD2511F53u, by2 = zero + 0xCD9E8D57u;
+  Words c0[kTimes], c1[kTimes], c2[kTimes], c3[kTimes], next;
+  for (int i = 0; i < kCounters; ++i) next[i] = counter + static_cast<uint64_t>(i);
+  for (int t = 0; t < kTimes; ++t, next += static_cast<uint64_t>(kCounters)) {
+    c0[t] = next;
     c1[t] = c0[t] >> 32;
     c2[t] = c3[t] = zero;
   }
@@ -60,34 +69,58 @@ MERGECORE_V4 inline __attribute__((always_inline)) void philox_vectors(uint64_t 
 #pragma GCC unroll 9
   for (int round = 0; round < 9; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
     for (int t = 0; t < kTimes; ++t) {
-      const Eight p0 = product(c0[t], by0), p1 = product(c2[t], by2);
+      Words p0, p1;
+      multiply(c0[t], by0, p0);
+      multiply(c2[t], by2, p1);
       c0[t] = p1 >> 32 ^ c1[t] ^ k0;
       c2[t] = p0 >> 32 ^ c3[t] ^ k1;
       c1[t] = p1;
       c3[t] = p0;
     }
   }
-  // The last round leaves two words in one place: words 1 and 0 of a counter, and words 3 and 2.
-  const Sixteen low = {1, 0, 17, 16, 3, 2, 19, 18, 5, 4, 21, 20, 7, 6, 23, 22};
+  // The last round leaves two numbers in one word: 1 and 0 of a counter, and 3 and 2.
+  Halves order;
+  for (int i = 0; i < 2 * kCounters; ++i) {
+    order[i] = static_cast<uint32_t>(i / 4 * 2 + 1 - i % 2 + i % 4 / 2 * 2 * kCounters);
+  }
   for (int t = 0; t < kTimes; ++t) {
-    const Eight w01 = product(c2[t], by2) ^ c1[t] << 32 ^ k0 << 32;
-    const Eight w23 = product(c0[t], by0) ^ c3[t] << 32 ^ k1 << 32;
-    const Sixteen first = __builtin_shuffle((Sixteen)w01, (Sixteen)w23, low);
-    const Sixteen second = __builtin_shuffle((Sixteen)w01, (Sixteen)w23, low + 8);
-    memcpy(out + 4 * kTogether * t, &first, sizeof(first));
-    memcpy(out + 4 * kTogether * t + 2 * kTogether, &second, sizeof(second));
+    Words w01, w23;
+    multiply(c2[t], by2, w01);
+    multiply(c0[t], by0, w23);
+    w01 ^= c1[t] << 32 ^ k0 << 32;
+    w23 ^= c3[t] << 32 ^ k1 << 32;
+    const Halves first = __builtin_shuffle((Halves)w01, (Halves)w23, order);
+    const Halves second =
+        __builtin_shuffle((Halves)w01, (Halves)w23, order + static_cast<uint32_t>(kCounters));
+    memcpy(out + 4 * kCounters * t, &first, sizeof(first));
+    memcpy(out + 4 * kCounters * t + 2 * kCounters, &second, sizeof(second));
   }
 }
 
+template <int kCounters, int kTimes>
+inline __attribute__((always_inline)) void philox_runs(uint64_t key, uint64_t counter, int count,
+                                                       uint32_t* out) {
+  int i = 0;
+  for (; i + kTimes * kCounters <= count; i += kTimes * kCounters) {
+    philox_vectors<kCounters, kTimes>(key, counter + static_cast<uint64_t>(i), out + 4 * i);
+  }
+  for (; i < count; i += kCounters) {
+    philox_vectors<kCounters, 1>(key, counter + static_cast<uint64_t>(i), out + 4 * i);
+  }
+}
+#endif
+
+#ifdef MERGECORE_V4
 MERGECORE_V4
 void philox_run(uint64_t key, uint64_t counter, int count, uint32_t* out) {
-  int i = 0;
-  for (; i + 4 * kTogether <= count; i += 4 * kTogether) {
-    philox_vectors<4>(key, counter + static_cast<uint64_t>(i), out + 4 * i);
-  }
-  for (; i < count; i += kTogether) {
-    philox_vectors<1>(key, counter + static_cast<uint64_t>(i), out + 4 * i);
-  }
+  philox_runs<8, 4>(key, counter, count, out);
+}
+#endif
+
+#ifdef MERGECORE_V3
+MERGECORE_V3
+void philox_run(uint64_t key, uint64_t counter, int count, uint32_t* out) {
+  philox_runs<4, 2>(key, counter, count, out);
 }
 #endif
 

@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "chunk.h"
 #include "lanes.h"
 
 namespace mergecore::cpu {
@@ -31,12 +30,6 @@ struct Pieces {
   int n;
 };
 
-// Which lanes a function of each_lanes is to take: Eight or double.
-template <class Type>
-struct As {
-  using Lanes = Type;
-};
-
 // numbers[p * kPart + i] is entry i of piece p from `bits` on, exactly.
 template <class T>
 inline __attribute__((always_inline)) void load_part(const typename T::Bits* bits, int64_t stride,
@@ -49,13 +42,10 @@ inline __attribute__((always_inline)) void load_part(const typename T::Bits* bit
   }
 }
 
-// Calls f(As<Lanes>, count, numbers, i) for entries i, i + 1, ... of all pieces: those of piece p
-// are numbers[p * kPart] on. `count` is pieces.count, as a constant where it is kPieces. Reading
-// goes on evenly beside the arithmetic: only so many lines can be under way at once, and a
-// processor looks only so far ahead.
-template <class T, class F>
-inline __attribute__((always_inline)) void each_lanes(const Matrix& matrix, const Pieces& pieces,
-                                                      const F& f) {
+template <class T, class Lanes, class F>
+inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes, const Matrix& matrix,
+                                                         const Pieces& pieces, const F& f) {
+  constexpr int kWide = kLanesOf<Lanes>;
   alignas(64) typename T::Number numbers[kPieces * kPart];
   const auto* data = static_cast<const typename T::Bits*>(matrix.data);
   constexpr int kLine = 64 / sizeof(typename T::Bits);
@@ -74,12 +64,25 @@ inline __attribute__((always_inline)) void each_lanes(const Matrix& matrix, cons
     int i = 0;
     if (n == kPart && pieces.count == kPieces) {
       constexpr std::integral_constant<int, kPieces> all;
-      for (; i < kPart; i += kEight) f(As<Eight>{}, all, numbers + i, first + i);
+      for (; i < kPart; i += kWide) f(lanes, all, numbers + i, first + i);
       continue;
     }
-    for (; i + kEight <= n; i += kEight) f(As<Eight>{}, pieces.count, numbers + i, first + i);
+    for (; i + kWide <= n; i += kWide) f(lanes, pieces.count, numbers + i, first + i);
     for (; i < n; ++i) f(As<double>{}, pieces.count, numbers + i, first + i);
   }
+}
+
+// Calls f(As<Lanes>, count, numbers, i) for entries i, i + 1, ... of all pieces: those of piece p
+// are numbers[p * kPart] on. `count` is pieces.count, as a constant where it is kPieces. Reading
+// goes on evenly beside the arithmetic: only so many lines can be under way at once, and a
+// processor looks only so far ahead.
+template <class F>
+void each_lanes(const Matrix& matrix, const Pieces& pieces, const F& f) {
+  with_lanes([&](auto lanes) __attribute__((always_inline)) {
+    with_dtype(matrix.dtype, [&](auto type) __attribute__((always_inline)) {
+      each_lanes_of<decltype(type)>(lanes, matrix, pieces, f);
+    });
+  });
 }
 
 // Columns [begin, end) of sums[count][columns] (finished tiles) and pending[count][columns], in
