@@ -4,66 +4,40 @@
 
 namespace mergecore::cpu {
 
-// base == nullptr: the deltas are the entries themselves.
-void add_model_gradient(const Matrix& matrix, const Pieces& pieces, const double* base,
-                        const double* gradient, double* sums) {
-  auto add = [&](auto as, auto count, const auto* model, int i) __attribute__((always_inline)) {
-    typename decltype(as)::Lanes sum, x, g;
-    load(sums + i, sum);
-    const double* outer = gradient + i;
-    for (int p = 0; p < count; ++p, model += kPart, outer += kBlock) {
-      load(model, x);
+// Matrices are gradient, base and models; sums[m] are those of model m.
+template <int kMatrices>
+void add_products(const Matrix (&matrices)[kMatrices], const Pieces& pieces, double* const* sums) {
+  constexpr int kModels = kMatrices - 2;
+  auto add = [&](auto as, auto count, const auto* outer, int i) __attribute__((always_inline)) {
+    typename decltype(as)::Lanes sum[kModels], g, a, x;
+#pragma GCC unroll 2
+    for (int m = 0; m < kModels; ++m) load(sums[m] + i, sum[m]);
+    for (int p = 0; p < count; ++p, outer += kPart) {
       load(outer, g);
-      multiply_add(g, x, sum);
+      load(outer + kSheet, a);
+#pragma GCC unroll 2
+      for (int m = 0; m < kModels; ++m) {
+        load(outer + (2 + m) * kSheet, x);
+        const auto d = x - a;
+        multiply_add(g, d, sum[m]);
+      }
     }
-    store(sum, sums + i);
+#pragma GCC unroll 2
+    for (int m = 0; m < kModels; ++m) store(sum[m], sums[m] + i);
   };
-  auto add_delta = [&](auto as, auto count, const auto* model,
-                       int i) __attribute__((always_inline)) {
-    typename decltype(as)::Lanes sum, x, a, g;
-    load(sums + i, sum);
-    const double* outer = gradient + i;
-    const double* start = base + i;
-    for (int p = 0; p < count; ++p, model += kPart, outer += kBlock, start += kBlock) {
-      load(model, x);
-      load(start, a);
-      load(outer, g);
-      const auto d = x - a;
-      multiply_add(g, d, sum);
-    }
-    store(sum, sums + i);
-  };
-  if (base == nullptr) return each_lanes(matrix, pieces, add);
-  each_lanes(matrix, pieces, add_delta);
-}
-
-// out[p * kBlock + i] is entry i of piece p, exactly.
-void load_pieces(const Matrix& matrix, const Pieces& pieces, double* out) {
-  auto widen = [&](auto as, auto count, const auto* numbers, int i) __attribute__((always_inline)) {
-    typename decltype(as)::Lanes x;
-    double* to = out + i;
-    for (int p = 0; p < count; ++p, numbers += kPart, to += kBlock) {
-      load(numbers, x);
-      store(x, to);
-    }
-  };
-  each_lanes(matrix, pieces, widen);
+  each_lanes(matrices, pieces, add);
 }
 
 // What sum_columns and sum_rows call.
 auto gradient_adder(const Inputs& in, const Matrix& gradient) {
   return [&in, &gradient](const Pieces& pieces, double* to, int64_t to_stride) {
-    alignas(64) double entries[kPieces * kBlock];
-    alignas(64) double outer[kPieces * kBlock];
-    load_pieces(gradient, pieces, outer);
-    const double* base = nullptr;
-    if (in.base.data != nullptr) {
-      load_pieces(in.base, pieces, entries);
-      base = entries;
+    double* sums[kMaxModels];
+    for (int m = 0; m < in.count; ++m) sums[m] = to + m * to_stride;
+    int m = 0;
+    for (; m + 1 < in.count; m += 2) {
+      add_products({gradient, in.base, in.models[m], in.models[m + 1]}, pieces, sums + m);
     }
-    for (int m = 0; m < in.count; ++m) {
-      add_model_gradient(in.models[m], pieces, base, outer, to + m * to_stride);
-    }
+    if (m < in.count) add_products({gradient, in.base, in.models[m]}, pieces, sums + m);
   };
 }
 

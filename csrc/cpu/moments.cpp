@@ -4,51 +4,46 @@
 
 namespace mergecore::cpu {
 
-constexpr double kNoBase[kPieces * kBlock] = {};
-
 struct Moments {
   double* dd;
   double* da;
   double* xx;
 };
 
-void add_model_pieces(const Matrix& matrix, const Pieces& pieces, const double* base,
-                      Moments sums) {
-  auto add = [&](auto as, auto count, const auto* model, int i) __attribute__((always_inline)) {
-    typename decltype(as)::Lanes dd, da, xx, x, a;
-    load(sums.dd + i, dd);
-    load(sums.da + i, da);
-    load(sums.xx + i, xx);
-    const double* start = base + i;
-    for (int p = 0; p < count; ++p, model += kPart, start += kBlock) {
-      load(model, x);
-      load(start, a);
-      const auto d = x - a;
-      multiply_add(d, d, dd);
-      multiply_add(d, a, da);
-      multiply_add(x, x, xx);
+// Adds the base, where kBase says so, and models: sums[m] are those of matrix m, of the base, which
+// is the first, only `xx`.
+template <bool kBase, int kMatrices>
+void add_pieces(const Matrix (&matrices)[kMatrices], const Pieces& pieces, const Moments* sums) {
+  auto add = [&](auto as, auto count, const auto* base, int i) __attribute__((always_inline)) {
+    typename decltype(as)::Lanes dd[kMatrices], da[kMatrices], xx[kMatrices], a, x;
+    if (kBase) load(sums[0].xx + i, xx[0]);
+#pragma GCC unroll 4
+    for (int m = 1; m < kMatrices; ++m) {
+      load(sums[m].xx + i, xx[m]);
+      load(sums[m].dd + i, dd[m]);
+      load(sums[m].da + i, da[m]);
     }
-    store(dd, sums.dd + i);
-    store(da, sums.da + i);
-    store(xx, sums.xx + i);
-  };
-  each_lanes(matrix, pieces, add);
-}
-
-// Adds the squares and leaves the pieces in `base`.
-void add_base_pieces(const Matrix& matrix, const Pieces& pieces, double* base, double* sums) {
-  auto add = [&](auto as, auto count, const auto* numbers, int i) __attribute__((always_inline)) {
-    typename decltype(as)::Lanes aa, a;
-    load(sums + i, aa);
-    double* to = base + i;
-    for (int p = 0; p < count; ++p, numbers += kPart, to += kBlock) {
-      load(numbers, a);
-      store(a, to);
-      multiply_add(a, a, aa);
+    for (int p = 0; p < count; ++p) {
+      load(base + p * kPart, a);
+      if (kBase) multiply_add(a, a, xx[0]);
+#pragma GCC unroll 4
+      for (int m = 1; m < kMatrices; ++m) {
+        load(base + m * kSheet + p * kPart, x);
+        const auto d = x - a;
+        multiply_add(d, d, dd[m]);
+        multiply_add(d, a, da[m]);
+        multiply_add(x, x, xx[m]);
+      }
     }
-    store(aa, sums + i);
+    if (kBase) store(xx[0], sums[0].xx + i);
+#pragma GCC unroll 4
+    for (int m = 1; m < kMatrices; ++m) {
+      store(xx[m], sums[m].xx + i);
+      store(dd[m], sums[m].dd + i);
+      store(da[m], sums[m].da + i);
+    }
   };
-  each_lanes(matrix, pieces, add);
+  each_lanes(matrices, pieces, add);
 }
 
 // One piece whose deltas were already dropped and rescaled.
@@ -62,40 +57,49 @@ void add_delta_piece(const double* delta, const double* base, int n, Moments sum
   }
 }
 
-void add_dropped_pieces(const Drop& drop, const Matrix& matrix, const Window& w,
-                        const Pieces& pieces, const double* base, const Moments& sums) {
+void add_dropped_pieces(const Drop& drop, const Matrix& base, const Matrix& model, const Window& w,
+                        const Pieces& pieces, const Moments& sums) {
+  alignas(64) double start[kBlock] = {};
   alignas(64) double keep[kBlock];
   alignas(64) double delta[kBlock];
   for (int p = 0; p < pieces.count; ++p) {
     const int64_t entry = pieces.entry + p * pieces.stride;
     const int64_t index = w.first_entry + w.first_row * w.columns + entry;
-    prefetch(at(matrix, pieces.next + p * pieces.stride), pieces.n * dtype_size(matrix.dtype));
-    kept_delta_chunk(drop, at(matrix, entry), matrix.dtype, base + p * kBlock, index, pieces.n,
-                     keep, delta);
-    add_delta_piece(delta, base + p * kBlock, pieces.n, sums);
+    prefetch(at(model, pieces.next + p * pieces.stride), pieces.n * dtype_size(model.dtype));
+    if (base.data != nullptr) load_chunk(at(base, entry), base.dtype, pieces.n, start);
+    kept_delta_chunk(drop, at(model, entry), model.dtype, start, index, pieces.n, keep, delta);
+    add_delta_piece(delta, start, pieces.n, sums);
   }
 }
 
 // What sum_columns and sum_rows call.
 auto moment_adder(const Inputs& in) {
   return [&in](const Pieces& pieces, double* to, int64_t to_stride) {
-    alignas(64) double entries[kPieces * kBlock];
-    const double* base = kNoBase;
-    if (in.base.data != nullptr) {
-      add_base_pieces(in.base, pieces, entries, to);
-      base = entries;
-    } else {
-      for (int i = 0; i < pieces.n; ++i) to[i] += 0.0;  // zeros are added as well: -0.0 becomes 0.0
-    }
-    for (int m = 0; m < in.count; ++m) {
+    const auto sums_of = [&](int m) {
       double* first = to + (1 + 3 * m) * to_stride;
-      const Moments sums{first, first + to_stride, first + 2 * to_stride};
-      if (in.drops == nullptr || !drops_any(in.drops[m])) {
-        add_model_pieces(in.models[m], pieces, base, sums);
+      return Moments{first, first + to_stride, first + 2 * to_stride};
+    };
+    const auto is_dropped = [&](int m) { return in.drops != nullptr && drops_any(in.drops[m]); };
+    const Moments of_base{nullptr, nullptr, to};
+    bool added = false;  // the base's
+    for (int m = 0; m < in.count; ++m) {
+      const Matrix &base = in.base, &model = in.models[m];
+      if (is_dropped(m)) {
+        add_dropped_pieces(in.drops[m], base, model, in.window, pieces, sums_of(m));
+      } else if (m + 1 < in.count && !is_dropped(m + 1)) {
+        const Matrix two[] = {base, model, in.models[m + 1]};
+        const Moments sums[] = {of_base, sums_of(m), sums_of(m + 1)};
+        added ? add_pieces<false>(two, pieces, sums) : add_pieces<true>(two, pieces, sums);
+        added = true;
+        ++m;
       } else {
-        add_dropped_pieces(in.drops[m], in.models[m], in.window, pieces, base, sums);
+        const Matrix one[] = {base, model};
+        const Moments sums[] = {of_base, sums_of(m)};
+        added ? add_pieces<false>(one, pieces, sums) : add_pieces<true>(one, pieces, sums);
+        added = true;
       }
     }
+    if (!added) add_pieces<true>({in.base}, pieces, &of_base);
   };
 }
 

@@ -33,10 +33,13 @@ inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElect
   for (int place = 0; place < n; place += kQuick) {
     alignas(64) uint16_t largest[kQuick];
     alignas(64) uint16_t smallest[kQuick];  // less one: beside it zeros do not count
-    std::fill_n(largest, kQuick, uint16_t{0});
-    std::fill_n(smallest, kQuick, uint16_t{0xffff});
-    for (int m = -1; m < kModels; ++m) {
-      const uint16_t* numbers = (m < 0 ? e.base : e.models[m]) + place;
+    for (int i = 0; i < kQuick; ++i) {
+      largest[i] = e.base[place + i] & 0x7fffu;
+      smallest[i] = static_cast<uint16_t>(largest[i] - 1);
+    }
+    fetch<0>(e.base + place + 2 * kChunk);
+    for (int m = 0; m < kModels; ++m) {
+      const uint16_t* numbers = e.models[m] + place;
       fetch<0>(numbers + 2 * kChunk);
       for (int i = 0; i < kQuick; ++i) {
         const uint16_t size = numbers[i] & 0x7fffu;

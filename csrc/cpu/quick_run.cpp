@@ -26,19 +26,28 @@ inline __attribute__((always_inline)) void find_sizes(const QuickRun& run, int64
                                                       uint16_t* largest, uint16_t* greatest,
                                                       uint16_t* undecided) {
   alignas(64) uint16_t smallest[kQuick];  // less one: beside it zeros do not count
-  std::fill_n(largest, kQuick, uint16_t{0});
-  std::fill_n(smallest, kQuick, uint16_t{0xffff});
-  for (int m = run.base == nullptr ? 0 : -1; m < run.count; ++m) {
+  const int begin = run.base == nullptr ? 0 : -1;
+  for (int m = begin; m < run.count; ++m) {
     const uint16_t* numbers = (m < 0 ? run.base : run.models[m]) + place;
     fetch<0>(numbers + kChunk);
-    for (int i = 0; i < kQuick; ++i) {
-      const uint16_t size = numbers[i] & 0x7fffu;
-      largest[i] = size > largest[i] ? size : largest[i];
+    if (m == begin) {
+      for (int i = 0; i < kQuick; ++i) largest[i] = numbers[i] & 0x7fffu;
+    } else {
+      for (int i = 0; i < kQuick; ++i) {
+        const uint16_t size = numbers[i] & 0x7fffu;
+        largest[i] = size > largest[i] ? size : largest[i];
+      }
     }
     if (!run.exact) continue;
-    for (int i = 0; i < kQuick; ++i) {
-      const uint16_t less = static_cast<uint16_t>((numbers[i] & 0x7fffu) - 1);
-      smallest[i] = less < smallest[i] ? less : smallest[i];
+    if (m == begin) {
+      for (int i = 0; i < kQuick; ++i) {
+        smallest[i] = static_cast<uint16_t>((numbers[i] & 0x7fffu) - 1);
+      }
+    } else {
+      for (int i = 0; i < kQuick; ++i) {
+        const uint16_t less = static_cast<uint16_t>((numbers[i] & 0x7fffu) - 1);
+        smallest[i] = less < smallest[i] ? less : smallest[i];
+      }
     }
   }
   for (int i = 0; i < kQuick; ++i) {
@@ -57,9 +66,9 @@ inline __attribute__((always_inline)) void find_sizes(const QuickRun& run, int64
   }
 }
 
-// Adds a block's entries of kModels models to the sums; where they are the last, stores results,
-// and with End::bounded what is undecided.
-template <int kModels, bool kBase, End kEnd>
+// Adds a block's entries of kModels models to the sums, which begin with them if they are the
+// first; where they are the last, stores results, and with End::bounded what is undecided.
+template <int kModels, bool kBase, bool kFirst, End kEnd>
 inline __attribute__((always_inline)) void add_models(const QuickRun& run, int64_t place, int first,
                                                       const float* coefficients, float* even,
                                                       float* odd, const uint16_t* largest,
@@ -79,7 +88,8 @@ inline __attribute__((always_inline)) void add_models(const QuickRun& run, int64
 #pragma GCC ivdep
   for (int i = 0; i < kWords; ++i) {
     const uint32_t a = kBase ? base[i] : 0;
-    float w0 = even[i], w1 = odd[i];
+    float w0 = kFirst ? -0.0f : even[i];  // the neutral element, as in blend.cpp
+    float w1 = kFirst ? -0.0f : odd[i];
 #pragma GCC unroll 4
     for (int m = 0; m < kModels; ++m) {
       const uint32_t x = model[m][i];
@@ -117,27 +127,31 @@ inline __attribute__((always_inline)) void add_block(const QuickRun& run, int64_
                                                      const float* coefficients,
                                                      const uint16_t* largest, uint16_t* undecided) {
   alignas(64) float even[kWords], odd[kWords];
-  std::fill_n(even, kWords, -0.0f);  // the neutral element, as in blend.cpp
-  std::fill_n(odd, kWords, -0.0f);
-  int first = 0;
-  auto add = [&](auto models, auto end) __attribute__((always_inline)) {
-    add_models<models.value, kBase, end.value>(run, place, first, coefficients, even, odd, largest,
-                                               undecided);
+  int begin = 0;
+  auto add = [&](auto models, auto first, auto end) __attribute__((always_inline)) {
+    add_models<models.value, kBase, first.value, end.value>(run, place, begin, coefficients, even,
+                                                            odd, largest, undecided);
+    begin += 4;
   };
-  constexpr std::integral_constant<End, kEnd> kLast;
-  for (; first + 4 < run.count; first += 4) {
-    add(std::integral_constant<int, 4>{}, std::integral_constant<End, End::none>{});
-  }
-  switch (run.count - first) {
-    case 1:
-      return add(std::integral_constant<int, 1>{}, kLast);
-    case 2:
-      return add(std::integral_constant<int, 2>{}, kLast);
-    case 3:
-      return add(std::integral_constant<int, 3>{}, kLast);
-    default:
-      return add(std::integral_constant<int, 4>{}, kLast);
-  }
+  constexpr std::integral_constant<End, End::none> kNot;
+  auto add_last = [&](auto first) __attribute__((always_inline)) {
+    constexpr std::integral_constant<End, kEnd> kLast;
+    switch (run.count - begin) {
+      case 1:
+        return add(std::integral_constant<int, 1>{}, first, kLast);
+      case 2:
+        return add(std::integral_constant<int, 2>{}, first, kLast);
+      case 3:
+        return add(std::integral_constant<int, 3>{}, first, kLast);
+      default:
+        return add(std::integral_constant<int, 4>{}, first, kLast);
+    }
+  };
+  constexpr std::integral_constant<int, 4> kFour;
+  if (run.count <= 4) return add_last(std::true_type{});
+  add(kFour, std::true_type{}, kNot);
+  while (begin + 4 < run.count) add(kFour, std::false_type{}, kNot);
+  add_last(std::false_type{});
 }
 
 }  // namespace

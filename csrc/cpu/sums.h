@@ -14,9 +14,10 @@
 
 namespace mergecore::cpu {
 
-constexpr int kPieces = 8;        // pieces added per visit of the accumulators
-constexpr int kBlock = 256;       // entries of a piece at most: 8 of float64 are half an L1 cache
-constexpr int kPart = 32;         // entries of each piece that are converted and added at a time
+constexpr int kPieces = 8;   // pieces added per visit of the accumulators
+constexpr int kBlock = 256;  // entries of a piece at most: 8 of float64 are half an L1 cache
+constexpr int kPart = 32;    // entries of each piece that are converted and added at a time
+constexpr int kSheet = kPieces * kPart;
 constexpr int64_t kStrip = 2048;  // columns whose accumulators stay in the L2 cache; a page of bf16
 constexpr int64_t kMaxSums = 1 + 3 * kMaxModels;
 
@@ -30,36 +31,47 @@ struct Pieces {
   int n;
 };
 
-// numbers[p * kPart + i] is entry i of piece p from `bits` on, exactly.
-template <class T>
-inline __attribute__((always_inline)) void load_part(const typename T::Bits* bits, int64_t stride,
-                                                     int count, int n,
-                                                     typename T::Number* numbers) {
-  for (int p = 0; p < count; ++p) {
-    const auto* from = bits + p * stride;
-    auto* to = numbers + p * kPart;
-    for (int i = 0; i < n; ++i) to[i] = T::load(from[i]);
+// to[p * kPart + i] is entry i of piece p from window entry `entry` on, exactly; zero where the
+// matrix is not there. Float holds all dtypes but f64.
+template <class Number>
+inline __attribute__((always_inline)) void load_part(const Matrix& matrix, int64_t entry,
+                                                     int64_t stride, int count, int n, Number* to) {
+  if (matrix.data == nullptr) {
+    std::fill_n(to, kSheet, Number{0});
+    return;
   }
+  with_dtype(matrix.dtype, [&](auto type) __attribute__((always_inline)) {
+    using T = decltype(type);
+    if constexpr (sizeof(typename T::Number) <= sizeof(Number)) {
+      const auto* bits = static_cast<const typename T::Bits*>(matrix.data) + entry;
+      for (int p = 0; p < count; ++p, bits += stride, to += kPart) {
+        if (n == kPart) {  // of a length that the compiler knows
+          for (int i = 0; i < kPart; ++i) to[i] = T::load(bits[i]);
+        } else {
+          for (int i = 0; i < n; ++i) to[i] = T::load(bits[i]);
+        }
+      }
+    }
+  });
 }
 
-template <class T, class Lanes, class F>
-inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes, const Matrix& matrix,
+template <class Number, class Lanes, int kMatrices, class F>
+inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes,
+                                                         const Matrix (&matrices)[kMatrices],
                                                          const Pieces& pieces, const F& f) {
   constexpr int kWide = kLanesOf<Lanes>;
-  alignas(64) typename T::Number numbers[kPieces * kPart];
-  const auto* data = static_cast<const typename T::Bits*>(matrix.data);
-  constexpr int kLine = 64 / sizeof(typename T::Bits);
+  alignas(64) Number numbers[kMatrices * kSheet];
   for (int first = 0; first < pieces.n; first += kPart) {
-    const auto* bits = data + pieces.entry + first;
-    const auto* ahead = data + pieces.next + first;
     const int n = std::min(kPart, pieces.n - first);
-    if (n == kPart) {  // of a length that the compiler knows
-      load_part<T>(bits, pieces.stride, pieces.count, kPart, numbers);
-    } else {
-      load_part<T>(bits, pieces.stride, pieces.count, n, numbers);
-    }
-    for (int i = 0; i < n; i += kLine) {
-      for (int p = 0; p < kPieces; ++p) __builtin_prefetch(ahead + p * pieces.stride + i, 0, 2);
+    for (int m = 0; m < kMatrices; ++m) {
+      const Matrix& matrix = matrices[m];
+      load_part(matrix, pieces.entry + first, pieces.stride, pieces.count, n, numbers + m * kSheet);
+      if (matrix.data == nullptr) continue;
+      const int64_t size = dtype_size(matrix.dtype), stride = pieces.stride * size;
+      const auto* ahead = static_cast<const char*>(at(matrix, pieces.next + first));
+      for (int64_t i = 0; i < n * size; i += 64) {
+        for (int p = 0; p < kPieces; ++p) __builtin_prefetch(ahead + p * stride + i, 0, 2);
+      }
     }
     int i = 0;
     if (n == kPart && pieces.count == kPieces) {
@@ -73,15 +85,17 @@ inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes, const 
 }
 
 // Calls f(As<Lanes>, count, numbers, i) for entries i, i + 1, ... of all pieces: those of piece p
-// are numbers[p * kPart] on. `count` is pieces.count, as a constant where it is kPieces. Reading
-// goes on evenly beside the arithmetic: only so many lines can be under way at once, and a
-// processor looks only so far ahead.
-template <class F>
-void each_lanes(const Matrix& matrix, const Pieces& pieces, const F& f) {
+// of matrix m are numbers[m * kSheet + p * kPart] on. `count` is pieces.count, as a constant where
+// it is kPieces. Reading goes on evenly beside the arithmetic: only so many lines can be under way
+// at once, and a processor looks only so far ahead.
+template <int kMatrices, class F>
+void each_lanes(const Matrix (&matrices)[kMatrices], const Pieces& pieces, const F& f) {
+  const bool wide = std::any_of(matrices, matrices + kMatrices, [](const Matrix& matrix) {
+    return matrix.data != nullptr && matrix.dtype == Dtype::f64;
+  });
   with_lanes([&](auto lanes) __attribute__((always_inline)) {
-    with_dtype(matrix.dtype, [&](auto type) __attribute__((always_inline)) {
-      each_lanes_of<decltype(type)>(lanes, matrix, pieces, f);
-    });
+    wide ? each_lanes_of<double>(lanes, matrices, pieces, f)
+         : each_lanes_of<float>(lanes, matrices, pieces, f);
   });
 }
 
