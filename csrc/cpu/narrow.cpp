@@ -13,9 +13,13 @@ constexpr uint16_t kInfinite = 0x7f80;
 
 // Of `kPlaces` places, each by itself: the greatest gap, the least size less 1, the greatest size.
 struct alignas(64) Extremes {
-  uint16_t apart[kPlaces] = {}, least[kPlaces], most[kPlaces] = {};
+  uint16_t apart[kPlaces], least[kPlaces], most[kPlaces];
 
-  Extremes() { std::fill_n(least, kPlaces, uint16_t{0xffff}); }
+  MERGECORE_INLINE Extremes() {
+    std::fill_n(apart, kPlaces, uint16_t{0});
+    std::fill_n(least, kPlaces, uint16_t{0xffff});
+    std::fill_n(most, kPlaces, uint16_t{0});
+  }
 
   MERGECORE_INLINE void add(const uint16_t* x, const uint16_t* a, int n) {
     for (int i = 0; i < n; ++i) {

@@ -29,15 +29,17 @@ Magnitudes magnitudes_within(double least, double most) {
 template <int kModels>
 inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElection& e, int n) {
   const uint16_t spread = e.spread, greatest = e.greatest;
-  alignas(64) uint16_t undecided[kQuick] = {};  // bit i: of block i
+  alignas(64) uint16_t undecided[kQuick];  // bit i: of block i
+  std::fill_n(undecided, kQuick, uint16_t{0});
   for (int place = 0; place < n; place += kQuick) {
     alignas(64) uint16_t largest[kQuick];
     alignas(64) uint16_t smallest[kQuick];  // less one: beside it zeros do not count
+    const uint16_t* base = e.base + place;
+    fetch<0>(base + 2 * kChunk);
+    for (int i = 0; i < kQuick; ++i) largest[i] = base[i] & 0x7fffu;
     for (int i = 0; i < kQuick; ++i) {
-      largest[i] = e.base[place + i] & 0x7fffu;
-      smallest[i] = static_cast<uint16_t>(largest[i] - 1);
+      smallest[i] = static_cast<uint16_t>((base[i] & 0x7fffu) - 1);
     }
-    fetch<0>(e.base + place + 2 * kChunk);
     for (int m = 0; m < kModels; ++m) {
       const uint16_t* numbers = e.models[m] + place;
       fetch<0>(numbers + 2 * kChunk);

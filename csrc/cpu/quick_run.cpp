@@ -158,7 +158,8 @@ inline __attribute__((always_inline)) void add_block(const QuickRun& run, int64_
 
 MERGECORE_CLONES
 bool store_run(const QuickRun& run, int n, uint16_t* undecided) {
-  alignas(64) uint16_t greatest[kQuick] = {};
+  alignas(64) uint16_t greatest[kQuick];
+  std::fill_n(greatest, kQuick, uint16_t{0});
   const float* c = run.coefficients;
   for (int place = 0; place < n; place += kQuick, c += run.stride, undecided += kQuick) {
     alignas(64) uint16_t largest[kQuick];
