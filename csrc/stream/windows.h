@@ -19,6 +19,7 @@
 #include <chrono>
 #include <deque>
 #include <optional>
+#include <set>
 #include <tuple>
 #include <utility>
 
@@ -55,6 +56,9 @@ struct Piece {
   uint64_t offset;
   uint64_t nbytes;
   uint64_t end() const { return offset + nbytes; }
+  bool operator<(const Piece& other) const {
+    return std::tie(file, offset, nbytes) < std::tie(other.file, other.offset, other.nbytes);
+  }
 };
 
 struct Window {
@@ -336,6 +340,7 @@ class WindowStream {
 
   void ask_disk(const Window& window) const {
     for (const Piece& piece : window.pieces) {
+      if (kept_.count(piece) != 0) continue;
       posix_fadvise(files_[piece.file].fd, static_cast<off_t>(piece.offset),
                     static_cast<off_t>(piece.nbytes), POSIX_FADV_WILLNEED);
     }
@@ -358,7 +363,7 @@ class WindowStream {
     std::vector<Chunk> chunks;
     uint64_t at = 0;  // within the buffer
     for (const Piece& piece : window.pieces) {
-      if (piece.nbytes == 0) continue;
+      if (piece.nbytes == 0 || kept_.count(piece) != 0) continue;
       const uint64_t first = map_ ? page_down(piece.offset) : piece.offset;
       for (uint64_t begin = first; begin < piece.end(); begin += kChunk) {
         const uint64_t nbytes = std::min(kChunk, piece.end() - begin);
@@ -374,6 +379,7 @@ class WindowStream {
     for (std::optional<Fault>& fault : faults) {
       if (fault) return std::move(fault);
     }
+    if (map_ && window.keep) kept_.insert(window.pieces.begin(), window.pieces.end());
     return std::nullopt;
   }
 
@@ -428,6 +434,7 @@ class WindowStream {
     };
     std::vector<std::pair<Mapping*, Range>> dropped;
     for (const Piece& piece : windows_.front().pieces) {
+      kept_.erase(piece);
       if (piece.nbytes == 0) continue;
       std::vector<Range> ranges{{page_down(piece.offset), page_up(piece.end())}};
       for (uint64_t i = 1; i < filled_ - dropped_; ++i) {
@@ -463,6 +470,8 @@ class WindowStream {
   std::atomic<bool> populate_;
   py::object opener_;              // path -> descriptor, or None
   std::atomic<bool> stop_{false};  // set with the lock held
+
+  std::set<Piece> kept_;  // resident pieces of windows that are kept; the thread's own
 
   std::mutex close_mutex_;
   std::mutex mutex_;  // guards everything below
