@@ -60,6 +60,14 @@ MERGECORE_INLINE int64_t first_row_of(const Window& w) {
   return w.columns == 0 ? 0 : w.first_row + w.first_entry / w.columns;
 }
 
+// Part of a window: rows of one tile, or of its end, and neighbouring columns.
+struct Tile {
+  int64_t row;  // of the window
+  int64_t rows;
+  int64_t column;
+  int64_t columns;
+};
+
 constexpr int kTileRows = 256;  // rows are summed tile by tile (design, section 5)
 constexpr int kLanes = 64;      // a row is summed in this many lanes
 constexpr int kMaxModels = 64;
@@ -241,15 +249,14 @@ MERGECORE_INLINE uint64_t sort_key(double value) {
 
 namespace cpu {
 
-// Columns [begin, end) of sums[moments][columns] (finished tiles) and pending[moments][columns].
-void column_moments(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end);
+// Adds the moments of a tile's columns to sums[moments][tile.columns].
+void column_moments(const Inputs& in, const Tile& tile, double* sums);
 // Window rows [begin, end) into sums[moments][total_rows] at the tensor's row.
 void row_moments(const Inputs& in, double* sums, int64_t total_rows, int64_t begin, int64_t end);
 // The gradient of a loss by the coefficients of  W = a + sum_n d_n diag(c_n),  from its gradient by
-// W (a window like the models'): g.d_n of columns [begin, end) in sums[models][columns] (finished
-// tiles) and pending[models][columns]. `in.drops` is not used.
-void column_gradient(const Inputs& in, const Matrix& gradient, double* sums, double* pending,
-                     int64_t begin, int64_t end);
+// W (a window like the models'): g.d_n of a tile's columns in sums[models][tile.columns].
+// `in.drops` is not used.
+void column_gradient(const Inputs& in, const Matrix& gradient, const Tile& tile, double* sums);
 // The same along the rows: window rows [begin, end) into sums[models][total_rows].
 void row_gradient(const Inputs& in, const Matrix& gradient, double* sums, int64_t total_rows,
                   int64_t begin, int64_t end);
@@ -257,8 +264,8 @@ void row_gradient(const Inputs& in, const Matrix& gradient, double* sums, int64_
 // products of a run in out[pair * pair_stride + run * run_stride].
 void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_stride,
                int64_t run_stride, int64_t begin, int64_t end);
-// Columns [begin, end) of sums[pairs][columns] (finished tiles) and pending[pairs][columns].
-void column_gram(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end);
+// Adds the products of a tile's columns to sums[pairs][tile.columns].
+void column_gram(const Inputs& in, const Tile& tile, double* sums);
 // Entries [begin, end) of the window, counted row by row; adds to non-finite results, overflowed
 // results.
 void blend(const Blend& blend, int64_t begin, int64_t end, int64_t& nonfinite, int64_t& overflow);

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "arguments.h"
+#include "tiles.h"
 
 namespace mergecore {
 
@@ -41,18 +42,25 @@ void parallel_lines(int64_t count, int64_t grain, const F& f) {
   });
 }
 
+// Adds a window to column sums; add(tile, to) adds a tile to to[count][tile.columns].
+template <class Add>
+void add_tiles(const Window& w, int64_t count, double* sums, double* pending, const Add& add) {
+  const int64_t threads = torch::stable::get_num_threads();
+  TileSums tiles(w, count, sums, pending, threads);
+  torch::stable::parallel_for(0, std::min<int64_t>(threads, tiles.parts()), 1,
+                              [&](int64_t, int64_t) { tiles.run(add); });
+}
+
 }  // namespace
 
 void column_moments_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, Tensor pending,
                         int64_t first_row, int64_t first_entry, Integers keys, Integers thresholds,
                         Reals scales) {
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
-  const Window& w = a.inputs.window;
   double* total = moments_of(sums, models, "sums");
-  double* tile = moments_of(pending, models, "pending");
-  parallel_lines(
-      w.columns, kGrainEntries / std::max<int64_t>(1, w.rows),
-      [&](int64_t begin, int64_t end) { cpu::column_moments(a.inputs, total, tile, begin, end); });
+  double* rest = moments_of(pending, models, "pending");
+  add_tiles(a.inputs.window, moment_count(a.inputs.count), total, rest,
+            [&](const Tile& tile, double* to) { cpu::column_moments(a.inputs, tile, to); });
 }
 
 void row_moments_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, int64_t first_row,
@@ -72,13 +80,12 @@ void row_moments_cpu(std::optional<Tensor> base, Tensors models, Tensor sums, in
 void column_gradient_cpu(Tensor gradient, std::optional<Tensor> base, Tensors models, Tensor sums,
                          Tensor pending, int64_t first_row) {
   GradientArguments a(gradient, base, models, first_row);
-  const Window& w = a.inputs.window;
   double* total = gradients_of(sums, models, "sums");
-  double* tile = gradients_of(pending, models, "pending");
-  parallel_lines(w.columns, kGrainEntries / std::max<int64_t>(1, w.rows),
-                 [&](int64_t begin, int64_t end) {
-                   cpu::column_gradient(a.inputs, a.gradient, total, tile, begin, end);
-                 });
+  double* rest = gradients_of(pending, models, "pending");
+  const auto add = [&](const Tile& tile, double* to) {
+    cpu::column_gradient(a.inputs, a.gradient, tile, to);
+  };
+  add_tiles(a.inputs.window, a.inputs.count, total, rest, add);
 }
 
 void row_gradient_cpu(Tensor gradient, std::optional<Tensor> base, Tensors models, Tensor sums,
@@ -123,10 +130,9 @@ void column_gram_cpu(Tensor sums, Tensor pending, std::optional<Tensor> base, Te
   Arguments a(base, models, first_row, first_entry, keys, thresholds, scales);
   const Window& w = a.inputs.window;
   double* total = gram_of(sums, models, w.columns, "sums");
-  double* tile = gram_of(pending, models, w.columns, "pending");
-  parallel_lines(
-      w.columns, kGrainEntries / std::max<int64_t>(1, w.rows),
-      [&](int64_t begin, int64_t end) { cpu::column_gram(a.inputs, total, tile, begin, end); });
+  double* rest = gram_of(pending, models, w.columns, "pending");
+  add_tiles(w, gram_count(a.inputs.count), total, rest,
+            [&](const Tile& tile, double* to) { cpu::column_gram(a.inputs, tile, to); });
 }
 
 void blend_cpu(Tensor out, std::optional<Tensor> base, Tensors models, Tensor coefficients,

@@ -36,6 +36,7 @@ VARIANTS = {
 # All kernels as one C program: structures go by pointer, everything else as it is.
 PROGRAM = """
 #define MERGECORE_CLONES
+#include "../tiles.h"
 #include "blend.cpp"
 #include "chunk.cpp"
 #include "gradient.cpp"
@@ -51,12 +52,14 @@ PROGRAM = """
 #include "magnitudes.cpp"
 using namespace mergecore;
 extern "C" {
-void column_moments(const Inputs* in, double* sums, double* pending, int64_t columns) {
-  cpu::column_moments(*in, sums, pending, 0, columns);
+void column_moments(const Inputs* in, double* sums, double* pending) {
+  TileSums tiles(in->window, moment_count(in->count), sums, pending, 1);
+  tiles.run([&](const Tile& tile, double* to) { cpu::column_moments(*in, tile, to); });
 }
 void row_moments(const Inputs* in, double* sums, int64_t rows) { cpu::row_moments(*in, sums, rows, 0, rows); }
-void column_gradient(const Inputs* in, const Matrix* gradient, double* sums, double* pending, int64_t columns) {
-  cpu::column_gradient(*in, *gradient, sums, pending, 0, columns);
+void column_gradient(const Inputs* in, const Matrix* gradient, double* sums, double* pending) {
+  TileSums tiles(in->window, in->count, sums, pending, 1);
+  tiles.run([&](const Tile& tile, double* to) { cpu::column_gradient(*in, *gradient, tile, to); });
 }
 void row_gradient(const Inputs* in, const Matrix* gradient, double* sums, int64_t rows) {
   cpu::row_gradient(*in, *gradient, sums, rows, 0, rows);
@@ -205,7 +208,7 @@ def test_moments(compiled: ctypes.CDLL, case: str) -> None:
     base, models, drops = made(case)
     inputs = Inputs.of(base, models, drops)
     found, wanted = torch.zeros(2, 2, 10, COLUMNS, dtype=torch.float64).unbind()
-    compiled.column_moments(ctypes.byref(inputs), pointer(found[0]), pointer(found[1]), ctypes.c_int64(COLUMNS))
+    compiled.column_moments(ctypes.byref(inputs), pointer(found[0]), pointer(found[1]))
     ops.column_moments(base, models, wanted[0], wanted[1], first_entry=5, drops=drops)
     assert same(found, wanted)
     found, wanted = torch.zeros(2, 10, ROWS, dtype=torch.float64).unbind()
@@ -223,7 +226,7 @@ def test_gradients(compiled: ctypes.CDLL, case: str, dtype: torch.dtype) -> None
     outer = Matrix.of(gradient)
     found, wanted = torch.zeros(2, 2, 3, COLUMNS, dtype=torch.float64).unbind()
     by_pointer = (ctypes.byref(inputs), ctypes.byref(outer))
-    compiled.column_gradient(*by_pointer, pointer(found[0]), pointer(found[1]), ctypes.c_int64(COLUMNS))
+    compiled.column_gradient(*by_pointer, pointer(found[0]), pointer(found[1]))
     ops.column_gradient(gradient, base, models, wanted[0], wanted[1])
     assert same(found, wanted)
     found, wanted = torch.zeros(2, 3, ROWS, dtype=torch.float64).unbind()

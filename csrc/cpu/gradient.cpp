@@ -41,9 +41,8 @@ auto gradient_adder(const Inputs& in, const Matrix& gradient) {
   };
 }
 
-void column_gradient(const Inputs& in, const Matrix& gradient, double* sums, double* pending,
-                     int64_t begin, int64_t end) {
-  sum_columns(in.window, in.count, sums, pending, begin, end, gradient_adder(in, gradient));
+void column_gradient(const Inputs& in, const Matrix& gradient, const Tile& tile, double* sums) {
+  sum_columns(in.window, tile, sums, gradient_adder(in, gradient));
 }
 
 void row_gradient(const Inputs& in, const Matrix& gradient, double* sums, int64_t total_rows,

@@ -111,27 +111,17 @@ void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_strid
   }
 }
 
-void column_gram(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end) {
+void column_gram(const Inputs& in, const Tile& tile, double* sums) {
   const Window& w = in.window;
-  const int64_t pairs = gram_count(in.count);
   const int count = in.count + 1;
   std::vector<double> vectors(static_cast<size_t>(count) * kChunk);
-  for (int64_t row = 0; row < w.rows;) {
-    const int64_t in_tile = (w.first_row + row) % kTileRows;
-    const int64_t left = std::min(w.rows - row, kTileRows - in_tile);
-    const int pieces = static_cast<int>(std::min<int64_t>(kPieces, left));
-    for (int64_t column = begin; column < end; column += kLanes) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, end - column));
-      load_vectors(in, row * w.columns + column, w.columns, pieces, n, vectors.data());
-      add_pairs(vectors.data(), count, pieces, n, pending + column, w.columns);
-    }
-    row += pieces;
-    if ((w.first_row + row) % kTileRows != 0) continue;
-    for (int64_t pair = 0; pair < pairs; ++pair) {  // a tile is complete
-      for (int64_t i = pair * w.columns + begin; i < pair * w.columns + end; ++i) {
-        sums[i] += pending[i];
-        pending[i] = 0.0;
-      }
+  for (int64_t row = tile.row; row < tile.row + tile.rows; row += kPieces) {
+    const int pieces = static_cast<int>(std::min<int64_t>(kPieces, tile.row + tile.rows - row));
+    for (int64_t column = 0; column < tile.columns; column += kLanes) {
+      const int n = static_cast<int>(std::min<int64_t>(kLanes, tile.columns - column));
+      const int64_t entry = row * w.columns + tile.column + column;
+      load_vectors(in, entry, w.columns, pieces, n, vectors.data());
+      add_pairs(vectors.data(), count, pieces, n, sums + column, tile.columns);
     }
   }
 }

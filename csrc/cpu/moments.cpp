@@ -103,8 +103,8 @@ auto moment_adder(const Inputs& in) {
   };
 }
 
-void column_moments(const Inputs& in, double* sums, double* pending, int64_t begin, int64_t end) {
-  sum_columns(in.window, moment_count(in.count), sums, pending, begin, end, moment_adder(in));
+void column_moments(const Inputs& in, const Tile& tile, double* sums) {
+  sum_columns(in.window, tile, sums, moment_adder(in));
 }
 
 void row_moments(const Inputs& in, double* sums, int64_t total_rows, int64_t begin, int64_t end) {

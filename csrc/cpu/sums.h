@@ -14,11 +14,10 @@
 
 namespace mergecore::cpu {
 
-constexpr int kPieces = 8;   // pieces added per visit of the accumulators
-constexpr int kBlock = 256;  // entries of a piece at most: 8 of float64 are half an L1 cache
+constexpr int kPieces = 16;  // pieces added per visit of the accumulators
+constexpr int kBlock = 64;   // entries of a piece at most: 8 of float64 are half an L1 cache
 constexpr int kPart = 32;    // entries of each piece that are converted and added at a time
 constexpr int kSheet = kPieces * kPart;
-constexpr int64_t kStrip = 2048;  // columns whose accumulators stay in the L2 cache; a page of bf16
 constexpr int64_t kMaxSums = 1 + 3 * kMaxModels;
 
 // `count` (at most kPieces) pieces of n (at most kBlock) entries, `stride` entries apart, that
@@ -99,34 +98,22 @@ void each_lanes(const Matrix (&matrices)[kMatrices], const Pieces& pieces, const
   });
 }
 
-// Columns [begin, end) of sums[count][columns] (finished tiles) and pending[count][columns], in
-// blocks of at most kBlock columns.
+// A tile's columns into runs of tile.columns sums, in blocks of at most kBlock columns.
 template <class Add>
-void sum_columns(const Window& w, int64_t count, double* sums, double* pending, int64_t begin,
-                 int64_t end, const Add& add) {
-  for (int64_t strip = begin; strip < end; strip += kStrip) {
-    const int64_t strip_end = std::min(end, strip + kStrip);
-    for (int64_t row = 0; row < w.rows;) {
-      const int64_t in_tile = (w.first_row + row) % kTileRows;
-      const int64_t left = std::min(w.rows - row, kTileRows - in_tile);
-      const int pieces = static_cast<int>(std::min<int64_t>(kPieces, left));
-      // The next rows of the strip, or the next strip.
-      const int64_t below = row + pieces < w.rows ? (row + pieces) * w.columns + strip : strip_end;
-      for (int64_t column = strip; column < strip_end; column += kBlock) {
-        const int n = static_cast<int>(std::min<int64_t>(kBlock, strip_end - column));
-        const int64_t entry = row * w.columns + column;
-        const int64_t next = column + kBlock < strip_end ? entry + kBlock : below;
-        add(Pieces{entry, next, w.columns, pieces, n}, pending + column, w.columns);
-      }
-      row += pieces;
-      if ((w.first_row + row) % kTileRows != 0) continue;
-      for (int64_t k = 0; k < count; ++k) {  // a tile is complete
-        for (int64_t i = k * w.columns + strip; i < k * w.columns + strip_end; ++i) {
-          sums[i] += pending[i];
-          pending[i] = 0.0;
-        }
-      }
+void sum_columns(const Window& w, const Tile& tile, double* sums, const Add& add) {
+  const int64_t end = tile.row + tile.rows, end_column = tile.column + tile.columns;
+  for (int64_t row = tile.row; row < end;) {
+    const int pieces = static_cast<int>(std::min<int64_t>(kPieces, end - row));
+    for (int64_t column = tile.column; column < end_column; column += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, end_column - column));
+      const int64_t entry = row * w.columns + column;
+      // The columns beside, the rows below, or where this one is: another thread has what follows.
+      const int64_t next = column + kBlock < end_column ? entry + kBlock
+                           : row + pieces < end         ? (row + pieces) * w.columns + tile.column
+                                                        : entry;
+      add(Pieces{entry, next, w.columns, pieces, n}, sums + column - tile.column, tile.columns);
     }
+    row += pieces;
   }
 }
 
