@@ -4,13 +4,13 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "flags.h"
+
 namespace mergecore::cpu {
 
 namespace {
 
 constexpr int kWords = kQuick / 2;
-
-using Four [[gnu::may_alias, gnu::aligned(2)]] = uint64_t;  // entries
 
 enum class End { none, bounded, exact };
 
@@ -178,37 +178,10 @@ bool store_run(const QuickRun& run, int n, uint16_t* undecided) {
   return over == 0;
 }
 
-namespace {
-
-MERGECORE_CLONES
-bool is_any_set(const uint16_t* flags, int n) {
-  uint16_t any = 0;
-  for (int i = 0; i < n; ++i) any |= flags[i];
-  return any != 0;
-}
-
-// Bit i is set where flags[i] is not 0, i < kQuick.
-MERGECORE_CLONES
-uint64_t set_bits(const uint16_t* flags) {
-  alignas(64) uint16_t ones[kQuick];
-  for (int i = 0; i < kQuick; ++i) ones[i] = flags[i] != 0;
-  uint64_t bits = 0;
-  for (int i = 0; i < kQuick / 4; ++i) {
-    const uint64_t four = reinterpret_cast<const Four*>(ones)[i];
-    // Each product of a one and a power has a place of its own; bits 48 to 51 are the four ones.
-    bits |= (four * (1ull << 48 | 1ull << 33 | 1ull << 18 | 1ull << 3)) >> 48 << 4 * i;
-  }
-  return bits;
-}
-
-}  // namespace
-
 int find_set(const uint16_t* flags, int n, uint16_t* places) {
-  if (!is_any_set(flags, n)) return 0;
   int count = 0;
-  for (int first = 0; first < n; first += kQuick) {
-    if (!is_any_set(flags + first, kQuick)) continue;
-    for (uint64_t bits = set_bits(flags + first); bits != 0; bits &= bits - 1) {
+  for (int first = 0; first < n; first += kPlaces) {
+    for (uint64_t bits = bits_of(flags + first); bits != 0; bits &= bits - 1) {
       places[count++] = static_cast<uint16_t>(first + __builtin_ctzll(bits));
     }
   }
