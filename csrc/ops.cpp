@@ -221,8 +221,7 @@ void row_odds_cpu(std::optional<Tensor> base, Tensors models, Reals lowest, Real
   const Window& w = a.inputs.window;
   check_ranking(a, lowest, steps);
   double* out = magnitudes_of(odds, models);
-  // Each part makes its counters.
-  parallel_parts(w.rows, 3 * kGrainEntries / 2 / std::max<int64_t>(1, w.columns) + 1,
+  parallel_parts(w.rows, kGrainEntries / std::max<int64_t>(1, w.columns) + 1,
                  [&](int64_t begin, int64_t end) {
                    cpu::row_odds(a.inputs, lowest.data(), steps.data(), out, begin, end);
                  });

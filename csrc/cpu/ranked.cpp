@@ -150,7 +150,7 @@ class RankedElection {
  private:
   bool take_coefficients();
   bool store_quickly(int64_t row, int64_t& nonfinite, int64_t& overflow);
-  void settle(const uint16_t* places, int n, int64_t entry, int64_t& nonfinite, int64_t& overflow);
+  void settle(const uint16_t* places, int n, int64_t& nonfinite, int64_t& overflow);
   void store_exactly(int64_t row, int64_t& nonfinite, int64_t& overflow);
 
   const Election& election_;
@@ -220,14 +220,13 @@ bool RankedElection::store_quickly(int64_t row, int64_t& nonfinite, int64_t& ove
     std::fill(flags, flags + kChunk, uint16_t{0});
     mix_ranked_run(run_, in.count, e.elect != Elect::none, e.normalize, e.kept.divide_by_odds, n,
                    flags);
-    settle(places, find_set(flags, kChunk, places), entry, nonfinite, overflow);
+    settle(places, find_set(flags, kChunk, places), nonfinite, overflow);
   }
   return true;
 }
 
 // What is left open of a run, in float64.
-void RankedElection::settle(const uint16_t* places, int n, int64_t entry, int64_t& nonfinite,
-                            int64_t& overflow) {
+void RankedElection::settle(const uint16_t* places, int n, int64_t& nonfinite, int64_t& overflow) {
   const Election& e = election_;
   const int count = e.kept.inputs.count;
   Deltas values[kMaxPlain];

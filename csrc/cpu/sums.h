@@ -1,4 +1,5 @@
-// What sums down columns and along rows share: tiles of rows, lanes of a row, and their adding up.
+// What sums down columns and along rows share: visits of the accumulators, lanes of a row, and
+// their adding up.
 //
 // Both are the same loop: pieces of entries are added lane by lane, in order. For columns across
 // rows a piece is one row's share of a column block; for columns along rows the pieces are
@@ -15,7 +16,7 @@
 namespace mergecore::cpu {
 
 constexpr int kPieces = 16;  // pieces added per visit of the accumulators
-constexpr int kBlock = 64;   // entries of a piece at most: 8 of float64 are half an L1 cache
+constexpr int kBlock = 64;   // entries of a piece at most
 constexpr int kPart = 32;    // entries of each piece that are converted and added at a time
 constexpr int kSheet = kPieces * kPart;
 constexpr int64_t kMaxSums = 1 + 3 * kMaxModels;
