@@ -69,6 +69,12 @@ void each_set(const uint8_t* flags, int64_t n, F&& f) {
   }
 }
 
+// Rows of one length follow each other: what is not asked for again keeps its place.
+template <class T>
+void grow(std::vector<T>& numbers, size_t size) {
+  if (numbers.size() < size) numbers.resize(size);
+}
+
 int64_t whole_places(int64_t n) { return (n + kPlaces - 1) / kPlaces * kPlaces; }
 
 // The numbers by digit that one thread works with.
@@ -91,7 +97,8 @@ bool RowRanks::count(const Inputs& in, int m, int64_t row, int32_t* twice) {
   }
   uint32_t least, largest;
   digits_of_row(keys_.data(), columns, digits_.data(), least, largest);
-  groups_.resize(keys_.size() / 2 + 1);  // what can fail comes before counts that are not 0
+  grow(groups_, keys_.size() / 2 + 1);  // what can fail comes before counts that are not 0
+  grow(sorted_, keys_.size());
   uint32_t* counts = tables.counts.data();
   for (const uint16_t digit : digits_) ++counts[digit];
   // Without branches, which would be taken as it happens.
@@ -116,12 +123,11 @@ bool RowRanks::count(const Inputs& in, int m, int64_t row, int32_t* twice) {
     each_set(tables.used.get() + start, span,
              [&](int64_t i) { take(start + static_cast<uint32_t>(i)); });
   }
-  groups_.resize(static_cast<size_t>(group - groups_.data()));
+  shared_groups_ = group - groups_.data();
   flags_.resize(static_cast<size_t>(whole_places(columns)));
   look_up(tables.twice.data(), digits_.data(), columns, twice, flags_.data());
   std::fill(flags_.begin() + columns, flags_.end(), uint8_t{0});
   // A group's entries are written from its last place down.
-  sorted_.resize(shared);
   each_set(flags_.data(), shared == 0 ? 0 : columns, [&](int64_t i) {
     const auto at = static_cast<size_t>(i);
     sorted_[static_cast<size_t>(-1 - tables.twice[digits_[at]]++)] =
@@ -133,7 +139,8 @@ bool RowRanks::count(const Inputs& in, int m, int64_t row, int32_t* twice) {
 
 void RowRanks::sort_shared(int32_t* twice) {
   uint64_t* begin = sorted_.data();
-  for (const auto [below, here] : groups_) {
+  for (int64_t i = 0; i < shared_groups_; ++i) {
+    const auto [below, here] = groups_[static_cast<size_t>(i)];
     uint64_t* end = begin + here;
     std::sort(begin, end);
     for (uint64_t *first = begin, *last = begin; first < end; first = last) {

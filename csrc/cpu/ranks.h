@@ -39,6 +39,7 @@ class RowRanks {
   std::vector<uint16_t> digits_;
   std::vector<uint8_t> flags_;
   std::vector<Group> groups_;
+  int64_t shared_groups_ = 0;     // of a row
   std::vector<uint64_t> sorted_;  // of all groups, key and index
   std::vector<int32_t> twice_;
   std::vector<double> values_;
