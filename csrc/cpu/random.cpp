@@ -65,7 +65,7 @@ inline __attribute__((always_inline)) void philox_vectors(uint64_t key, uint64_t
     c1[t] = c0[t] >> 32;
     c2[t] = c3[t] = zero;
   }
-  Words k0 = zero + key, k1 = zero + (key >> 32);
+  uint64_t k0 = static_cast<uint32_t>(key), k1 = key >> 32;
 #pragma GCC unroll 9
   for (int round = 0; round < 9; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
     for (int t = 0; t < kTimes; ++t) {
