@@ -40,31 +40,23 @@ class TileSums {
   // Parts that threads may take at once.
   int64_t parts() const { return tiles_ * strips_; }
 
-  // What each thread calls: add(tile, to) adds a tile's entries to to[count][tile.columns].
+  // What each thread calls: add(tile, to) adds a tile's entries to to[count][tile.columns]. Where
+  // it throws in one thread, the others return.
   template <class Add>
   void run(const Add& add) {
-    for (int64_t part; (part = next_.fetch_add(1)) < parts();) {
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        moved_.wait(lock, [&] { return part < added_ + slots_; });
+    try {
+      for (int64_t part; (part = next_.fetch_add(1)) < parts();) {
+        if (!wait_for_slot(part)) return;
+        const Tile tile = tile_of(part);
+        begin(tile, held(part));
+        add(tile, held(part));
+        end(part);
       }
-      const Tile tile = tile_of(part);
-      double* to = held(part);
-      for (int64_t k = 0; k < count_; ++k) {
-        const double* from = pending_ + k * w_.columns + tile.column;
-        double* run = to + k * tile.columns;
-        // The first tile goes on where the window before stopped.
-        tile.row == 0 ? std::copy_n(from, tile.columns, run) : std::fill_n(run, tile.columns, 0.0);
-      }
-      add(tile, to);
-      std::lock_guard<std::mutex> lock(mutex_);
-      done_[static_cast<size_t>(part % slots_)] = true;
-      while (added_ < parts() && done_[static_cast<size_t>(added_ % slots_)]) {
-        done_[static_cast<size_t>(added_ % slots_)] = false;
-        take(tile_of(added_), held(added_));
-        ++added_;
-      }
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      failed_ = true;
       moved_.notify_all();
+      throw;
     }
   }
 
@@ -82,6 +74,32 @@ class TileSums {
   }
 
   double* held(int64_t part) { return held_.data() + part % slots_ * count_ * width_; }
+
+  bool wait_for_slot(int64_t part) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    moved_.wait(lock, [&] { return failed_ || part < added_ + slots_; });
+    return !failed_;
+  }
+
+  // The first tile goes on where the window before stopped.
+  void begin(const Tile& tile, double* to) const {
+    const double* from = pending_ + tile.column;
+    for (int64_t k = 0; k < count_; ++k, from += w_.columns, to += tile.columns) {
+      tile.row == 0 ? std::copy_n(from, tile.columns, to) : std::fill_n(to, tile.columns, 0.0);
+    }
+  }
+
+  // Adds it and those that have waited for it.
+  void end(int64_t part) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    done_[static_cast<size_t>(part % slots_)] = true;
+    while (added_ < parts() && done_[static_cast<size_t>(added_ % slots_)]) {
+      done_[static_cast<size_t>(added_ % slots_)] = false;
+      take(tile_of(added_), held(added_));
+      ++added_;
+    }
+    moved_.notify_all();
+  }
 
   void take(const Tile& tile, const double* from) {
     const bool is_whole = (w_.first_row + tile.row + tile.rows) % kTileRows == 0;
@@ -108,6 +126,7 @@ class TileSums {
   std::mutex mutex_;  // guards what follows, done_ and take()
   std::condition_variable moved_;
   int64_t added_ = 0;
+  bool failed_ = false;
 };
 
 }  // namespace mergecore

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import oracle
+from tests.conftest import require_tool
 from tests.test_columns import by_column
 from tests.test_geometry import column_gram
 from tests.test_kernels import Inputs, plain, threads
@@ -58,3 +61,44 @@ def test_any_number_of_models(models: int) -> None:
     assert torch.equal(found[0], alone[0][0])
     for number, one in enumerate(alone):
         assert torch.equal(oracle.bits(found[1 + 3 * number : 4 + 3 * number]), oracle.bits(one[1:]))
+
+
+# Threads of its own: torch's would hide a thread that waits for ever.
+FAILING = """
+#include <cstdio>
+#include <new>
+#include <thread>
+#include "tiles.h"
+using namespace mergecore;
+int main() {
+  const Window window{40 * kTileRows, 64, 0, 0};
+  std::vector<double> sums(64), pending(64);
+  TileSums tiles(window, 1, sums.data(), pending.data(), 3);
+  std::atomic<int> failed{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) {
+    threads.emplace_back([&] {
+      try {
+        tiles.run([](const Tile& tile, double* to) {
+          if (tile.row == 3 * kTileRows) throw std::bad_alloc();
+          to[0] += 1.0;
+        });
+      } catch (const std::bad_alloc&) {
+        ++failed;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  std::printf("%d %g\\n", failed.load(), sums[0]);
+}
+"""
+
+
+def test_a_thread_that_fails_lets_the_others_go(tmp_path: Path) -> None:
+    require_tool("c++", "g++")
+    (tmp_path / "failing.cpp").write_text(FAILING)
+    csrc = Path(__file__).parent.parent / "csrc"
+    command = ["c++", "-std=c++17", "-O1", "-pthread", "-I", str(csrc), "failing.cpp", "-o", "failing"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    told = subprocess.run([tmp_path / "failing"], check=True, capture_output=True, text=True, timeout=60).stdout
+    assert told.split() == ["1", "3"]  # what comes before it is added, nothing after it
