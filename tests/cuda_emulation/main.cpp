@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../../csrc/kernels.h"
+#include "../../csrc/tiles.h"
 #include "cuda_runtime.h"
 
 using namespace mergecore;
@@ -232,8 +233,9 @@ std::string column_moments() {
   const Memory cuda_sums = sums.copy(), cuda_pending = pending.copy();
   try {
     std::vector<Matrix> views;
-    cpu::column_moments(c.window(0, c.rows, views), sums.as<double>(), pending.as<double>(), 0,
-                        c.columns);
+    const Inputs all = c.window(0, c.rows, views);
+    TileSums tiles(all.window, moment_count(c.models), sums.as<double>(), pending.as<double>(), 1);
+    tiles.run([&](const Tile& tile, double* to) { cpu::column_moments(all, tile, to); });
     c.windows([&](int64_t, const Inputs& in) {
       const Memory scratch(cuda::column_moments_scratch(in));
       succeed(cuda::column_moments(in, cuda_sums.as<double>(), cuda_pending.as<double>(),
@@ -298,8 +300,10 @@ std::string column_gradient() {
   const Memory cuda_sums = sums.copy(), cuda_pending = pending.copy();
   try {
     std::vector<Matrix> views;
-    cpu::column_gradient(c.window(0, c.rows, views), gradient.from(0), sums.as<double>(),
-                         pending.as<double>(), 0, c.columns);
+    const Inputs all = c.window(0, c.rows, views);
+    const Matrix outer = gradient.from(0);
+    TileSums tiles(all.window, c.models, sums.as<double>(), pending.as<double>(), 1);
+    tiles.run([&](const Tile& tile, double* to) { cpu::column_gradient(all, outer, tile, to); });
     c.windows([&](int64_t begin, const Inputs& in) {
       const Memory scratch(cuda::column_gradient_scratch(in));
       succeed(cuda::column_gradient(in, gradient.from(begin), cuda_sums.as<double>(),
@@ -395,8 +399,9 @@ std::string column_gram() {
   const Memory cuda_sums = sums.copy(), cuda_pending = pending.copy();
   try {
     std::vector<Matrix> views;
-    cpu::column_gram(c.window(0, c.rows, views), sums.as<double>(), pending.as<double>(), 0,
-                     c.columns);
+    const Inputs all = c.window(0, c.rows, views);
+    TileSums tiles(all.window, gram_count(c.models), sums.as<double>(), pending.as<double>(), 1);
+    tiles.run([&](const Tile& tile, double* to) { cpu::column_gram(all, tile, to); });
     c.windows([&](int64_t, const Inputs& in) {
       const Memory scratch(cuda::column_gram_scratch(in));
       succeed(cuda::column_gram(in, cuda_sums.as<double>(), cuda_pending.as<double>(),
