@@ -81,36 +81,52 @@ class TileSums {
     return !failed_;
   }
 
-  // The first tile goes on where the window before stopped.
+  // The first tile goes on where the window before stopped; others begin at zero, which take()
+  // leaves.
   void begin(const Tile& tile, double* to) const {
+    if (tile.row != 0) return;
     const double* from = pending_ + tile.column;
     for (int64_t k = 0; k < count_; ++k, from += w_.columns, to += tile.columns) {
-      tile.row == 0 ? std::copy_n(from, tile.columns, to) : std::fill_n(to, tile.columns, 0.0);
+      std::copy_n(from, tile.columns, to);
     }
   }
 
-  // Adds it and those that have waited for it.
+  // Adds it and those that have waited for it, unless another thread is about it.
   void end(int64_t part) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     done_[static_cast<size_t>(part % slots_)] = true;
+    if (is_adding_) return;
+    is_adding_ = true;
     while (added_ < parts() && done_[static_cast<size_t>(added_ % slots_)]) {
       done_[static_cast<size_t>(added_ % slots_)] = false;
+      lock.unlock();
       take(tile_of(added_), held(added_));
+      lock.lock();
       ++added_;
+      moved_.notify_all();
     }
-    moved_.notify_all();
+    is_adding_ = false;
   }
 
-  void take(const Tile& tile, const double* from) {
+  static void move(double* from, int64_t n, double* to) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+      to[i] += from[i];
+      from[i] = 0.0;
+    }
+  }
+
+  void take(const Tile& tile, double* from) const {
     const bool is_whole = (w_.first_row + tile.row + tile.rows) % kTileRows == 0;
     for (int64_t k = 0; k < count_; ++k, from += tile.columns) {
       double* sum = sums_ + k * w_.columns + tile.column;
       double* rest = pending_ + k * w_.columns + tile.column;
       if (is_whole) {
-        for (int64_t i = 0; i < tile.columns; ++i) sum[i] += from[i];
-        std::fill_n(rest, tile.columns, 0.0);
+        move(from, tile.columns, sum);
+        if (tile.row == 0) std::fill_n(rest, tile.columns, 0.0);
       } else {
-        std::copy_n(from, tile.columns, rest);
+        std::fill_n(rest, tile.columns, 0.0);
+        move(from, tile.columns, rest);
       }
     }
   }
@@ -126,6 +142,7 @@ class TileSums {
   std::mutex mutex_;  // guards what follows, done_ and take()
   std::condition_variable moved_;
   int64_t added_ = 0;
+  bool is_adding_ = false;
   bool failed_ = false;
 };
 

@@ -11,6 +11,19 @@ void load_chunk(const void* source, Dtype dtype, int n, double* out) {
   });
 }
 
+// The first three halvings in one expression: of one register's worth of lanes at a time.
+MERGECORE_CLONES
+double sum_lanes(const double* lanes) {
+  static_assert(kLanes == 64);
+  double sums[8];
+  for (int i = 0; i < 8; ++i) {
+    const double* lane = lanes + i;
+    sums[i] = ((lane[0] + lane[32]) + (lane[16] + lane[48])) +
+              ((lane[8] + lane[40]) + (lane[24] + lane[56]));
+  }
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
 MERGECORE_CLONES
 void keep_chunk(const Drop& drop, uint64_t first, int n, double* keep) {
   const double scale = drop.scale;

@@ -73,6 +73,9 @@ void select_chunk(const Drop& drop, const void* model, Dtype dtype, const double
 void dropped_delta_chunk(const void* model, Dtype dtype, const double* base, const double* keep,
                          int n, double* delta);
 
+// The sum of kLanes lanes, which are halved: the second half is added to the first, and so on.
+double sum_lanes(const double* lanes);
+
 // out[i] = base_coefficient * base[i] + sum[i], rounded; sum[i] becomes the value that is rounded.
 // Adds to non-finite results, overflowed results.
 void store_chunk(const double* base, double base_coefficient, double* sum, int n, Dtype dtype,

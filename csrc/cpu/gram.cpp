@@ -102,11 +102,7 @@ void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_strid
       entry += static_cast<int64_t>(pieces - 1) * kLanes + n;
     }
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      double* lane = lanes.data() + pair * kLanes;
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-      }
-      out[pair * pair_stride + run * run_stride] = lane[0];
+      out[pair * pair_stride + run * run_stride] = sum_lanes(lanes.data() + pair * kLanes);
     }
   }
 }

@@ -14,35 +14,37 @@ struct Moments {
 // is the first, only `xx`.
 template <bool kBase, int kMatrices>
 void add_pieces(const Matrix (&matrices)[kMatrices], const Pieces& pieces, const Moments* sums) {
-  auto add = [&](auto as, auto count, const auto* base, int i) __attribute__((always_inline)) {
-    typename decltype(as)::Lanes dd[kMatrices], da[kMatrices], xx[kMatrices], a, x;
-    if (kBase) load(sums[0].xx + i, xx[0]);
+  auto add = [&](auto as, auto count, const auto& load_piece, const auto* base, int i)
+                 __attribute__((always_inline)) {
+                   typename decltype(as)::Lanes dd[kMatrices], da[kMatrices], xx[kMatrices], a, x;
+                   if (kBase) load(sums[0].xx + i, xx[0]);
 #pragma GCC unroll 4
-    for (int m = 1; m < kMatrices; ++m) {
-      load(sums[m].xx + i, xx[m]);
-      load(sums[m].dd + i, dd[m]);
-      load(sums[m].da + i, da[m]);
-    }
-    for (int p = 0; p < count; ++p) {
-      load(base + p * kPart, a);
-      if (kBase) multiply_add(a, a, xx[0]);
+                   for (int m = 1; m < kMatrices; ++m) {
+                     load(sums[m].xx + i, xx[m]);
+                     load(sums[m].dd + i, dd[m]);
+                     load(sums[m].da + i, da[m]);
+                   }
+                   for (int p = 0; p < count; ++p) {
+                     load_piece(p);
+                     load(base + p * kPart, a);
+                     if (kBase) multiply_add(a, a, xx[0]);
 #pragma GCC unroll 4
-      for (int m = 1; m < kMatrices; ++m) {
-        load(base + m * kSheet + p * kPart, x);
-        const auto d = x - a;
-        multiply_add(d, d, dd[m]);
-        multiply_add(d, a, da[m]);
-        multiply_add(x, x, xx[m]);
-      }
-    }
-    if (kBase) store(xx[0], sums[0].xx + i);
+                     for (int m = 1; m < kMatrices; ++m) {
+                       load(base + m * kSheet + p * kPart, x);
+                       const auto d = x - a;
+                       multiply_add(d, d, dd[m]);
+                       multiply_add(d, a, da[m]);
+                       multiply_add(x, x, xx[m]);
+                     }
+                   }
+                   if (kBase) store(xx[0], sums[0].xx + i);
 #pragma GCC unroll 4
-    for (int m = 1; m < kMatrices; ++m) {
-      store(xx[m], sums[m].xx + i);
-      store(dd[m], sums[m].dd + i);
-      store(da[m], sums[m].da + i);
-    }
-  };
+                   for (int m = 1; m < kMatrices; ++m) {
+                     store(xx[m], sums[m].xx + i);
+                     store(dd[m], sums[m].dd + i);
+                     store(da[m], sums[m].da + i);
+                   }
+                 };
   each_lanes(matrices, pieces, add);
 }
 
@@ -59,16 +61,25 @@ void add_delta_piece(const double* delta, const double* base, int n, Moments sum
 
 void add_dropped_pieces(const Drop& drop, const Matrix& base, const Matrix& model, const Window& w,
                         const Pieces& pieces, const Moments& sums) {
-  alignas(64) double start[kBlock] = {};
-  alignas(64) double keep[kBlock];
-  alignas(64) double delta[kBlock];
-  for (int p = 0; p < pieces.count; ++p) {
-    const int64_t entry = pieces.entry + p * pieces.stride;
+  alignas(64) double start[kChunk] = {};
+  alignas(64) double keep[kChunk];
+  alignas(64) double delta[kChunk];
+  const auto add = [&](int64_t entry, int64_t next, int n, const Moments& to) {
     const int64_t index = w.first_entry + w.first_row * w.columns + entry;
-    prefetch(at(model, pieces.next + p * pieces.stride), pieces.n * dtype_size(model.dtype));
-    if (base.data != nullptr) load_chunk(at(base, entry), base.dtype, pieces.n, start);
-    kept_delta_chunk(drop, at(model, entry), model.dtype, start, index, pieces.n, keep, delta);
-    add_delta_piece(delta, start, pieces.n, sums);
+    prefetch(at(model, next), n * dtype_size(model.dtype));
+    if (base.data != nullptr) load_chunk(at(base, entry), base.dtype, n, start);
+    kept_delta_chunk(drop, at(model, entry), model.dtype, start, index, n, keep, delta);
+    add_delta_piece(delta, start, n, to);
+  };
+  for (int run = 0; run < pieces.runs; ++run) {
+    for (int p = 0; p < pieces.count; ++p) {
+      const int64_t piece = run * pieces.run_stride + p * pieces.stride;
+      for (int done = 0; done < pieces.n; done += kChunk) {
+        const int64_t place = run * pieces.n + done, here = piece + done;
+        add(pieces.entry + here, pieces.next + here, std::min(kChunk, pieces.n - done),
+            {sums.dd + place, sums.da + place, sums.xx + place});
+      }
+    }
   }
 }
 

@@ -168,11 +168,7 @@ void kept_sums(const Kept& kept, double* sums, int64_t block, int64_t begin, int
       }
     }
     for (int s = 0; s < 3 * in.count; ++s) {
-      double* lane = lanes.data() + kLanes * s;
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-      }
-      sums[s * blocks + b] = lane[0];
+      sums[s * blocks + b] = sum_lanes(lanes.data() + kLanes * s);
     }
   }
 }
@@ -261,10 +257,7 @@ double sum_row(const double* values, int64_t columns) {
     const int n = static_cast<int>(std::min<int64_t>(kLanes, columns - first));
     for (int i = 0; i < n; ++i) lanes[i] += values[first + i];
   }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  return sum_lanes(lanes);
 }
 
 // power[i] = e^(base[i] + delta[i] - largest), where that is the largest exponent of the row.

@@ -10,32 +10,77 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "lanes.h"
 
 namespace mergecore::cpu {
 
 constexpr int kPieces = 16;  // pieces added per visit of the accumulators
-constexpr int kBlock = 64;   // entries of a piece at most
 constexpr int kPart = 32;    // entries of each piece that are converted and added at a time
 constexpr int kSheet = kPieces * kPart;
-constexpr int64_t kMaxSums = 1 + 3 * kMaxModels;
+constexpr int kVisits = 64;              // in one go, about
+constexpr int kBlock = kVisits * kPart;  // entries of a piece at most
+constexpr int kAheadOf = 3;              // visits between asking for a line and converting it
 
-// `count` (at most kPieces) pieces of n (at most kBlock) entries, `stride` entries apart, that
-// start at window entry `entry`. Those of the next visit start at `next`.
+// `runs` times `count` pieces of n (at most kBlock) entries: the first from window entry `entry`
+// on, others `stride` entries apart, those of other runs `run_stride`. The accumulators of a run
+// are n after those of the one before. What comes after all starts at `next`.
 struct Pieces {
   int64_t entry;
   int64_t next;
   int64_t stride;
+  int64_t run_stride;
+  int runs;
   int count;
   int n;
 };
 
-// to[p * kPart + i] is entry i of piece p from window entry `entry` on, exactly; zero where the
-// matrix is not there. Float holds all dtypes but f64.
+// What is added in one visit: n entries of `count` pieces to accumulators from `place` on. Visits
+// of some pieces come in this order: all parts of the first kPieces, and so on, run after run.
+class Visit {
+ public:
+  explicit Visit(const Pieces& pieces) : pieces_(&pieces), from_(pieces.entry) { take(); }
+
+  int64_t entry;
+  int place, count, n;
+
+  // Whether there was one more; else this is the first of the pieces that come next.
+  bool advance() {
+    if ((first_ += kPart) >= pieces_->n) {
+      first_ = 0;
+      if ((piece_ += kPieces) >= pieces_->count) {
+        piece_ = 0;
+        ++run_;
+      }
+    }
+    const bool goes_on = run_ < pieces_->runs;
+    if (!goes_on) {
+      run_ = 0;
+      from_ = pieces_->next;
+    }
+    take();
+    return goes_on;
+  }
+
+ private:
+  void take() {
+    entry = from_ + run_ * pieces_->run_stride + piece_ * pieces_->stride + first_;
+    place = run_ * pieces_->n + first_;
+    count = std::min(kPieces, pieces_->count - piece_);
+    n = std::min(kPart, pieces_->n - first_);
+  }
+
+  const Pieces* pieces_;
+  int64_t from_;
+  int run_ = 0, piece_ = 0, first_ = 0;
+};
+
+// The numbers of a visit: to[p * kPart + i] is entry i of piece p, exactly; zero where the matrix
+// is not there. Float holds all dtypes but f64. `ahead`: the first entry of what is asked for.
 template <class Number>
-inline __attribute__((always_inline)) void load_part(const Matrix& matrix, int64_t entry,
-                                                     int64_t stride, int count, int n, Number* to) {
+inline __attribute__((always_inline)) void load_sheet(const Matrix& matrix, const Visit& visit,
+                                                      int64_t ahead, int64_t stride, Number* to) {
   if (matrix.data == nullptr) {
     std::fill_n(to, kSheet, Number{0});
     return;
@@ -43,16 +88,73 @@ inline __attribute__((always_inline)) void load_part(const Matrix& matrix, int64
   with_dtype(matrix.dtype, [&](auto type) __attribute__((always_inline)) {
     using T = decltype(type);
     if constexpr (sizeof(typename T::Number) <= sizeof(Number)) {
-      const auto* bits = static_cast<const typename T::Bits*>(matrix.data) + entry;
-      for (int p = 0; p < count; ++p, bits += stride, to += kPart) {
-        if (n == kPart) {  // of a length that the compiler knows
+      const auto* bits = static_cast<const typename T::Bits*>(matrix.data) + visit.entry;
+      const auto* next = static_cast<const typename T::Bits*>(matrix.data) + ahead;
+      for (int p = 0; p < visit.count; ++p, bits += stride, next += stride, to += kPart) {
+        prefetch(next, visit.n * static_cast<int64_t>(sizeof(*next)));
+        if (visit.n == kPart) {  // of a length that the compiler knows
           for (int i = 0; i < kPart; ++i) to[i] = T::load(bits[i]);
         } else {
-          for (int i = 0; i < n; ++i) to[i] = T::load(bits[i]);
+          for (int i = 0; i < visit.n; ++i) to[i] = T::load(bits[i]);
         }
       }
     }
   });
+}
+
+// The same piece by piece, beside the arithmetic of the visit before: only so many lines can be
+// under way at once, and a processor looks only so far ahead.
+template <class T, class Lanes>
+struct Loading {
+  const typename T::Bits* bits;
+  const typename T::Bits* ahead;
+  int64_t stride;
+  int count;
+  float* to;
+
+  inline __attribute__((always_inline)) void operator()(int piece) const {
+    if (piece >= count) return;
+    constexpr int kBytes = kPart * sizeof(*bits);
+    const auto* line = reinterpret_cast<const char*>(ahead + piece * stride);
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+    const auto* from = bits + piece * stride;
+    float* numbers = to + piece * kPart;
+    if constexpr (std::is_same_v<T, BF16> && std::is_same_v<Lanes, Eight>) {
+      using Wide = uint32_t __attribute__((vector_size(64)));
+      using Narrow = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
+      for (int i = 0; i < kPart; i += 16) {
+        Wide wide;
+        asm("vpmovzxwd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Narrow*>(from + i)));
+        wide <<= 16;
+        memcpy(numbers + i, &wide, sizeof(wide));
+      }
+    } else {
+#pragma GCC ivdep
+      for (int i = 0; i < kPart; ++i) numbers[i] = T::load(from[i]);
+    }
+  }
+};
+
+struct LoadingNothing {
+  void operator()(int) const {}
+};
+
+// Calls f with what loads the sheet of a visit of whole parts, if pieces of its dtype can be.
+template <class Lanes, class F>
+inline __attribute__((always_inline)) void with_loading(const Matrix& matrix, const Visit& visit,
+                                                        int64_t ahead, int64_t stride, float* to,
+                                                        const F& f) {
+  const auto load = [&](auto type) __attribute__((always_inline)) {
+    using T = decltype(type);
+    const auto* bits = static_cast<const typename T::Bits*>(matrix.data);
+    f(Loading<T, Lanes>{bits + visit.entry, bits + ahead, stride, visit.count, to});
+  };
+  if (matrix.data == nullptr) return f(LoadingNothing{});
+  matrix.dtype == Dtype::bf16 ? load(BF16{}) : load(F32{});
+}
+
+inline bool loads_by_piece(const Matrix& matrix) {
+  return matrix.data == nullptr || matrix.dtype == Dtype::bf16 || matrix.dtype == Dtype::f32;
 }
 
 template <class Number, class Lanes, int kMatrices, class F>
@@ -60,34 +162,57 @@ inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes,
                                                          const Matrix (&matrices)[kMatrices],
                                                          const Pieces& pieces, const F& f) {
   constexpr int kWide = kLanesOf<Lanes>;
-  alignas(64) Number numbers[kMatrices * kSheet];
-  for (int first = 0; first < pieces.n; first += kPart) {
-    const int n = std::min(kPart, pieces.n - first);
+  static_assert(kMatrices <= kPart / kWide);
+  alignas(64) Number numbers[2][kMatrices * kSheet];
+  const bool by_piece =
+      std::is_same_v<Number, float> && std::all_of(matrices, matrices + kMatrices, loads_by_piece);
+  Visit visit(pieces), next = visit, ahead = visit;
+  for (int i = 0; i < kAheadOf; ++i) ahead.advance();
+  const auto load_all = [&](const Visit& of, Number* to) __attribute__((always_inline)) {
     for (int m = 0; m < kMatrices; ++m) {
-      const Matrix& matrix = matrices[m];
-      load_part(matrix, pieces.entry + first, pieces.stride, pieces.count, n, numbers + m * kSheet);
-      if (matrix.data == nullptr) continue;
-      const int64_t size = dtype_size(matrix.dtype), stride = pieces.stride * size;
-      const auto* ahead = static_cast<const char*>(at(matrix, pieces.next + first));
-      for (int64_t i = 0; i < n * size; i += 64) {
-        for (int p = 0; p < kPieces; ++p) __builtin_prefetch(ahead + p * stride + i, 0, 2);
+      load_sheet(matrices[m], of, ahead.entry, pieces.stride, to + m * kSheet);
+    }
+    ahead.advance();
+  };
+  Number *here = numbers[0], *there = numbers[1];
+  load_all(visit, here);
+  for (int m = 0; m < kMatrices; ++m) {
+    if (matrices[m].data == nullptr) std::fill_n(there + m * kSheet, kSheet, Number{0});
+  }
+  for (bool goes_on = true; goes_on; std::swap(here, there), visit = next) {
+    goes_on = next.advance();
+    if constexpr (std::is_same_v<Number, float>) {
+      if (by_piece && goes_on && visit.n == kPart && next.n == kPart) {
+        for (int i = 0, m = 0; i < kPart; i += kWide, ++m) {
+          const auto add = [&](auto loading) __attribute__((always_inline)) {
+            f(lanes, visit.count, loading, here + i, visit.place + i);
+            for (int p = visit.count; p < next.count; ++p) loading(p);
+          };
+          if (m < kMatrices) {
+            with_loading<Lanes>(matrices[m], next, ahead.entry, pieces.stride, there + m * kSheet,
+                                add);
+          } else {
+            add(LoadingNothing{});
+          }
+        }
+        ahead.advance();
+        continue;
       }
     }
     int i = 0;
-    if (n == kPart && pieces.count == kPieces) {
-      constexpr std::integral_constant<int, kPieces> all;
-      for (; i < kPart; i += kWide) f(lanes, all, numbers + i, first + i);
-      continue;
+    for (; i + kWide <= visit.n; i += kWide) {
+      f(lanes, visit.count, LoadingNothing{}, here + i, visit.place + i);
     }
-    for (; i + kWide <= n; i += kWide) f(lanes, pieces.count, numbers + i, first + i);
-    for (; i < n; ++i) f(As<double>{}, pieces.count, numbers + i, first + i);
+    for (; i < visit.n; ++i) {
+      f(As<double>{}, visit.count, LoadingNothing{}, here + i, visit.place + i);
+    }
+    if (goes_on) load_all(next, there);
   }
 }
 
-// Calls f(As<Lanes>, count, numbers, i) for entries i, i + 1, ... of all pieces: those of piece p
-// of matrix m are numbers[m * kSheet + p * kPart] on. `count` is pieces.count, as a constant where
-// it is kPieces. Reading goes on evenly beside the arithmetic: only so many lines can be under way
-// at once, and a processor looks only so far ahead.
+// Calls f(As<Lanes>, count, loading, numbers, i) for entries i, i + 1, ... of all pieces, `count`
+// of them at a time: those of piece p of matrix m are numbers[m * kSheet + p * kPart] on. f has to
+// call loading(p) once for each piece. `count` is a constant where it is kPieces.
 template <int kMatrices, class F>
 void each_lanes(const Matrix (&matrices)[kMatrices], const Pieces& pieces, const F& f) {
   const bool wide = std::any_of(matrices, matrices + kMatrices, [](const Matrix& matrix) {
@@ -112,7 +237,8 @@ void sum_columns(const Window& w, const Tile& tile, double* sums, const Add& add
       const int64_t next = column + kBlock < end_column ? entry + kBlock
                            : row + pieces < end         ? (row + pieces) * w.columns + tile.column
                                                         : entry;
-      add(Pieces{entry, next, w.columns, pieces, n}, sums + column - tile.column, tile.columns);
+      add(Pieces{entry, next, w.columns, 0, 1, pieces, n}, sums + column - tile.column,
+          tile.columns);
     }
     row += pieces;
   }
@@ -122,24 +248,30 @@ void sum_columns(const Window& w, const Tile& tile, double* sums, const Add& add
 template <class Add>
 void sum_rows(const Window& w, int64_t count, double* sums, int64_t total_rows, int64_t begin,
               int64_t end, const Add& add) {
-  alignas(64) double lanes[kMaxSums * kLanes];
-  for (int64_t row = begin; row < end; ++row) {
-    std::fill_n(lanes, count * kLanes, 0.0);
-    int64_t entry = row * w.columns;
-    for (int64_t left = w.columns; left > 0;) {
-      const int n = static_cast<int>(std::min<int64_t>(kLanes, left));
-      const int pieces = static_cast<int>(std::min<int64_t>(kPieces, left / n));
-      const int64_t next = entry + pieces * n;
-      add(Pieces{entry, next, kLanes, pieces, n}, lanes, kLanes);
-      entry = next;
-      left -= pieces * n;
+  constexpr int64_t kEntries = kVisits * kSheet;
+  const int64_t whole = w.columns / kLanes, rest = w.columns % kLanes;
+  const int64_t together = std::clamp<int64_t>(kEntries / std::max<int64_t>(1, w.columns), 1, 8);
+  const int64_t stride = together * kLanes + kLanes / 8;  // not of pages: they would share a place
+  std::vector<double> lanes(static_cast<size_t>(count * stride));
+  for (int64_t row = begin; row < end; row += together) {
+    const int runs = static_cast<int>(std::min(together, end - row));
+    std::fill(lanes.begin(), lanes.end(), 0.0);
+    for (int64_t piece = 0; piece < whole;) {
+      const int pieces = static_cast<int>(std::min<int64_t>(kEntries / kLanes, whole - piece));
+      const int64_t entry = row * w.columns + piece * kLanes;
+      piece += pieces;
+      const int64_t next = piece < whole ? entry + pieces * kLanes : (row + runs) * w.columns;
+      add(Pieces{entry, next, kLanes, w.columns, runs, pieces, kLanes}, lanes.data(), stride);
     }
-    for (int64_t k = 0; k < count; ++k) {
-      double* lane = lanes + k * kLanes;
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    for (int run = 0; run < runs; ++run) {
+      double* of_run = lanes.data() + run * kLanes;
+      if (rest != 0) {
+        const int64_t entry = (row + run) * w.columns + whole * kLanes;
+        add(Pieces{entry, entry, 0, 0, 1, 1, static_cast<int>(rest)}, of_run, stride);
       }
-      sums[k * total_rows + w.first_row + row] = lane[0];
+      for (int64_t k = 0; k < count; ++k) {
+        sums[k * total_rows + w.first_row + row + run] = sum_lanes(of_run + k * stride);
+      }
     }
   }
 }
