@@ -99,14 +99,14 @@ PYBIND11_MODULE(_stream, module) {
   py::class_<WindowStream>(module, "WindowStream",
                            "Windows over files in a known order, read ahead by a thread.")
       .def(py::init([](const std::vector<py::object>& files, const std::string& mode, int64_t depth,
-                       int64_t threads, bool populate, py::object opener) {
+                       int64_t threads, py::object opener) {
              std::vector<std::string> paths;
              for (const py::object& file : files) paths.push_back(file_path(file));
-             return std::make_unique<WindowStream>(std::move(paths), mode, depth, threads, populate,
+             return std::make_unique<WindowStream>(std::move(paths), mode, depth, threads,
                                                    std::move(opener));
            }),
            py::arg("files"), py::arg("mode") = "map", py::arg("depth") = 1, py::kw_only(),
-           py::arg("threads") = 1, py::arg("populate") = true, py::arg("opener") = py::none())
+           py::arg("threads") = 1, py::arg("opener") = py::none())
       .def("submit", &WindowStream::submit, py::arg("pieces"), py::arg("keep") = false)
       .def("next",
            [](WindowStream& stream) {

@@ -25,15 +25,14 @@ PAGE = os.sysconf("SC_PAGESIZE")
 
 Piece = tuple[int, int, int]
 
-# "touch" is what mode "map" does on kernels without MADV_POPULATE_READ; "by 3": so many threads share a window.
-WAYS = ["map", "touch", "pread", "map by 3", "pread by 3"]
+# "by 3": so many threads share a window.
+WAYS = ["map", "pread", "map by 3", "pread by 3"]
 ways = pytest.mark.parametrize("way", WAYS)
 
 
 def stream(files: list[Path], way: str, depth: int = 1) -> WindowStream:
-    kind, _, threads = way.partition(" by ")
-    mode = "pread" if kind == "pread" else "map"
-    return WindowStream(files, mode, depth, threads=int(threads or 1), populate=kind != "touch")
+    mode, _, threads = way.partition(" by ")
+    return WindowStream(files, mode, depth, threads=int(threads or 1))
 
 
 @pytest.fixture

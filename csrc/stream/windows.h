@@ -26,15 +26,12 @@
 #include "crew.h"
 #include "memory.h"
 
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22  // Linux 5.14
-#endif
-
 namespace py = pybind11;
 
 namespace {
 
-constexpr uint64_t kChunk = uint64_t{4} << 20;  // the thread looks for close() this often
+constexpr uint64_t kFaultAround = uint64_t{64} << 10;  // pages that a fault maps if they are there
+constexpr uint64_t kChunk = uint64_t{4} << 20;         // the thread looks for close() this often
 
 py::object python_path(const std::string& path) {
   return py::reinterpret_steal<py::object>(
@@ -82,8 +79,8 @@ struct View {  // what a memoryview of a window is taken from
 class WindowStream {
  public:
   WindowStream(std::vector<std::string> paths, const std::string& mode, int64_t depth,
-               int64_t threads, bool populate, py::object opener)
-      : threads_(threads), populate_(populate), opener_(std::move(opener)) {
+               int64_t threads, py::object opener)
+      : threads_(threads), opener_(std::move(opener)) {
     if (threads < 1) throw py::value_error("threads must be 1 or more");
     if (mode != "map" && mode != "pread") {
       throw py::value_error("mode is '" + mode + "'; it must be 'map' or 'pread'");
@@ -348,8 +345,7 @@ class WindowStream {
 
   struct Chunk {
     Piece piece;
-    uint64_t wanted;  // the first byte that was asked for
-    uint8_t* to;      // pread only
+    uint8_t* to;  // pread only
   };
 
   // Makes a window resident; returns what prevents it, at the first place where something does.
@@ -368,13 +364,19 @@ class WindowStream {
       for (uint64_t begin = first; begin < piece.end(); begin += kChunk) {
         const uint64_t nbytes = std::min(kChunk, piece.end() - begin);
         uint8_t* to = map_ ? nullptr : window.buffer->data() + at + (begin - first);
-        chunks.push_back({{piece.file, begin, nbytes}, std::max(begin, piece.offset), to});
+        chunks.push_back({{piece.file, begin, nbytes}, to});
       }
       at += page_up(piece.nbytes);
     }
     std::vector<std::optional<Fault>> faults(chunks.size());
     crew.share(chunks.size(), [&](size_t i) {
-      if (!stop_) faults[i] = map_ ? populate(chunks[i]) : read(chunks[i]);
+      if (stop_) return;
+      const auto& [piece, to] = chunks[i];
+      if (map_) {
+        touch(files_[piece.file].mapping->data() + piece.offset, piece.nbytes);
+      } else {
+        faults[i] = read(chunks[i]);
+      }
     });
     for (std::optional<Fault>& fault : faults) {
       if (fault) return std::move(fault);
@@ -383,29 +385,13 @@ class WindowStream {
     return std::nullopt;
   }
 
-  std::optional<Fault> populate(const Chunk& chunk) {
-    const File& file = files_[chunk.piece.file];
-    const uint64_t at = chunk.piece.offset;
-    uint8_t* begin = file.mapping->data() + at;
-    const uint64_t length = page_up(chunk.piece.nbytes);
-    while (populate_ && madvise(begin, length, MADV_POPULATE_READ) != 0) {
-      if (errno == EINTR || errno == EAGAIN) continue;
-      if (errno == EINVAL) {  // a kernel before 5.14
-        populate_ = false;
-        break;
-      }
-      const int error = errno;
-      const std::string reason =
-          error == EFAULT ? "I/O error" : std::string("cannot be mapped: ") + strerror(error);
-      return Fault{file.path, chunk.wanted, changed(file).value_or(reason)};
+  // One byte for each fault: the kernel maps what it has around it. (MADV_POPULATE_READ goes page
+  // by page.) What it does not have yet, or maps less of, faults where it is used.
+  static void touch(const uint8_t* begin, uint64_t nbytes) {
+    const auto first = reinterpret_cast<uintptr_t>(begin);
+    for (uintptr_t at = first; at < first + nbytes; at = (at / kFaultAround + 1) * kFaultAround) {
+      static_cast<void>(*reinterpret_cast<const volatile uint8_t*>(at));
     }
-    if (!populate_) {
-      madvise(begin, length, MADV_WILLNEED);
-      for (uint64_t i = 0; i < length; i += kPage) {
-        static_cast<void>(*const_cast<volatile uint8_t*>(begin + i));
-      }
-    }
-    return std::nullopt;
   }
 
   std::optional<Fault> read(const Chunk& chunk) {
@@ -467,7 +453,6 @@ class WindowStream {
   bool map_ = true;
   uint64_t depth_ = 1;
   int64_t threads_;
-  std::atomic<bool> populate_;
   py::object opener_;              // path -> descriptor, or None
   std::atomic<bool> stop_{false};  // set with the lock held
 

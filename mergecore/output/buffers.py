@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,11 @@ def new_buffer(nbytes: int) -> Buffer:
     """A page-aligned buffer of at least `nbytes` bytes."""
     # Private: Python's default is shared memory, which counts as such and changes under a forked child.
     size = -(-max(nbytes, 1) // PAGE) * PAGE
-    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A disk takes few large pages faster than many small ones; not every kernel has them.
+    with suppress(OSError, AttributeError):
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
 
 
 def address_of(data: memoryview) -> int:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import xxhash
@@ -20,6 +20,7 @@ from mergecore.output.shards import ShardFiles
 
 CHECKPOINT_BYTES = 256 << 20  # a crash costs the tensors at work and at most about this much of a lane's finished ones,
 CHECKPOINT_SECONDS = 5.0  # or this much time
+SUMMED_LATER = 1  # buffers that may be written and not yet summed: a writer that waits lets the disk wait
 
 
 class Lane:
@@ -51,9 +52,10 @@ class Lane:
         self._stopping = False
 
         # Of the thread.
-        self._summing = ThreadPoolExecutor(1, f"checksums of {name}")
+        self._summing = ThreadPoolExecutor(1, f"checksums of {name}")  # in the order given
         self._hashes: dict[str, xxhash.xxh3_128] = {}
-        self._complete: dict[str, str] = {}  # written and summed, not yet synced and recorded
+        self._written: deque[tuple[memoryview, Future[None]]] = deque()  # perhaps not yet summed
+        self._complete: dict[str, Future[str]] = {}  # written, not yet synced and recorded
         self._complete_since = 0.0
         self._since_checkpoint = 0  # bytes
 
@@ -112,29 +114,40 @@ class Lane:
             self._failed(failure)
 
     def _next_task(self) -> Callable[[], object] | None:
-        with self._changed:
-            while not self._tasks:
-                if self._stopping:
-                    return None
-                wait = self._checkpoint_wait()
-                if wait == 0:
-                    self.checkpoint()
-                else:
-                    self._changed.wait(wait)
-            return self._tasks.popleft()
+        while True:
+            with self._changed:
+                if self._tasks:
+                    return self._tasks.popleft()
+                if not self._written:
+                    if self._stopping:
+                        return None
+                    wait = self._checkpoint_wait()
+                    if wait == 0:
+                        self.checkpoint()
+                    else:
+                        self._changed.wait(wait)
+                    continue
+            self._give_back()  # while there is nothing to write
 
     def _store(self, slot: TensorSlot, begin: int, data: memoryview) -> None:
         state = self._hashes.setdefault(slot.name, xxhash.xxh3_128())
         summed = self._summing.submit(state.update, data)  # as long as writing takes, and beside it
         self._shards.write(slot.shard, slot.offset + begin, data)
-        summed.result()
         self._since_checkpoint += data.nbytes
+        self._written.append((data, summed))
+        while self._written and (len(self._written) > SUMMED_LATER or self._written[0][1].done()):
+            self._give_back()
+
+    def _give_back(self) -> None:
+        data, summed = self._written.popleft()
+        summed.result()
         self._stored(data)
 
     def _end(self, name: str) -> None:
         if not self._complete:
             self._complete_since = time.monotonic()
-        self._complete[name] = self._hashes.pop(name, xxhash.xxh3_128()).hexdigest()
+        state = self._hashes.pop(name, None) or xxhash.xxh3_128()
+        self._complete[name] = self._summing.submit(state.hexdigest)
 
     def _checkpoint_wait(self) -> float | None:
         """Seconds until the next checkpoint is due; None while there is nothing to record."""
@@ -146,7 +159,9 @@ class Lane:
 
     def _checkpoint(self) -> None:
         """First the data, then the record that vouches for it."""
+        while self._written:
+            self._give_back()
         self._shards.sync(self._number)
-        self._record(self._complete)
+        self._record({name: summed.result() for name, summed in self._complete.items()})
         self._complete.clear()
         self._since_checkpoint = 0
