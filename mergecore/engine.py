@@ -10,6 +10,7 @@ import logging
 import re
 import resource
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,8 @@ from mergecore.survey import Found
 log = logging.getLogger(__name__)
 
 READ_AHEAD = 1  # windows
+ASKED_AHEAD = 64 << 20  # bytes that the disk is asked for, at least: it goes on while a tensor is read again
+MOST_AHEAD = 512  # windows
 
 
 @dataclass(frozen=True)
@@ -376,40 +379,51 @@ class Merge:
     def _windows(self, stream: WindowStream) -> Windows:
         """Every window of every job with its bytes, in the order of the loop; submitted just far enough ahead."""
         order = self._order()
-        ahead: list[Window] = []
+        ahead: deque[tuple[Window, int]] = deque()  # with the bytes that it brings from the disk
+        to_read, asked = 0, 0
         while True:
-            while sum(not each.is_there for each in ahead) <= READ_AHEAD + 1:
+            while to_read <= READ_AHEAD + 1 or (asked < ASKED_AHEAD and len(ahead) < MOST_AHEAD):
                 window = next(order, None)
                 if window is None:
                     break
-                ahead.append(window)
-                if window.is_there:
-                    continue
-                try:
-                    stream.submit(self.pieces(window), keep=window.job.keep and not (window.is_last or window.stays))
-                except (OSError, ValueError) as error:  # gone, or shorter than its header said
-                    raise InputFault(f"{window.job.name} cannot be read: {error}") from error
+                fresh = 0
+                if not window.is_there:
+                    pieces = self.pieces(window)
+                    fresh = 0 if window.again else sum(nbytes for _, _, nbytes in pieces)
+                    try:
+                        stream.submit(pieces, keep=window.job.keep and not (window.is_last or window.stays))
+                    except (OSError, ValueError) as error:  # gone, or shorter than its header said
+                        raise InputFault(f"{window.job.name} cannot be read: {error}") from error
+                ahead.append((window, fresh))
+                to_read += not window.is_there
+                asked += fresh
             if not ahead:
                 return
             if self.should_stop is not None and self.should_stop():
                 raise Interrupted("stopped on request; the finished tensors are kept, --resume continues")
-            window = ahead.pop(0)
+            window, fresh = ahead.popleft()
+            to_read -= not window.is_there
+            asked -= fresh
             yield window, [] if window.is_there else stream.next()
 
     def _order(self) -> Iterator[Window]:
         batches = list(self.batches)  # which gets shorter while this is ahead of it
+        before: TensorJob | None = None
         for surveyed in list(self.surveys):
             for job in survey.order(surveyed.jobs):
-                yield from windows_of(job, range(job.matrices))
+                yield from windows_of(job, range(job.matrices), again=job is before)
+                before = job
         for batch in batches:
             form, stays = batch.form, batch.reads > 1 and self.placement.stays(batch.form)
             for read in range(batch.reads_before):
-                yield from windows_of(form, range(form.matrices), stays=stays, is_there=stays and read > 0)
+                again = read > 0
+                yield from windows_of(form, range(form.matrices), stays=stays, is_there=stays and again, again=again)
             for matrix in range(form.matrices):
                 for read in range(batch.reads_of_matrix):
-                    is_there = stays and batch.reads_before + read > 0
-                    yield from windows_of(form, (matrix,), stays=stays, is_there=is_there)
-                yield from windows_of(form, (matrix,), is_last=batch.is_last, is_there=stays)
+                    again = batch.reads_before + read > 0
+                    yield from windows_of(form, (matrix,), stays=stays, is_there=stays and again, again=again)
+                again = batch.reads > 1
+                yield from windows_of(form, (matrix,), is_last=batch.is_last, is_there=stays, again=again)
 
     def stream(self, depth: int) -> WindowStream:
         """Windows of the files, read `depth` ahead."""

@@ -42,6 +42,8 @@ class Window:
     """Whether it stays on the device for the reads after this one."""
     is_there: bool = False
     """Whether it stayed there."""
+    again: bool = False
+    """Whether the tensor was read just before."""
 
     @property
     def entries(self) -> tuple[int, int]:
@@ -53,12 +55,18 @@ Windows = Iterator[tuple[Window, list[memoryview]]]
 
 
 def windows_of(
-    job: TensorJob, matrices: Iterable[int], *, is_last: bool = False, stays: bool = False, is_there: bool = False
+    job: TensorJob,
+    matrices: Iterable[int],
+    *,
+    is_last: bool = False,
+    stays: bool = False,
+    is_there: bool = False,
+    again: bool = False,
 ) -> Iterator[Window]:
     """One read of these matrices."""
     for matrix in matrices:
         for first_row, rows in job.windows():
-            yield Window(job, matrix, first_row, rows, is_last, stays, is_there)
+            yield Window(job, matrix, first_row, rows, is_last, stays, is_there, again)
 
 
 class TensorReads:

@@ -61,6 +61,7 @@ struct Piece {
 struct Window {
   std::vector<Piece> pieces;
   bool keep;
+  bool is_kept;  // by the one before it with the same pieces: the disk need not be asked
   std::shared_ptr<Buffer> buffer;  // pread only
 };
 
@@ -99,7 +100,7 @@ class WindowStream {
     py::gil_scoped_release release;
     std::lock_guard<std::mutex> lock(mutex_);
     refuse_closed();
-    Window window{{}, keep, nullptr};
+    Window window{{}, keep, false, nullptr};
     window.pieces.reserve(pieces.size());
     for (const auto& [file_index, offset, nbytes] : pieces) {
       if (file_index < 0 || static_cast<uint64_t>(file_index) >= files_.size()) {
@@ -116,6 +117,10 @@ class WindowStream {
       }
       window.pieces.push_back({static_cast<size_t>(file_index), static_cast<uint64_t>(offset),
                                static_cast<uint64_t>(nbytes)});
+    }
+    for (const Piece& piece : window.pieces) {
+      window.is_kept = to_keep_.count(piece) != 0;
+      keep ? void(to_keep_.insert(piece)) : void(to_keep_.erase(piece));
     }
     windows_.push_back(std::move(window));
     ++submitted_;
@@ -307,8 +312,8 @@ class WindowStream {
         ++dropped_;
         continue;
       }
-      // One window more than is filled: the disk always has a request to work on.
-      for (; asked_ < submitted_ && asked_ < filled_ + 2; ++asked_) {
+      // All that is known: the disk works on while windows are read again.
+      for (; asked_ < submitted_; ++asked_) {
         const Window& next = windows_[asked_ - dropped_];
         lock.unlock();  // it takes a while also where all is in the page cache
         ask_disk(next);
@@ -336,8 +341,8 @@ class WindowStream {
   }
 
   void ask_disk(const Window& window) const {
+    if (window.is_kept) return;
     for (const Piece& piece : window.pieces) {
-      if (kept_.count(piece) != 0) continue;
       posix_fadvise(files_[piece.file].fd, static_cast<off_t>(piece.offset),
                     static_cast<off_t>(piece.nbytes), POSIX_FADV_WILLNEED);
     }
@@ -463,6 +468,7 @@ class WindowStream {
   std::condition_variable wake_;
   std::vector<File> files_;
   std::vector<std::shared_ptr<Buffer>> ring_;  // pread only
+  std::set<Piece> to_keep_;                    // of the last windows that show them
   std::deque<Window> windows_;                 // dropped_ <= released_ <= handed_ <= filled_
   uint64_t dropped_ = 0, released_ = 0, handed_ = 0, filled_ = 0, asked_ = 0, submitted_ = 0;
   std::optional<Fault> fault_;
