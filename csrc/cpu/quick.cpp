@@ -160,7 +160,8 @@ bool QuickBlend::store(int64_t entry, int64_t row, int64_t column, int n) {
   run.greatest = greatest_;
   run.out = static_cast<uint16_t*>(blend_.out) + entry;
   alignas(64) uint16_t undecided[kChunk];
-  if (!store_run(run, n, undecided)) return false;
+  const Stored stored = store_run(run, n, undecided);
+  if (stored != Stored::most) return stored == Stored::all;
   uint16_t places[kChunk];
   const int count = find_set(undecided, n, places);
   if (count > n / 2) return false;

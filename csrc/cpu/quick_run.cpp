@@ -157,25 +157,27 @@ inline __attribute__((always_inline)) void add_block(const QuickRun& run, int64_
 }  // namespace
 
 MERGECORE_CLONES
-bool store_run(const QuickRun& run, int n, uint16_t* undecided) {
+Stored store_run(const QuickRun& run, int n, uint16_t* undecided) {
   alignas(64) uint16_t greatest[kQuick];
   std::fill_n(greatest, kQuick, uint16_t{0});
   const float* c = run.coefficients;
-  for (int place = 0; place < n; place += kQuick, c += run.stride, undecided += kQuick) {
+  for (int place = 0; place < n; place += kQuick, c += run.stride) {
     alignas(64) uint16_t largest[kQuick];
+    uint16_t* open = undecided + place;
     fetch<1>(run.out + place + kChunk);
-    find_sizes(run, place, largest, greatest, undecided);
+    find_sizes(run, place, largest, greatest, open);
     if (run.base == nullptr) {
-      run.exact ? add_block<false, End::exact>(run, place, c, largest, undecided)
-                : add_block<false, End::bounded>(run, place, c, largest, undecided);
+      run.exact ? add_block<false, End::exact>(run, place, c, largest, open)
+                : add_block<false, End::bounded>(run, place, c, largest, open);
     } else {
-      run.exact ? add_block<true, End::exact>(run, place, c, largest, undecided)
-                : add_block<true, End::bounded>(run, place, c, largest, undecided);
+      run.exact ? add_block<true, End::exact>(run, place, c, largest, open)
+                : add_block<true, End::bounded>(run, place, c, largest, open);
     }
   }
-  uint16_t over = 0;
+  uint16_t over = 0, any = 0;
   for (int i = 0; i < kQuick; ++i) over |= greatest[i] > run.greatest;
-  return over == 0;
+  for (int i = 0; i < n; ++i) any |= undecided[i];
+  return over != 0 ? Stored::nothing : any != 0 ? Stored::most : Stored::all;
 }
 
 int find_set(const uint16_t* flags, int n, uint16_t* places) {

@@ -22,9 +22,11 @@ struct QuickRun {
   uint16_t* out;
 };
 
-// Stores the results of n entries; undecided[i] is not 0 where float32 does not tell. False, and
-// nothing to be used, where a number is not finite or beyond `greatest`.
-bool store_run(const QuickRun& run, int n, uint16_t* undecided);
+enum class Stored { nothing, most, all };
+
+// Stores the results of n entries; undecided[i] is not 0 where float32 does not tell: of all or of
+// most it does. Nothing is to be used where a number is not finite or beyond `greatest`.
+Stored store_run(const QuickRun& run, int n, uint16_t* undecided);
 
 // Writes the places of the n flags that are not 0, and returns how many they are.
 int find_set(const uint16_t* flags, int n, uint16_t* places);
