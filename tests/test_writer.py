@@ -105,6 +105,34 @@ def test_windows_of_several_tensors_may_alternate(tmp_path: Path) -> None:
     assert files_in(tmp_path / "out") == expected_files(layout)
 
 
+@pytest.mark.parametrize("buffer_bytes", [1, 10_000, 1 << 20])
+def test_no_buffer_is_lent_again_before_it_is_summed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, buffer_bytes: int
+) -> None:
+    fast = xxhash.xxh3_128
+
+    class Slow:
+        def __init__(self) -> None:
+            self.state = fast()
+
+        def update(self, data: memoryview) -> None:
+            time.sleep(0.01)
+            self.state.update(data)
+
+        def hexdigest(self) -> str:
+            return self.state.hexdigest()
+
+    monkeypatch.setattr(lanes_module.xxhash, "xxh3_128", Slow)
+    layout = layout_of()
+    with OutputWriter(tmp_path / "out", layout, "a merge", buffer_bytes=buffer_bytes) as writer:
+        put_rest(writer)
+        writer.sync()
+        sums = {slot.name: fast(content(slot.name, slot.nbytes)).hexdigest() for slot in layout.slots.values()}
+        assert writer.checksums == sums
+        writer.publish()
+    assert files_in(tmp_path / "out") == expected_files(layout)
+
+
 def test_other_files_are_published_beside_the_shards(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("words")
     with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
