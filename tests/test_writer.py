@@ -122,7 +122,7 @@ def test_no_buffer_is_lent_again_before_it_is_summed(
         def hexdigest(self) -> str:
             return self.state.hexdigest()
 
-    monkeypatch.setattr(lanes_module.xxhash, "xxh3_128", Slow)
+    monkeypatch.setattr(xxhash, "xxh3_128", Slow)
     layout = layout_of()
     with OutputWriter(tmp_path / "out", layout, "a merge", buffer_bytes=buffer_bytes) as writer:
         put_rest(writer)
