@@ -9,11 +9,11 @@
 #include <utility>
 #include <vector>
 
-#include "chunk.h"
+#include "sums.h"
 
 namespace mergecore::cpu {
 
-constexpr int kPieces = kChunk / kLanes;  // pieces held at once
+constexpr int kHeld = kChunk / kLanes;  // pieces of all vectors held at once
 
 MERGECORE_CLONES
 void delta_chunk(const void* model, Dtype dtype, const double* base, int n, double* delta) {
@@ -39,8 +39,8 @@ inline __attribute__((always_inline)) void add_pieces(const double* v, const dou
 // sums[i] += v[p][i] * w[p][i] over the pieces p, in order.
 MERGECORE_CLONES
 void add_products(const double* v, const double* w, int pieces, int n, double* sums) {
-  if (pieces == kPieces && n == kLanes) {
-    return add_pieces(v, w, kLanes, sums, std::make_integer_sequence<int, kPieces>());
+  if (pieces == kHeld && n == kLanes) {
+    return add_pieces(v, w, kLanes, sums, std::make_integer_sequence<int, kHeld>());
   }
   for (int p = 0; p < pieces; ++p) {
     add_pieces(v + p * kLanes, w + p * kLanes, n, sums, std::make_integer_sequence<int, 1>());
@@ -55,7 +55,7 @@ void load_vectors(const Inputs& in, int64_t entry, int64_t stride, int pieces, i
   const bool joined = stride == kLanes && n == kLanes;  // one run
   const int parts = joined ? 1 : pieces, length = joined ? pieces * kLanes : n;
   for (int p = 0; p < parts; ++p) {
-    const int64_t here = entry + p * stride, ahead = here + kPieces * stride;
+    const int64_t here = entry + p * stride, ahead = here + kHeld * stride;
     double* base = vectors + p * kLanes;
     if (in.base.data != nullptr) {
       prefetch(at(in.base, ahead), length * dtype_size(in.base.dtype));
@@ -84,9 +84,65 @@ void add_pairs(const double* vectors, int count, int pieces, int n, double* sums
   }
 }
 
+// All pairs of the base and up to three models, of which nothing is dropped.
+template <int kMatrices>
+void add_grams(const Matrix (&matrices)[kMatrices], const Pieces& pieces, double* sums,
+               int64_t stride) {
+  constexpr int kPairs = kMatrices * (kMatrices + 1) / 2;
+  auto add = [&](auto as, auto count, const auto& load_piece, const auto* base, int i)
+                 __attribute__((always_inline)) {
+                   typename decltype(as)::Lanes sum[kPairs], v[kMatrices];
+#pragma GCC unroll 10
+                   for (int k = 0; k < kPairs; ++k) load(sums + k * stride + i, sum[k]);
+                   for (int p = 0; p < count; ++p) {
+                     load_piece(p);
+                     load(base + p * kPart, v[0]);
+#pragma GCC unroll 4
+                     for (int m = 1; m < kMatrices; ++m) {
+                       load(base + m * kSheet + p * kPart, v[m]);
+                       v[m] -= v[0];
+                     }
+                     int k = 0;
+#pragma GCC unroll 4
+                     for (int m = 0; m < kMatrices; ++m) {
+#pragma GCC unroll 4
+                       for (int other = m; other < kMatrices; ++other)
+                         multiply_add(v[m], v[other], sum[k++]);
+                     }
+                   }
+#pragma GCC unroll 10
+                   for (int k = 0; k < kPairs; ++k) store(sum[k], sums + k * stride + i);
+                 };
+  each_lanes(matrices, pieces, add);
+}
+
+// Whether add_grams is for these; then gram_adder is what sum_runs and sum_columns call.
+bool are_few(const Inputs& in) {
+  const auto drops = [&](int m) { return in.drops != nullptr && drops_any(in.drops[m]); };
+  bool any = false;
+  for (int m = 0; m < in.count; ++m) any |= drops(m);
+  return in.count >= 1 && in.count < kMostMatrices && !any;
+}
+
+auto gram_adder(const Inputs& in) {
+  return [&in](const Pieces& pieces, double* to, int64_t to_stride) {
+    const Matrix *m = in.models, &base = in.base;
+    if (in.count == 1) return add_grams({base, m[0]}, pieces, to, to_stride);
+    if (in.count == 2) return add_grams({base, m[0], m[1]}, pieces, to, to_stride);
+    add_grams({base, m[0], m[1], m[2]}, pieces, to, to_stride);
+  };
+}
+
 void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_stride,
                int64_t run_stride, int64_t begin, int64_t end) {
   const int64_t entries = in.window.rows * in.window.columns, pairs = gram_count(in.count);
+  const auto place = [&](int64_t run, int64_t pair) {
+    return out + pair * pair_stride + run * run_stride;
+  };
+  if (are_few(in)) {
+    return sum_runs(in.window, length, pairs, begin, end, gram_adder(in),
+                    [&](int64_t run, int64_t pair, double sum) { *place(run, pair) = sum; });
+  }
   const int count = in.count + 1;
   std::vector<double> vectors(static_cast<size_t>(count) * kChunk);  // zeros where there is no base
   std::vector<double> lanes(static_cast<size_t>(pairs) * kLanes);
@@ -95,24 +151,25 @@ void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_strid
     std::fill(lanes.begin(), lanes.end(), 0.0);
     for (int64_t entry = run * length; entry < last;) {
       const int64_t whole = (last - entry) / kLanes;
-      const int pieces = static_cast<int>(std::clamp<int64_t>(whole, 1, kPieces));
+      const int pieces = static_cast<int>(std::clamp<int64_t>(whole, 1, kHeld));
       const int n = static_cast<int>(std::min<int64_t>(kLanes, last - entry));
       load_vectors(in, entry, kLanes, pieces, n, vectors.data());
       add_pairs(vectors.data(), count, pieces, n, lanes.data(), kLanes);
       entry += static_cast<int64_t>(pieces - 1) * kLanes + n;
     }
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      out[pair * pair_stride + run * run_stride] = sum_lanes(lanes.data() + pair * kLanes);
+      *place(run, pair) = sum_lanes(lanes.data() + pair * kLanes);
     }
   }
 }
 
 void column_gram(const Inputs& in, const Tile& tile, double* sums) {
+  if (are_few(in)) return sum_columns(in.window, tile, sums, gram_adder(in));
   const Window& w = in.window;
   const int count = in.count + 1;
   std::vector<double> vectors(static_cast<size_t>(count) * kChunk);
-  for (int64_t row = tile.row; row < tile.row + tile.rows; row += kPieces) {
-    const int pieces = static_cast<int>(std::min<int64_t>(kPieces, tile.row + tile.rows - row));
+  for (int64_t row = tile.row; row < tile.row + tile.rows; row += kHeld) {
+    const int pieces = static_cast<int>(std::min<int64_t>(kHeld, tile.row + tile.rows - row));
     for (int64_t column = 0; column < tile.columns; column += kLanes) {
       const int n = static_cast<int>(std::min<int64_t>(kLanes, tile.columns - column));
       const int64_t entry = row * w.columns + tile.column + column;

@@ -22,6 +22,7 @@ constexpr int kSheet = kPieces * kPart;
 constexpr int kVisits = 64;              // in one go, about
 constexpr int kBlock = kVisits * kPart;  // entries of a piece at most
 constexpr int kAheadOf = 3;              // visits between asking for a line and converting it
+constexpr int kMostMatrices = 4;
 
 // `runs` times `count` pieces of n (at most kBlock) entries: the first from window entry `entry`
 // on, others `stride` entries apart, those of other runs `run_stride`. The accumulators of a run
@@ -162,7 +163,7 @@ inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes,
                                                          const Matrix (&matrices)[kMatrices],
                                                          const Pieces& pieces, const F& f) {
   constexpr int kWide = kLanesOf<Lanes>;
-  static_assert(kMatrices <= kPart / kWide);
+  static_assert(kMatrices <= kMostMatrices && kMostMatrices <= kPart / kWide);
   alignas(64) Number numbers[2][kMatrices * kSheet];
   const bool by_piece =
       std::is_same_v<Number, float> && std::all_of(matrices, matrices + kMatrices, loads_by_piece);
@@ -244,36 +245,47 @@ void sum_columns(const Window& w, const Tile& tile, double* sums, const Add& add
   }
 }
 
+// Sums along runs [begin, end) of `length` consecutive entries of the window, of which the last may
+// be shorter: calls store(run, k, sum) for k below `count`.
+template <class Add, class Store>
+void sum_runs(const Window& w, int64_t length, int64_t count, int64_t begin, int64_t end,
+              const Add& add, const Store& store) {
+  constexpr int64_t kEntries = kVisits * kSheet;
+  const int64_t entries = w.rows * w.columns;
+  const int64_t most = std::clamp<int64_t>(kEntries / std::max<int64_t>(1, length), 1, 8);
+  const int64_t stride = most * kLanes + kLanes / 8;  // not of pages: they would share a place
+  std::vector<double> lanes(static_cast<size_t>(count * stride));
+  for (int64_t run = begin; run < end;) {
+    const int64_t first = run * length, own = std::min(length, entries - first);
+    const int64_t equal = own < length ? 1 : (entries - first) / std::max<int64_t>(1, length);
+    const int runs = static_cast<int>(std::clamp<int64_t>(std::min(equal, end - run), 1, most));
+    const int64_t whole = own / kLanes, rest = own % kLanes;
+    std::fill(lanes.begin(), lanes.end(), 0.0);
+    for (int64_t piece = 0; piece < whole;) {
+      const int pieces = static_cast<int>(std::min<int64_t>(kEntries / kLanes, whole - piece));
+      const int64_t entry = first + piece * kLanes;
+      piece += pieces;
+      const int64_t next = piece < whole ? entry + pieces * kLanes : first + runs * length;
+      add(Pieces{entry, next, kLanes, length, runs, pieces, kLanes}, lanes.data(), stride);
+    }
+    for (int i = 0; i < runs; ++i, ++run) {
+      double* of_run = lanes.data() + i * kLanes;
+      if (rest != 0) {
+        const int64_t entry = run * length + whole * kLanes;
+        add(Pieces{entry, entry, 0, 0, 1, 1, static_cast<int>(rest)}, of_run, stride);
+      }
+      for (int64_t k = 0; k < count; ++k) store(run, k, sum_lanes(of_run + k * stride));
+    }
+  }
+}
+
 // Window rows [begin, end) into sums[count][total_rows] at the tensor's row.
 template <class Add>
 void sum_rows(const Window& w, int64_t count, double* sums, int64_t total_rows, int64_t begin,
               int64_t end, const Add& add) {
-  constexpr int64_t kEntries = kVisits * kSheet;
-  const int64_t whole = w.columns / kLanes, rest = w.columns % kLanes;
-  const int64_t together = std::clamp<int64_t>(kEntries / std::max<int64_t>(1, w.columns), 1, 8);
-  const int64_t stride = together * kLanes + kLanes / 8;  // not of pages: they would share a place
-  std::vector<double> lanes(static_cast<size_t>(count * stride));
-  for (int64_t row = begin; row < end; row += together) {
-    const int runs = static_cast<int>(std::min(together, end - row));
-    std::fill(lanes.begin(), lanes.end(), 0.0);
-    for (int64_t piece = 0; piece < whole;) {
-      const int pieces = static_cast<int>(std::min<int64_t>(kEntries / kLanes, whole - piece));
-      const int64_t entry = row * w.columns + piece * kLanes;
-      piece += pieces;
-      const int64_t next = piece < whole ? entry + pieces * kLanes : (row + runs) * w.columns;
-      add(Pieces{entry, next, kLanes, w.columns, runs, pieces, kLanes}, lanes.data(), stride);
-    }
-    for (int run = 0; run < runs; ++run) {
-      double* of_run = lanes.data() + run * kLanes;
-      if (rest != 0) {
-        const int64_t entry = (row + run) * w.columns + whole * kLanes;
-        add(Pieces{entry, entry, 0, 0, 1, 1, static_cast<int>(rest)}, of_run, stride);
-      }
-      for (int64_t k = 0; k < count; ++k) {
-        sums[k * total_rows + w.first_row + row + run] = sum_lanes(of_run + k * stride);
-      }
-    }
-  }
+  sum_runs(w, w.columns, count, begin, end, add, [&](int64_t row, int64_t k, double sum) {
+    sums[k * total_rows + w.first_row + row] = sum;
+  });
 }
 
 }  // namespace mergecore::cpu
