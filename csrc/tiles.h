@@ -125,8 +125,8 @@ class TileSums {
         move(from, tile.columns, sum);
         if (tile.row == 0) std::fill_n(rest, tile.columns, 0.0);
       } else {
-        std::fill_n(rest, tile.columns, 0.0);
-        move(from, tile.columns, rest);
+        std::copy_n(from, tile.columns, rest);  // as they are: a sum of -0.0 stays one
+        std::fill_n(from, tile.columns, 0.0);
       }
     }
   }
