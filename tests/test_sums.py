@@ -1,11 +1,12 @@
-"""Moments of large windows, bit by bit: sums in the order that the design tells, whatever way the loops take.
+"""Moments, gradients and Gram matrices of large windows, bit by bit.
 
-Numbers have few bits, so that products are exact; sums of them are not, so the order of the additions shows.
+Sums are in the order that the design tells, whatever way the loops take. Numbers have few bits, so that products are exact; sums of them are not, so the order of the additions shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations_with_replacement
 
 import numpy as np
 import pytest
@@ -110,5 +111,23 @@ def test_gradients_are_added_in_the_order_of_the_design(shape: tuple[int, int], 
     ops.row_gradient(gradient, base, others, by_row)
     for number, model in enumerate(others):
         term = gradient.double().numpy() * (model.double() - base.double()).numpy()
+        assert torch.equal((by_column + open_tile)[number], torch.from_numpy(down_the_columns(term)))
+        assert torch.equal(by_row[number], torch.from_numpy(along_the_rows(term)))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(dtype)[6:] for dtype in dtypes))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gram_matrices_are_added_in_the_order_of_the_design(
+    shape: tuple[int, int], dtypes: Sequence[torch.dtype]
+) -> None:
+    rows, columns = shape
+    base, *models = matrices(shape, dtypes)
+    by_column, open_tile = torch.zeros(2, ops.gram_count(len(models)), columns, dtype=torch.float64).unbind()
+    by_row = torch.zeros(ops.gram_count(len(models)), rows, dtype=torch.float64)
+    ops.column_gram(by_column, open_tile, base, models)
+    ops.row_gram(by_row, base, models)
+    vectors = [base.double().numpy(), *((model.double() - base.double()).numpy() for model in models)]
+    for number, (one, other) in enumerate(combinations_with_replacement(vectors, 2)):
+        term = one * other
         assert torch.equal((by_column + open_tile)[number], torch.from_numpy(down_the_columns(term)))
         assert torch.equal(by_row[number], torch.from_numpy(along_the_rows(term)))
