@@ -1,6 +1,7 @@
 """Moments, gradients and Gram matrices of large windows, bit by bit.
 
-Sums are in the order that the design tells, whatever way the loops take. Numbers have few bits, so that products are exact; sums of them are not, so the order of the additions shows.
+Sums are in the order that the design tells, whatever way the loops take. Numbers have few bits, so that products are
+exact; sums of them are not, so the order of the additions shows.
 """
 
 from __future__ import annotations
