@@ -124,7 +124,7 @@ struct Loading {
       using Wide = uint32_t __attribute__((vector_size(64)));
       using Narrow = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
       for (int i = 0; i < kPart; i += 16) {
-        Wide wide;
+        Wide wide;  // by one instruction, of which GCC 12 makes three
         asm("vpmovzxwd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Narrow*>(from + i)));
         wide <<= 16;
         memcpy(numbers + i, &wide, sizeof(wide));
@@ -211,9 +211,9 @@ inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes,
   }
 }
 
-// Calls f(As<Lanes>, count, loading, numbers, i) for entries i, i + 1, ... of all pieces, `count`
-// of them at a time: those of piece p of matrix m are numbers[m * kSheet + p * kPart] on. f has to
-// call loading(p) once for each piece. `count` is a constant where it is kPieces.
+// Calls f(As<Lanes>, count, loading, numbers, i) to add entries of `count` pieces to accumulators
+// i, i + 1, ...: those of piece p of matrix m are numbers[m * kSheet + p * kPart] on. f has to call
+// loading(p) for each piece, beside its arithmetic.
 template <int kMatrices, class F>
 void each_lanes(const Matrix (&matrices)[kMatrices], const Pieces& pieces, const F& f) {
   const bool wide = std::any_of(matrices, matrices + kMatrices, [](const Matrix& matrix) {
