@@ -118,8 +118,10 @@ class WindowStream {
       window.pieces.push_back({static_cast<size_t>(file_index), static_cast<uint64_t>(offset),
                                static_cast<uint64_t>(nbytes)});
     }
+    // All before any is noted: a window may show a piece twice, of a model that is named twice.
+    window.is_kept = std::all_of(window.pieces.begin(), window.pieces.end(),
+                                 [&](const Piece& piece) { return to_keep_.count(piece) != 0; });
     for (const Piece& piece : window.pieces) {
-      window.is_kept = to_keep_.count(piece) != 0;
       keep ? void(to_keep_.insert(piece)) : void(to_keep_.erase(piece));
     }
     windows_.push_back(std::move(window));
