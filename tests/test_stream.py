@@ -9,7 +9,6 @@ import sys
 import tempfile
 import textwrap
 import threading
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -214,37 +213,6 @@ def test_streams_that_are_dropped_leave_no_thread_and_no_descriptor(path: Path, 
         windows.submit([(0, 0, 1000)], False)
         del windows
     assert held() == before
-
-
-# ---- read-ahead
-
-
-def is_cached(path: Path, offset: int) -> bool:
-    with open(path, "rb") as file:
-        try:
-            return os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-        except BlockingIOError:
-            return False
-
-
-@pytest.mark.parametrize("way", ["map", "pread"])
-def test_the_disk_is_asked_for_all_that_is_submitted(path: Path, way: str) -> None:
-    size, window = 32 * MIB, 8 * MIB
-    with open(path, "wb") as file:
-        file.write(os.urandom(size))
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if is_cached(path, size - 1):
-        pytest.skip("this file system keeps its files in memory")
-    with stream([path], way, depth=0) as windows:
-        for piece in cut(size, window):
-            windows.submit([piece], False)
-        assert len(windows.next()) == 1  # no window is read while this one is out
-        until = time.monotonic() + 20
-        while not is_cached(path, size - 1) and time.monotonic() < until:
-            time.sleep(0.01)
-        assert is_cached(path, size - 1)
 
 
 # ---- memory
