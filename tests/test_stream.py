@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import signal
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -213,6 +216,41 @@ def test_streams_that_are_dropped_leave_no_thread_and_no_descriptor(path: Path, 
         windows.submit([(0, 0, 1000)], False)
         del windows
     assert held() == before
+
+
+# ---- read-ahead
+
+
+def is_cached(path: Path, offset: int) -> bool:
+    """Whether the page cache has a byte; to look does not bring it there, as even a read that may not wait can."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as pages:
+        view = np.frombuffer(pages, np.uint8)
+        address, found = view.ctypes.data + offset // PAGE * PAGE, ctypes.c_ubyte()
+        del view  # or the mapping could not be closed
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(1), ctypes.byref(found)) == 0
+        return bool(found.value & 1)
+
+
+@pytest.mark.parametrize("way", ["map", "pread"])
+def test_the_disk_is_asked_for_all_that_is_submitted(path: Path, way: str) -> None:
+    size, window = 32 * MIB, 8 * MIB
+    with open(path, "wb") as file:
+        file.write(os.urandom(size))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if is_cached(path, size - 1):
+        pytest.skip("this file system keeps its files in memory")
+    with stream([path], way, depth=0) as windows:
+        windows.submit([(0, 0, window)], False)
+        assert len(windows.next()) == 1
+        assert not is_cached(path, size - 1)
+        for piece in cut(size, window)[1:]:
+            windows.submit([piece], False)  # not read while the first one is out
+        until = time.monotonic() + 20
+        while not is_cached(path, size - 1) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert is_cached(path, size - 1)
 
 
 # ---- memory

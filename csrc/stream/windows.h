@@ -303,10 +303,11 @@ class WindowStream {
     Crew crew(threads_ - 1);
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [this] {
-        return stop_ || dropped_ < released_ ||
-               (filled_ < submitted_ && filled_ < released_ + depth_ + 1 && !fault_ && !failure_);
-      });
+      const auto may_fill = [this] {
+        return filled_ < submitted_ && filled_ < released_ + depth_ + 1 && !fault_ && !failure_;
+      };
+      wake_.wait(
+          lock, [&] { return stop_ || dropped_ < released_ || asked_ < submitted_ || may_fill(); });
       if (stop_) return;
       if (dropped_ < released_) {  // first, so that no more than depth + 1 windows are resident
         if (map_ && !windows_.front().keep) drop_front(lock, crew);
@@ -322,6 +323,7 @@ class WindowStream {
         lock.lock();
         if (stop_) return;
       }
+      if (dropped_ < released_ || !may_fill()) continue;
       Window& window = windows_[filled_ - dropped_];
       if (!map_) window.buffer = std::move(ring_[filled_ % ring_.size()]);
       std::optional<Fault> fault;
