@@ -10,7 +10,6 @@ import logging
 import re
 import resource
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -44,16 +43,21 @@ from mergecore.output.writer import OutputWriter
 from mergecore.placement import Placement
 from mergecore.planning import MergePlan
 from mergecore.progress import MergeResult, Progress
-from mergecore.reads import TensorReads, Window, Windows, count_nonfinite, open_stream, windows_of
+from mergecore.reads import (
+    READ_AHEAD,
+    TensorReads,
+    Window,
+    Windows,
+    count_nonfinite,
+    open_stream,
+    read_ahead,
+    windows_of,
+)
 from mergecore.selecting import Part, compared, thinned
 from mergecore.sources import DTYPES, Source, files_of
 from mergecore.survey import Found
 
 log = logging.getLogger(__name__)
-
-READ_AHEAD = 1  # windows
-ASKED_AHEAD = 64 << 20  # bytes that the disk is asked for, at least: it goes on while a tensor is read again
-MOST_AHEAD = 512  # windows
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ class Merge:
         """Takes the merge from where it is to its last tensor; False if the device's memory did not suffice."""
         try:
             with self.stream(READ_AHEAD) as stream:
-                windows = self._windows(stream)
+                windows = read_ahead(self._order(), stream, self.pieces, self.should_stop)
                 while self.surveys:
                     self._survey(self.surveys[0], windows, stream)
                     del self.surveys[0]
@@ -376,37 +380,8 @@ class Merge:
             part = replace(part, models=thinned(job.thinned, keys, part, job.shape[-1] if job.shape else 1))
         return part
 
-    def _windows(self, stream: WindowStream) -> Windows:
-        """Every window of every job with its bytes, in the order of the loop; submitted just far enough ahead."""
-        order = self._order()
-        ahead: deque[tuple[Window, int]] = deque()  # with the bytes that it brings from the disk
-        to_read, asked = 0, 0
-        while True:
-            while to_read <= READ_AHEAD + 1 or (asked < ASKED_AHEAD and len(ahead) < MOST_AHEAD):
-                window = next(order, None)
-                if window is None:
-                    break
-                fresh = 0
-                if not window.is_there:
-                    pieces = self.pieces(window)
-                    fresh = 0 if window.again else sum(nbytes for _, _, nbytes in pieces)
-                    try:
-                        stream.submit(pieces, keep=window.job.keep and not (window.is_last or window.stays))
-                    except (OSError, ValueError) as error:  # gone, or shorter than its header said
-                        raise InputFault(f"{window.job.name} cannot be read: {error}") from error
-                ahead.append((window, fresh))
-                to_read += not window.is_there
-                asked += fresh
-            if not ahead:
-                return
-            if self.should_stop is not None and self.should_stop():
-                raise Interrupted("stopped on request; the finished tensors are kept, --resume continues")
-            window, fresh = ahead.popleft()
-            to_read -= not window.is_there
-            asked -= fresh
-            yield window, [] if window.is_there else stream.next()
-
     def _order(self) -> Iterator[Window]:
+        """Every window of every job, in the order of the loop."""
         batches = list(self.batches)  # which gets shorter while this is ahead of it
         before: TensorJob | None = None
         for surveyed in list(self.surveys):

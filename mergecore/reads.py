@@ -1,4 +1,4 @@
-"""A tensor as its statistics read it, and its windows: planned reads in the order of the loop, others apart.
+"""Windows read ahead, and a tensor as its statistics read it: planned reads in the order of the loop, others apart.
 
 The order of the loop is the engine's; what statistics do with the windows is in statistics.py and selecting.py.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mergecore._stream import WindowStream
 from mergecore.confined import open_input
+from mergecore.errors import InputFault, Interrupted
 from mergecore.jobs import TensorJob
 from mergecore.selecting import Part
 from mergecore.sources import DTYPES, Source
@@ -24,6 +26,9 @@ from mergecore.sources import DTYPES, Source
 if TYPE_CHECKING:
     from mergecore.engine import Merge
 
+READ_AHEAD = 1  # windows
+ASKED_AHEAD = 64 << 20  # bytes that the disk is asked for, at least: it goes on while a tensor is read again
+MOST_AHEAD = 512  # windows
 WHOLE_ENTRIES = 1 << 22  # read at once of what is held whole
 SPOTS, SPOT = 16, 1024  # of a sample, and entries of each
 
@@ -67,6 +72,42 @@ def windows_of(
     for matrix in matrices:
         for first_row, rows in job.windows():
             yield Window(job, matrix, first_row, rows, is_last, stays, is_there, again)
+
+
+def read_ahead(
+    order: Iterator[Window],
+    stream: WindowStream,
+    pieces: Callable[[Window], list[tuple[int, int, int]]],
+    should_stop: Callable[[], bool] | None,
+) -> Windows:
+    """These windows with their bytes, which are submitted just far enough ahead. Raises InputFault where a file is gone
+    or too short, Interrupted between two windows."""
+    ahead: deque[tuple[Window, int]] = deque()  # with the bytes that each brings from the disk
+    to_read, asked = 0, 0
+    while True:
+        while to_read <= READ_AHEAD + 1 or (asked < ASKED_AHEAD and len(ahead) < MOST_AHEAD):
+            window = next(order, None)
+            if window is None:
+                break
+            fresh = 0
+            if not window.is_there:
+                mapped = pieces(window)
+                fresh = 0 if window.again else sum(nbytes for _, _, nbytes in mapped)
+                try:
+                    stream.submit(mapped, keep=window.job.keep and not (window.is_last or window.stays))
+                except (OSError, ValueError) as error:  # gone, or shorter than its header said
+                    raise InputFault(f"{window.job.name} cannot be read: {error}") from error
+            ahead.append((window, fresh))
+            to_read += not window.is_there
+            asked += fresh
+        if not ahead:
+            return
+        if should_stop is not None and should_stop():
+            raise Interrupted("stopped on request; the finished tensors are kept, --resume continues")
+        window, fresh = ahead.popleft()
+        to_read -= not window.is_there
+        asked -= fresh
+        yield window, [] if window.is_there else stream.next()
 
 
 class TensorReads:

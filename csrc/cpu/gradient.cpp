@@ -8,25 +8,24 @@ namespace mergecore::cpu {
 template <int kMatrices>
 void add_products(const Matrix (&matrices)[kMatrices], const Pieces& pieces, double* const* sums) {
   constexpr int kModels = kMatrices - 2;
-  auto add = [&](auto as, auto count, const auto& load_piece, const auto* outer, int i)
-                 __attribute__((always_inline)) {
-                   typename decltype(as)::Lanes sum[kModels], g, a, x;
+  auto add = [&](auto as, int n, auto next, auto outer, int i) __attribute__((always_inline)) {
+    typename decltype(as)::Lanes sum[kModels], g, a, x;
 #pragma GCC unroll 2
-                   for (int m = 0; m < kModels; ++m) load(sums[m] + i, sum[m]);
-                   for (int p = 0; p < count; ++p, outer += kPart) {
-                     load_piece(p);
-                     load(outer, g);
-                     load(outer + kSheet, a);
+    for (int m = 0; m < kModels; ++m) load(sums[m] + i, sum[m]);
+    for (int p = 0; p < n; ++p, outer += kPart) {
+      next(p);
+      load(outer, g);
+      load(outer + kSheet, a);
 #pragma GCC unroll 2
-                     for (int m = 0; m < kModels; ++m) {
-                       load(outer + (2 + m) * kSheet, x);
-                       const auto d = x - a;
-                       multiply_add(g, d, sum[m]);
-                     }
-                   }
+      for (int m = 0; m < kModels; ++m) {
+        load(outer + (2 + m) * kSheet, x);
+        const auto d = x - a;
+        multiply_add(g, d, sum[m]);
+      }
+    }
 #pragma GCC unroll 2
-                   for (int m = 0; m < kModels; ++m) store(sum[m], sums[m] + i);
-                 };
+    for (int m = 0; m < kModels; ++m) store(sum[m], sums[m] + i);
+  };
   each_lanes(matrices, pieces, add);
 }
 

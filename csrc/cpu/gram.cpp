@@ -89,30 +89,28 @@ template <int kMatrices>
 void add_grams(const Matrix (&matrices)[kMatrices], const Pieces& pieces, double* sums,
                int64_t stride) {
   constexpr int kPairs = kMatrices * (kMatrices + 1) / 2;
-  auto add = [&](auto as, auto count, const auto& load_piece, const auto* base, int i)
-                 __attribute__((always_inline)) {
-                   typename decltype(as)::Lanes sum[kPairs], v[kMatrices];
+  auto add = [&](auto as, int n, auto next, auto base, int i) __attribute__((always_inline)) {
+    typename decltype(as)::Lanes sum[kPairs], v[kMatrices];
 #pragma GCC unroll 10
-                   for (int k = 0; k < kPairs; ++k) load(sums + k * stride + i, sum[k]);
-                   for (int p = 0; p < count; ++p) {
-                     load_piece(p);
-                     load(base + p * kPart, v[0]);
+    for (int k = 0; k < kPairs; ++k) load(sums + k * stride + i, sum[k]);
+    for (int p = 0; p < n; ++p) {
+      next(p);
+      load(base + p * kPart, v[0]);
 #pragma GCC unroll 4
-                     for (int m = 1; m < kMatrices; ++m) {
-                       load(base + m * kSheet + p * kPart, v[m]);
-                       v[m] -= v[0];
-                     }
-                     int k = 0;
+      for (int m = 1; m < kMatrices; ++m) {
+        load(base + m * kSheet + p * kPart, v[m]);
+        v[m] -= v[0];
+      }
+      int k = 0;
 #pragma GCC unroll 4
-                     for (int m = 0; m < kMatrices; ++m) {
+      for (int m = 0; m < kMatrices; ++m) {
 #pragma GCC unroll 4
-                       for (int other = m; other < kMatrices; ++other)
-                         multiply_add(v[m], v[other], sum[k++]);
-                     }
-                   }
+        for (int other = m; other < kMatrices; ++other) multiply_add(v[m], v[other], sum[k++]);
+      }
+    }
 #pragma GCC unroll 10
-                   for (int k = 0; k < kPairs; ++k) store(sum[k], sums + k * stride + i);
-                 };
+    for (int k = 0; k < kPairs; ++k) store(sum[k], sums + k * stride + i);
+  };
   each_lanes(matrices, pieces, add);
 }
 

@@ -14,37 +14,36 @@ struct Moments {
 // is the first, only `xx`.
 template <bool kBase, int kMatrices>
 void add_pieces(const Matrix (&matrices)[kMatrices], const Pieces& pieces, const Moments* sums) {
-  auto add = [&](auto as, auto count, const auto& load_piece, const auto* base, int i)
-                 __attribute__((always_inline)) {
-                   typename decltype(as)::Lanes dd[kMatrices], da[kMatrices], xx[kMatrices], a, x;
-                   if (kBase) load(sums[0].xx + i, xx[0]);
+  auto add = [&](auto as, int n, auto next, auto base, int i) __attribute__((always_inline)) {
+    typename decltype(as)::Lanes dd[kMatrices], da[kMatrices], xx[kMatrices], a, x;
+    if (kBase) load(sums[0].xx + i, xx[0]);
 #pragma GCC unroll 4
-                   for (int m = 1; m < kMatrices; ++m) {
-                     load(sums[m].xx + i, xx[m]);
-                     load(sums[m].dd + i, dd[m]);
-                     load(sums[m].da + i, da[m]);
-                   }
-                   for (int p = 0; p < count; ++p) {
-                     load_piece(p);
-                     load(base + p * kPart, a);
-                     if (kBase) multiply_add(a, a, xx[0]);
+    for (int m = 1; m < kMatrices; ++m) {
+      load(sums[m].xx + i, xx[m]);
+      load(sums[m].dd + i, dd[m]);
+      load(sums[m].da + i, da[m]);
+    }
+    for (int p = 0; p < n; ++p) {
+      next(p);
+      load(base + p * kPart, a);
+      if (kBase) multiply_add(a, a, xx[0]);
 #pragma GCC unroll 4
-                     for (int m = 1; m < kMatrices; ++m) {
-                       load(base + m * kSheet + p * kPart, x);
-                       const auto d = x - a;
-                       multiply_add(d, d, dd[m]);
-                       multiply_add(d, a, da[m]);
-                       multiply_add(x, x, xx[m]);
-                     }
-                   }
-                   if (kBase) store(xx[0], sums[0].xx + i);
+      for (int m = 1; m < kMatrices; ++m) {
+        load(base + m * kSheet + p * kPart, x);
+        const auto d = x - a;
+        multiply_add(d, d, dd[m]);
+        multiply_add(d, a, da[m]);
+        multiply_add(x, x, xx[m]);
+      }
+    }
+    if (kBase) store(xx[0], sums[0].xx + i);
 #pragma GCC unroll 4
-                   for (int m = 1; m < kMatrices; ++m) {
-                     store(xx[m], sums[m].xx + i);
-                     store(dd[m], sums[m].dd + i);
-                     store(da[m], sums[m].da + i);
-                   }
-                 };
+    for (int m = 1; m < kMatrices; ++m) {
+      store(xx[m], sums[m].xx + i);
+      store(dd[m], sums[m].dd + i);
+      store(da[m], sums[m].da + i);
+    }
+  };
   each_lanes(matrices, pieces, add);
 }
 

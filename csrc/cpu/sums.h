@@ -211,9 +211,9 @@ inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes,
   }
 }
 
-// Calls f(As<Lanes>, count, loading, numbers, i) to add entries of `count` pieces to accumulators
-// i, i + 1, ...: those of piece p of matrix m are numbers[m * kSheet + p * kPart] on. f has to call
-// loading(p) for each piece, beside its arithmetic.
+// Calls f(As<Lanes>, n, next, numbers, i) to add entries of n pieces to accumulators i, i + 1, ...:
+// those of piece p of matrix m are numbers[m * kSheet + p * kPart] on. f has to call next(p) for
+// each piece, which loads that of the next visit beside f's arithmetic.
 template <int kMatrices, class F>
 void each_lanes(const Matrix (&matrices)[kMatrices], const Pieces& pieces, const F& f) {
   const bool wide = std::any_of(matrices, matrices + kMatrices, [](const Matrix& matrix) {
