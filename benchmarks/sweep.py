@@ -68,8 +68,8 @@ class Clock:
 
     def install(self) -> None:
         """From now on the engine's steps are measured."""
-        run, write, windows = engine.Merge._run_batch, engine.Merge._write, engine.Merge._windows
-        solve = engine.Merge._solve
+        run, write, solve = engine.Merge._run_batch, engine.Merge._write, engine.Merge._solve
+        windows = vars(engine)["read_ahead"]
 
         def solving(*arguments: Any) -> Any:
             started = time.perf_counter()
@@ -103,7 +103,7 @@ class Clock:
         engine.Merge._solve = solving  # type: ignore[method-assign, assignment]
         engine.Merge._run_batch = running  # type: ignore[method-assign, assignment]
         engine.Merge._write = writing  # type: ignore[method-assign, assignment]
-        engine.Merge._windows = waiting  # type: ignore[method-assign, assignment]
+        vars(engine)["read_ahead"] = waiting
 
 
 def main() -> int:
