@@ -24,7 +24,7 @@ from mergecore.selecting import Part
 from mergecore.sources import DTYPES, Source
 
 if TYPE_CHECKING:
-    from mergecore.engine import Merge
+    from mergecore.loop import Loop
 
 READ_AHEAD = 1  # windows
 ASKED_AHEAD = 64 << 20  # bytes that the disk is asked for, at least: it goes on while a tensor is read again
@@ -111,16 +111,16 @@ def read_ahead(
 
 
 class TensorReads:
-    """A job's tensor as its statistics read it: planned reads from the merge's windows, others from a stream apart."""
+    """A job's tensor as its statistics read it: planned reads from its loop's windows, others from a stream apart."""
 
-    def __init__(self, merge: Merge, job: TensorJob, windows: Windows) -> None:
-        self.merge, self.job, self.windows = merge, job, windows
+    def __init__(self, loop: Loop, job: TensorJob, windows: Windows) -> None:
+        self.loop, self.job, self.windows = loop, job, windows
         self.entries = job.matrices * job.rows * job.columns
         self.block = job.block_rows * job.columns
-        self.device = merge.placement.of(job).torch_device
+        self.device = loop.placement.of(job).torch_device
 
     def nonfinite(self) -> None:
-        self.merge.nonfinite(self.job)
+        self.loop.merge.nonfinite(self.job)
 
     def planned(self) -> Iterator[Part]:
         for matrix in range(self.job.matrices):
@@ -130,7 +130,7 @@ class TensorReads:
         for _ in self.job.windows():
             window, views = next(self.windows)
             yield self._part(window, views)
-            self.merge._count(self.merge.nbytes(window), 0)
+            self.loop.count(self.loop.nbytes(window), 0)
 
     def further(self) -> Iterator[Part]:
         yield from self._apart(windows_of(self.job, range(self.job.matrices)), counted=True)
@@ -152,23 +152,24 @@ class TensorReads:
 
     def _apart(self, windows: Iterable[Window], *, counted: bool = False) -> Iterator[Part]:
         """Windows beside the planned ones. A few entries are not `counted` as read: how many depends on the windows."""
-        with self.merge.stream(0) as stream:
+        with self.loop.stream(0) as stream:
             for window in windows:
-                there = self.merge.resident.get((window.matrix, window.first_row))
+                there = self.loop.resident.get((window.matrix, window.first_row))
                 if there is not None and there.models[0].shape[0] == window.rows:
                     yield there
                     continue
-                stream.submit(self.merge.pieces(window), keep=False)
+                stream.submit(self.loop.pieces(window), keep=False)
                 views = stream.next()
                 yield self._part(window, views)
                 stream.check()
-                self.merge.read += sum(map(len, views)) if counted else 0
+                if counted:
+                    self.loop.count(sum(map(len, views)), 0)
 
     def _part(self, window: Window, views: list[memoryview]) -> Part:
-        return self.merge._upload(window, views)
+        return self.loop._upload(window, views)
 
     def input_grams(self) -> tuple[Tensor, ...]:
-        with self.merge.stream(0) as stream:
+        with self.loop.stream(0) as stream:
             grams = tuple(self._whole(source, stream) for source in self.job.input_grams)
         if not all(bool(gram.isfinite().all()) for gram in grams):
             self.nonfinite()
@@ -180,11 +181,11 @@ class TensorReads:
         whole = torch.empty(size, dtype=DTYPES[source.dtype], device=self.device)
         for first in range(0, size, WHOLE_ENTRIES):
             count = min(WHOLE_ENTRIES, size - first)
-            stream.submit(self.merge.mapped(source, first, count), keep=False)
+            stream.submit(self.loop.mapped(source, first, count), keep=False)
             views = stream.next()
             whole[first : first + count] = source.window(first, count, views).to(self.device)
             stream.check()
-            self.merge._count(sum(map(len, views)), 0)
+            self.loop.count(sum(map(len, views)), 0)
         return whole.view(source.shape)
 
 

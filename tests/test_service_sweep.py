@@ -40,7 +40,7 @@ def options(folder: Path) -> dict[str, Any]:
         "from mergecore import engine\n"
         "from mergecore.output import lanes\n"
         "lanes.CHECKPOINT_SECONDS = 0\n"
-        "count, seen = engine.Merge._count, 0\n"
+        "count, seen = engine.Merge.count, 0\n"
         "def counted(merge, read, written):\n"
         "    global seen\n"
         "    count(merge, read, written)\n"
@@ -49,8 +49,8 @@ def options(folder: Path) -> dict[str, Any]:
         "        [output.writer.sync() for output in merge.outputs]\n"
         f"        open({str(folder / 'held')!r}, 'w').close()\n"
         "        time.sleep(0.02)\n"
-        "        if merge.should_stop(): break\n"
-        "engine.Merge._count = counted\n"
+        "        if merge.is_stopping(): break\n"
+        "engine.Merge.count = counted\n"
         "sys.exit(worker.main())\n"
     )
     command = [sys.executable, "-c", code]
