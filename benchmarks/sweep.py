@@ -16,7 +16,6 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import mergecore
 from benchmarks.checkpoints import GEOMETRIES, make
 from benchmarks.reporting import add_json, tell
 from mergecore import engine
+from mergecore.reads import Windows
 from mergecore.sizes import parse_size
 from mergecore.spec import filled, load_spec
 
@@ -69,7 +69,7 @@ class Clock:
     def install(self) -> None:
         """From now on the engine's steps are measured."""
         run, write, solve = engine.Merge._run_batch, engine.Merge._write, engine.Merge._solve
-        windows = vars(engine)["read_ahead"]
+        following = Windows.__next__
 
         def solving(*arguments: Any) -> Any:
             started = time.perf_counter()
@@ -89,21 +89,17 @@ class Clock:
             self._blending = False
             self.blends += time.perf_counter() - started
 
-        def waiting(*arguments: Any) -> Iterator[Any]:
-            source = windows(*arguments)
-            while True:
-                started = time.perf_counter()
-                window = next(source, None)
-                if self._blending:
-                    self.waited_in_blends += time.perf_counter() - started
-                if window is None:
-                    return
-                yield window
+        def waiting(windows: Windows) -> Any:
+            started = time.perf_counter()
+            window = following(windows)
+            if self._blending:
+                self.waited_in_blends += time.perf_counter() - started
+            return window
 
         engine.Merge._solve = solving  # type: ignore[method-assign, assignment]
         engine.Merge._run_batch = running  # type: ignore[method-assign, assignment]
         engine.Merge._write = writing  # type: ignore[method-assign, assignment]
-        vars(engine)["read_ahead"] = waiting
+        Windows.__next__ = waiting  # type: ignore[method-assign, assignment]
 
 
 def main() -> int:

@@ -50,12 +50,12 @@ from mergecore.reads import (
     Windows,
     count_nonfinite,
     open_stream,
-    read_ahead,
     windows_of,
 )
-from mergecore.selecting import Part, compared, thinned
+from mergecore.selecting import compared, thinned
 from mergecore.sources import DTYPES, Source, files_of
 from mergecore.survey import Found
+from mergecore.topsets import Part
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class Merge:
         """Takes the merge from where it is to its last tensor; False if the device's memory did not suffice."""
         try:
             with self.stream(READ_AHEAD) as stream:
-                windows = read_ahead(self._order(), stream, self.pieces, self.should_stop)
+                windows = Windows(self._order(), stream, self.pieces, self.should_stop)
                 while self.surveys:
                     self._survey(self.surveys[0], windows, stream)
                     del self.surveys[0]
@@ -195,21 +195,21 @@ class Merge:
             for number, job in self.batches[0].jobs:
                 self.outputs[number].writer.restart(job.name)
         self.resident.clear()
-        self.read, self.written = self.mark
+        self.read, self.read_before, self.written = self.mark
         self.placement.retreat(self._at_work())
         narrowed = self.placement.narrowed
         self.surveys = [replace(each, jobs=tuple(map(narrowed, each.jobs))) for each in self.surveys]
         self.batches = [replace(batch, form=narrowed(batch.form)) for batch in self.batches]
 
     def _survey(self, surveyed: Survey, windows: Windows, stream: WindowStream) -> None:
-        self.mark = self.read, self.written
+        self.mark = self.read, self.read_before, self.written
         tensors = [(job, TensorReads(self, job, windows)) for job in surveyed.jobs]
         found = survey.survey(tensors, self.spec.seed)
         stream.check()
         self.found |= {(number, name): each for number in surveyed.numbers for name, each in found.items()}
 
     def _run_batch(self, batch: Batch, windows: Windows, stream: WindowStream) -> None:
-        self.mark = self.read, self.written
+        self.mark = self.read, self.read_before, self.written
         if (device := self.placement.of(batch.form)) is not self.device:
             self.device.flush()
             self.device = device
@@ -419,6 +419,11 @@ class Merge:
     def _count(self, read: int, written: int) -> None:
         self.read += read
         self.written += written
+        self._progress()
+
+    def passed(self, nbytes: int) -> None:
+        """Bytes that were planned to be read, and need not be."""
+        self.read_before += nbytes
         self._progress()
 
     def _progress(self) -> None:

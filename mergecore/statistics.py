@@ -16,7 +16,8 @@ from torch import Tensor
 from mergecore import ops
 from mergecore.jobs import PIECE, TensorJob
 from mergecore.methods.base import Gram, Keep, Moments, Statistics
-from mergecore.selecting import Part, Reads, choose, kept_sums
+from mergecore.selecting import choose, kept_sums
+from mergecore.topsets import Part, Reads
 
 
 class MatrixReads(Reads, Protocol):

@@ -157,6 +157,18 @@ class WindowStream {
     }
   }
 
+  void skip() {
+    py::gil_scoped_release release;
+    std::lock_guard<std::mutex> lock(mutex_);
+    refuse_closed();
+    raise_faults();
+    if (handed_ == submitted_) {
+      throw std::runtime_error("skip() was called, but every submitted window is already out");
+    }
+    released_ = ++handed_;
+    wake_.notify_all();
+  }
+
   void check() {
     py::gil_scoped_release release;
     std::lock_guard<std::mutex> lock(mutex_);
@@ -309,6 +321,7 @@ class WindowStream {
       wake_.wait(
           lock, [&] { return stop_ || dropped_ < released_ || asked_ < submitted_ || may_fill(); });
       if (stop_) return;
+      filled_ = std::max(filled_, handed_);  // windows that are passed over stay as they are
       if (dropped_ < released_) {  // first, so that no more than depth + 1 windows are resident
         if (map_ && !windows_.front().keep) drop_front(lock, crew);
         windows_.pop_front();
@@ -316,8 +329,8 @@ class WindowStream {
         continue;
       }
       // All that is known: the disk works on while windows are read again.
-      for (; asked_ < submitted_; ++asked_) {
-        const Window& next = windows_[asked_ - dropped_];
+      while ((asked_ = std::max(asked_, handed_)) < submitted_) {
+        const Window& next = windows_[asked_++ - dropped_];
         lock.unlock();  // it takes a while also where all is in the page cache
         ask_disk(next);
         lock.lock();
@@ -473,7 +486,9 @@ class WindowStream {
   std::vector<File> files_;
   std::vector<std::shared_ptr<Buffer>> ring_;  // pread only
   std::set<Piece> to_keep_;                    // of the last windows that show them
-  std::deque<Window> windows_;                 // dropped_ <= released_ <= handed_ <= filled_
+  // dropped_ <= released_ <= handed_ <= filled_, but for windows that were passed over while
+  // another was filled.
+  std::deque<Window> windows_;
   uint64_t dropped_ = 0, released_ = 0, handed_ = 0, filled_ = 0, asked_ = 0, submitted_ = 0;
   std::optional<Fault> fault_;
   std::exception_ptr failure_;  // out of memory and the like
