@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 
 @contextmanager
-def counted(pieces: int = 8, length: int = 16) -> Iterator[list[int]]:
+def counted(pieces: int = 8, length: int = 16, parts: int = 1024) -> Iterator[list[int]]:
     """How many bins each read counts; samples are small."""
     bins: list[int] = []
 
@@ -42,14 +42,19 @@ def counted(pieces: int = 8, length: int = 16) -> Iterator[list[int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topsets, "PIECES", pieces)
         patch.setattr(topsets, "PIECE", length)
+        patch.setattr(topsets, "PARTS", parts)
         for name in ("count_magnitudes", "count_bracketed"):
             patch.setattr(ops, name, counting(getattr(ops, name)))
         yield bins
 
 
-def assert_exact(made: InMemory, keeps: list[Keep]) -> None:
-    drops = choose(keeps, made, Place(), range(len(keeps)))
-    for keep, drop, delta in zip(keeps, drops, deltas_of(made.base, made.models), strict=True):
+def assert_exact(made: InMemory, keeps: list[Keep], before: Sequence[Drop] = ()) -> None:
+    drops = choose(keeps, made, Place(drops=before), range(len(keeps)))
+    deltas = deltas_of(made.base, made.models)
+    for n, drop in enumerate(before):
+        numbers = np.array(oracle.random_numbers(drop.key, range(made.entries)), dtype=np.uint64)
+        deltas[n] = np.where(numbers.reshape(deltas[n].shape) >= drop.threshold, drop.scale * deltas[n], 0.0)
+    for keep, drop, delta in zip(keeps, drops, deltas, strict=True):
         assert np.array_equal(mask_of(drop, np.abs(delta)), trimmed(delta, keep.density, keep.outliers))
 
 
@@ -67,10 +72,21 @@ def made_of(deltas: Tensor, dtype: torch.dtype = F32, cuts: tuple[int, ...] = ()
     density=st.sampled_from([1e-4, 0.01, 0.3, 0.5, 0.9, 0.9999]),
     gamma=st.sampled_from([0.0, 0.01, 0.3]),
     cuts=st.lists(st.integers(0, 5000), max_size=2),
+    parts=st.sampled_from([1, 3, 1024]),
+    dropping=st.booleans(),
     workers=st.integers(1, 3),
 )
 def test_top_sets_are_exact_whatever_the_sample_says(
-    seed: int, entries: int, kind: str, dtype: torch.dtype, density: float, gamma: float, cuts: list[int], workers: int
+    seed: int,
+    entries: int,
+    kind: str,
+    dtype: torch.dtype,
+    density: float,
+    gamma: float,
+    cuts: list[int],
+    parts: int,
+    dropping: bool,
+    workers: int,
 ) -> None:
     random = torch.Generator().manual_seed(seed)
     deltas = torch.randn(2, entries, generator=random, dtype=torch.float64) * 1e-3
@@ -90,8 +106,9 @@ def test_top_sets_are_exact_whatever_the_sample_says(
     base = (torch.randn(entries, generator=random) * 0.02 if kind != "grid" else torch.zeros(entries)).to(dtype)
     models = [(base.double() + delta).to(dtype) for delta in deltas]
     keeps = [Keep(density=density, outliers=gamma), Keep(density=1 - density)]
-    with counted(), threads(workers):
-        assert_exact(InMemory(base, models, tuple(cuts), block=64), keeps)
+    drops = [Drop.of(0.3, True, seed=seed, tensor="t", model=n) for n in range(2)] if dropping else []
+    with counted(parts=parts), threads(workers):
+        assert_exact(InMemory(base, models, tuple(cuts), block=64), keeps, drops)
 
 
 @pytest.mark.parametrize("cuts", [(), (1000, 30000)], ids=["one window", "several"])
@@ -103,6 +120,51 @@ def test_an_even_tensor_is_counted_once_in_few_bins(cuts: tuple[int, ...]) -> No
     assert len(bins) == 1
     assert bins[0] < 1000
     assert made.reads == 2
+
+
+@pytest.mark.parametrize(("dtype", "reads"), [(BF16, 1), (torch.float16, 1), (F32, 2)], ids=["bf16", "f16", "f32"])
+@pytest.mark.parametrize("cuts", [(), (1 << 14, 40_000)], ids=["one window", "several"])
+@pytest.mark.parametrize("parts", [1, 5, 1024])
+def test_deltas_on_a_coarse_grid_are_read_once(
+    dtype: torch.dtype, reads: int, cuts: tuple[int, ...], parts: int
+) -> None:
+    """The threshold is the lower end of its bin; ties that are kept end in any part of any window."""
+    random = torch.Generator().manual_seed(4)
+    base = 1.0 + torch.rand(1 << 16, generator=random)
+    models = [base + 0.05 * torch.randn(1 << 16, generator=random) for _ in range(2)]
+    for density in (0.1, 0.3, 0.5, 0.6, 0.8):
+        made = InMemory(base.to(dtype), [model.to(dtype) for model in models], cuts, block=1024)
+        with counted(64, 64, parts):
+            assert_exact(made, [Keep(density=density), Keep(density=density, outliers=0.1)])
+        assert (made.reads, made.skipped) == (reads, 2 - reads)
+
+
+def test_what_lies_above_the_lower_end_of_its_bin_is_collected() -> None:
+    """Of one model only: the other one needs no second read."""
+    deltas = torch.full((2, 1 << 13), 0.25, dtype=torch.float64)
+    deltas[:, torch.arange(1 << 13) % 5 < 3] *= 1 + 2.0**-11
+    base = torch.zeros(1 << 13, dtype=torch.float64)
+    made = InMemory(base, list(deltas), block=64)
+    ranges: list[Any] = []
+    collect = ops.collect_magnitudes
+
+    def collecting(base: Any, models: Any, asked: Any, *arguments: Any, **where: Any) -> None:
+        ranges.extend(each for each in asked if each[2] - each[1] > 2)  # no search for ties
+        collect(base, models, asked, *arguments, **where)
+
+    with pytest.MonkeyPatch.context() as patch, counted():
+        patch.setattr(ops, "collect_magnitudes", collecting)
+        assert_exact(made, [Keep(density=0.5), Keep(density=0.7)])
+    assert {which for which, _, _ in ranges} == {0}
+    assert (made.reads, made.skipped) == (2, 0)
+
+
+def test_windows_too_short_for_parts_are_counted_in_all_bins() -> None:
+    made = made_of(torch.randn(5000, generator=torch.Generator().manual_seed(5)), BF16, (1,))
+    with pytest.MonkeyPatch.context() as patch, counted() as bins:
+        patch.setattr(topsets, "COUNTERS", 1 << 13)
+        assert_exact(made, [Keep(density=0.5)])
+    assert bins == [topsets.BINS]
 
 
 def test_a_sample_that_misleads_costs_one_read_of_all_bins() -> None:

@@ -360,7 +360,9 @@ def test_every_op_passes_opcheck() -> None:
     odds, counts = torch.full((2, 35), 0.5, dtype=torch.float64), whole(2)
     rows = torch.ones(2, 7, dtype=torch.float64)
     check, registered = torch.library.opcheck, torch.ops.mergecore
+    ends = torch.zeros(2, 5, 64, dtype=torch.int32)
     for drops in (none, keeps):
+        check(registered.count_bracketed.default, (base, models, whole(2, 64), ends, 42, [1 << 20, 0], 8, 0, 9, *drops))
         check(
             registered.count_magnitudes.default,
             (base, models, whole(2, 64), 42, [1 << 20, 0], True, 0, None, 0, 9, *drops),

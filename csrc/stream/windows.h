@@ -275,7 +275,7 @@ class WindowStream {
         fault_ = Fault{file.path, file.mapping->fault(), changed(file).value_or("I/O error")};
       }
     }
-    if (handed_ == dropped_) return;  // no window is out
+    if (handed_ == released_) return;  // no window is out
     for (const Piece& piece : windows_[handed_ - 1 - dropped_].pieces) {
       if (fault_) return;
       const File& file = files_[piece.file];
