@@ -29,8 +29,8 @@ from rich.table import Table
 import mergecore
 from benchmarks.checkpoints import GEOMETRIES, make
 from benchmarks.reporting import add_json, tell
-from mergecore import loop
 from mergecore.loop import Loop
+from mergecore.reads import Windows
 from mergecore.sizes import parse_size
 from mergecore.spec import filled, load_spec
 
@@ -83,7 +83,7 @@ class Clock:
     def install(self) -> None:
         """From now on the loops' steps are measured."""
         run, write, solve = Loop._run_batch, Loop._write, Loop._solve
-        windows = vars(loop)["read_ahead"]
+        following = Windows.__next__
 
         def solving(*arguments: Any) -> Any:
             with self._timed("solving"):
@@ -99,19 +99,14 @@ class Clock:
                 write(*arguments)
             self._of_thread.blends = False
 
-        def waiting(*arguments: Any) -> Iterator[Any]:
-            source = windows(*arguments)
-            while True:
-                with self._timed("waited in blends" if getattr(self._of_thread, "blends", False) else "waited"):
-                    window = next(source, None)
-                if window is None:
-                    return
-                yield window
+        def waiting(windows: Windows) -> Any:
+            with self._timed("waited in blends" if getattr(self._of_thread, "blends", False) else "waited"):
+                return following(windows)
 
         Loop._solve = solving  # type: ignore[method-assign, assignment]
         Loop._run_batch = running  # type: ignore[method-assign, assignment]
         Loop._write = writing  # type: ignore[method-assign, assignment]
-        vars(loop)["read_ahead"] = waiting
+        Windows.__next__ = waiting  # type: ignore[method-assign, assignment]
 
 
 def main() -> int:

@@ -316,6 +316,35 @@ struct CountArguments : KeptArguments {
   }
 };
 
+struct BracketArguments : Arguments {
+  int64_t* histogram;
+  int32_t* ends;
+  int64_t bins;
+
+  BracketArguments(const std::optional<Tensor>& base, const Tensors& models, const Tensor& counts,
+                   const Tensor& at_ends, int64_t shift, const Integers& offsets, int64_t part,
+                   int64_t first_row, int64_t first_entry, const Integers& keys,
+                   const Integers& thresholds, const Reals& scales)
+      : Arguments(base, models, first_row, first_entry, keys, thresholds, scales) {
+    check(shift >= 0 && shift < 63, "shift must be 0 to 62");
+    check(static_cast<int64_t>(offsets.size()) == inputs.count,
+          "there must be one offset per model");
+    check(counts.dim() == 2 && counts.size(0) == inputs.count && counts.size(1) >= 5,
+          "histogram must be (models, bins), of at least 5 bins");
+    check(part >= 1 && part < (int64_t{1} << 31), "part must be 1 to 2^31 - 1");
+    bins = counts.size(1);
+    histogram = int64(counts, models[0], inputs.count * bins, "histogram");
+    const int64_t parts = (entries() + part - 1) / part;
+    check_device(at_ends, models[0], "ends");
+    check(at_ends.scalar_type() == ScalarType::Int && at_ends.is_contiguous() &&
+              at_ends.numel() == inputs.count * parts * bins,
+          "ends must be contiguous int32 (models, parts, bins)");
+    ends = static_cast<int32_t*>(at_ends.data_ptr());
+  }
+
+  int64_t entries() const { return inputs.window.rows * inputs.window.columns; }
+};
+
 struct CollectArguments : KeptArguments {
   std::vector<KeyRange> ranges;
   int64_t* keys;

@@ -281,6 +281,11 @@ void calibrated_softmax(const double* scores, const double* thresholds, double d
 // `clamp` (see clamped_bin), else nowhere. May run at the same time on parts of one window.
 void count_magnitudes(const Kept& kept, int shift, const int64_t* offsets, bool clamp, int64_t bins,
                       int64_t* histogram, int64_t begin, int64_t end);
+// The same of |d| with `clamp`, 5 bins at least, and which of these keys are the lower end of their
+// bin (offsets[n] + b) << shift, zeros among them, outer bins not: ends[models][parts][bins], in
+// parts of `part` < 2^31 entries of the window. May run at the same time on parts of one window.
+void count_bracketed(const Inputs& in, int shift, const int64_t* offsets, int64_t bins,
+                     int64_t* histogram, int32_t* ends, int64_t part, int64_t begin, int64_t end);
 // Appends key and index (in the tensor) of entries whose key lies within (low, high) of a range, in
 // any order and while there is room; found[range] counts all of them. equal[range][entry / block]
 // counts the entries of the window whose key is `low`. May run at the same time on whole blocks.

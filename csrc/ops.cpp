@@ -184,6 +184,17 @@ void count_magnitudes_cpu(std::optional<Tensor> base, Tensors models, Tensor his
   });
 }
 
+void count_bracketed_cpu(std::optional<Tensor> base, Tensors models, Tensor histogram, Tensor ends,
+                         int64_t shift, Integers offsets, int64_t part, int64_t first_row,
+                         int64_t first_entry, Integers keys, Integers thresholds, Reals scales) {
+  BracketArguments a(base, models, histogram, ends, shift, offsets, part, first_row, first_entry,
+                     keys, thresholds, scales);
+  parallel_lines(a.entries(), std::max(kGrainEntries, 4 * a.bins), [&](int64_t begin, int64_t end) {
+    cpu::count_bracketed(a.inputs, static_cast<int>(shift), offsets.data(), a.bins, a.histogram,
+                         a.ends, part, begin, end);
+  });
+}
+
 void collect_magnitudes_cpu(std::optional<Tensor> base, Tensors models, Integers which,
                             Integers lows, Integers highs, Tensor keys_out, Tensor indices,
                             Tensor found, Tensor equal, int64_t block, int64_t measure,
@@ -340,6 +351,10 @@ STABLE_TORCH_LIBRARY(mergecore, m) {
       "first_entry, int[] drop_keys, "
       "int[] drop_thresholds, float[] drop_scales) -> ()");
   m.def(
+      "count_bracketed(Tensor? base, Tensor[] models, Tensor(a!) histogram, Tensor(b!) ends, "
+      "int shift, int[] offsets, int part, int first_row, int first_entry, int[] drop_keys, "
+      "int[] drop_thresholds, float[] drop_scales) -> ()");
+  m.def(
       "collect_magnitudes(Tensor? base, Tensor[] models, int[] which, int[] lows, int[] highs, "
       "Tensor(a!) keys, Tensor(b!) indices, Tensor(c!) found, Tensor(d!) equal, int block, "
       "int measure, Tensor? measure_scales, int first_row, int first_entry, int[] drop_keys, int[] "
@@ -391,6 +406,7 @@ STABLE_TORCH_LIBRARY_IMPL(mergecore, CPU, m) {
   m.impl("rank", TORCH_BOX(&mergecore::rank_cpu));
   m.impl("calibrated_softmax", TORCH_BOX(&mergecore::calibrated_softmax_cpu));
   m.impl("count_magnitudes", TORCH_BOX(&mergecore::count_magnitudes_cpu));
+  m.impl("count_bracketed", TORCH_BOX(&mergecore::count_bracketed_cpu));
   m.impl("collect_magnitudes", TORCH_BOX(&mergecore::collect_magnitudes_cpu));
   m.impl("kept_sums", TORCH_BOX(&mergecore::kept_sums_cpu));
   m.impl("row_odds", TORCH_BOX(&mergecore::row_odds_cpu));

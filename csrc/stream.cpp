@@ -116,6 +116,7 @@ PYBIND11_MODULE(_stream, module) {
              }
              return views;
            })
+      .def("skip", &WindowStream::skip)
       .def("check", &WindowStream::check)
       .def("close",
            [](WindowStream& stream) {

@@ -55,10 +55,17 @@ class WindowStream:
         RuntimeError when no submitted window is left, ReadFault when a file faulted, ValueError when closed.
         """
 
+    def skip(self) -> None:
+        """Passes over the next window and releases the previous one; does not wait.
+
+        If its reading has not begun, nothing of it is read. Pages that an earlier window with `keep` left resident
+        stay so if the window passed over has `keep`, too. Raises as `next` does.
+        """
+
     def check(self) -> None:
         """Raises ReadFault if any file faulted so far, or if the files of the current window have changed.
 
-        What was computed from a window is sound if `check` or `next` returns normally after the computation.
+        What was computed from a window is sound if `check`, `next` or `skip` returns normally after the computation.
         """
 
     def close(self) -> None:

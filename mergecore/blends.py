@@ -14,7 +14,8 @@ from torch import Tensor
 from mergecore import ops, statistics
 from mergecore.jobs import TensorJob
 from mergecore.methods.base import Coefficients, Dense, Election, Rowwise
-from mergecore.selecting import Part, odds_by_rank, row_pieces
+from mergecore.selecting import odds_by_rank, row_pieces
+from mergecore.topsets import Part
 
 Blend = Callable[[Tensor, Part], None]
 """Fills the result, (rows, columns) of the output's dtype, from a window."""

@@ -1,6 +1,6 @@
 """Where the threshold of a top set lies, from a sample of a tensor: few bins have to be counted then.
 
-Not for the threshold itself (selecting.py): a bracket that misses costs a read, and changes no result.
+Not for the threshold itself (topsets.py): a bracket that misses costs a read, and changes no result.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from mergecore.ops import gram_count
 from mergecore.output.layout import ITEM_BYTES
 from mergecore.selecting import BLOCK, held_bytes
 from mergecore.sources import Stored, scratch_bytes
-from mergecore.spec import MergeSpec
+from mergecore.spec import MergeSpec, Run
 
+LOOPS = 2  # of a merge on a CPU, side by side
 LEAST_BESIDE = 4 << 20  # bytes of inputs of a window; smaller ones cost more than mapping the tensor again
 MOST_WAITING = 64 << 20  # bytes of results; more does not keep a disk busier
 
@@ -133,6 +134,14 @@ def windowed(
         if beside >= rows or beside * inputs >= LEAST_BESIDE:
             return replace(job, window_rows=max(1, min(rows, beside)), keep=True)
     return replace(job, window_rows=max(1, rows), keep=False)
+
+
+def together_bytes(held: int, run: Run) -> int:
+    """What a merge holds at most, beside the process itself, if its largest tensor takes `held` bytes: that of loops
+    side by side, and results that wait for the disk."""
+    loops = max(LOOPS, run.device.count("+") + 1)
+    together = max(held, min(loops * held, run.memory))
+    return together + waiting_bytes(together, run.memory)
 
 
 def waiting_bytes(held: int, memory: int) -> int:

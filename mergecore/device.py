@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from mergecore.budget import LOOPS
 from mergecore.errors import MergecoreError
 from mergecore.output.buffers import Buffer, new_buffer
 
@@ -39,7 +40,7 @@ class CpuDevice:
     """Computes on host memory directly: nothing is copied."""
 
     torch_device = torch.device("cpu")
-    loops = 2
+    loops = LOOPS
     """Loops of a merge that may share the device: while one decides what to compute, the others' kernels run."""
     readers = 1
     """Threads that bring windows into memory while others are computed."""

@@ -198,11 +198,12 @@ class Merge:
 
     # What they tell.
 
-    def count(self, read: int, written: int) -> None:
-        """Bytes of windows that were read, and of results."""
+    def count(self, read: int, written: int, passed: int = 0) -> None:
+        """Bytes of windows that were read, of results, and of windows that were planned to be read and need not be."""
         with self._lock:
             self._read += read
             self._written += written
+            self._read_before += passed
             self._progress()
 
     def finished(self, tensors: int) -> None:

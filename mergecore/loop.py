@@ -26,9 +26,10 @@ from mergecore.errors import MergecoreError
 from mergecore.jobs import TensorJob
 from mergecore.methods.base import Coefficients, Dense, Election, Rowwise, TensorView
 from mergecore.placement import Placement
-from mergecore.reads import READ_AHEAD, TensorReads, Window, Windows, open_stream, read_ahead, windows_of
-from mergecore.selecting import Part, compared, thinned
+from mergecore.reads import READ_AHEAD, TensorReads, Window, Windows, open_stream, windows_of
+from mergecore.selecting import compared, thinned
 from mergecore.sources import DTYPES, Source
+from mergecore.topsets import Part
 
 if TYPE_CHECKING:
     from mergecore.engine import Merge
@@ -49,10 +50,12 @@ class Loop:
         """Batches that were claimed: the one at work, and those that are read ahead."""
         self.to_order: deque[Batch] = deque()
         """Those of them whose windows were not asked for."""
+        self.aside: WindowStream
+        """For a few entries here and there, beside the windows."""
         self.resident: dict[tuple[int, int], Part] = {}
         """Windows of the tensor at work that stay on the device, by matrix and first row."""
-        self.counted = 0, 0
-        """Bytes read and written of what is at work."""
+        self.counted = 0, 0, 0
+        """Bytes read, written and passed over of what is at work."""
 
     def survey(self, surveys: Sequence[Survey]) -> None:
         """Reads what must be known of the whole model before the first blend."""
@@ -71,8 +74,8 @@ class Loop:
         """Goes on from where the loop is; False if the device's memory did not suffice."""
         self.to_order = deque(self.batches)
         try:
-            with self.stream(READ_AHEAD) as stream:
-                work(read_ahead(self._order(), stream, self.pieces, self.merge.is_stopping), stream)
+            with self.stream(READ_AHEAD) as stream, self.stream(0) as self.aside:
+                work(Windows(self._order(), stream, self.pieces, self.merge.is_stopping), stream)
                 self.device.flush()
         except RuntimeError as error:
             if not is_out_of_memory(error) or not self.placement.can_retreat(self._at_work()):
@@ -112,22 +115,21 @@ class Loop:
             for number, job in self.batches[0].jobs:
                 self.outputs[number].writer.restart(job.name, self.number)
         self.resident.clear()
-        read, written = self.counted
-        self.merge.count(-read, -written)
+        self.merge.count(*(-nbytes for nbytes in self.counted))
         self.placement.retreat(self._at_work())
         narrowed = self.placement.narrowed
         self.surveys = [replace(each, jobs=tuple(map(narrowed, each.jobs))) for each in self.surveys]
         self.batches = deque(replace(batch, form=narrowed(batch.form)) for batch in self.batches)
 
     def _survey(self, surveyed: Survey, windows: Windows, stream: WindowStream) -> None:
-        self.counted = 0, 0
+        self.counted = 0, 0, 0
         tensors = [(job, TensorReads(self, job, windows)) for job in surveyed.jobs]
         found = survey.survey(tensors, self.spec.seed)
         stream.check()
         self.merge.found |= {(number, name): each for number in surveyed.numbers for name, each in found.items()}
 
     def _run_batch(self, batch: Batch, windows: Windows, stream: WindowStream) -> None:
-        self.counted = 0, 0
+        self.counted = 0, 0, 0
         if (device := self.placement.of(batch.form)) is not self.device:
             self.device.flush()
             self.device = device
@@ -338,10 +340,11 @@ class Loop:
         """What is mapped for these entries of a source, with the files' numbers."""
         return [(self.merge.file_numbers[file], offset, nbytes) for file, offset, nbytes in source.pieces(first, count)]
 
-    def count(self, read: int, written: int) -> None:
-        """Bytes of windows that were read, and of results."""
-        self.counted = self.counted[0] + read, self.counted[1] + written
-        self.merge.count(read, written)
+    def count(self, read: int, written: int, passed: int = 0) -> None:
+        """Bytes of windows that were read, of results, and of windows that were planned to be read and need not be."""
+        before = self.counted
+        self.counted = before[0] + read, before[1] + written, before[2] + passed
+        self.merge.count(read, written, passed)
 
 
 def _once(known: dict[Hashable, Any], key: Hashable, find: Callable[[], Any]) -> Any:

@@ -38,8 +38,6 @@ Run = Callable[[Planned, Path, Show | None], MergeResult]
 
 DIRTY, LEAST_DIRTY = 256 << 20, 16 << 20
 """Bytes in the page cache that are not on disk yet: of all outputs together, and of one at least."""
-LEAST_SHARE = 8 << 20
-"""Bytes that a loop may hold where a merge holds less than its memory allows."""
 MOST_LANES, CORES_PER_LANE = 4, 4
 """Shards that are written at once, and cores for each of them: writing and checksums may keep two of them busy."""
 
@@ -171,8 +169,8 @@ def _together(
 
 
 def _loops(plans: Sequence[MergePlan], devices: Sequence[Device]) -> tuple[Sequence[Device], int | None, list[Batch]]:
-    """The devices of the loops that run side by side, how many bytes each of them may hold (None: as planned), which is
-    together no more than one loop alone would, and what they do."""
+    """The devices of the loops that run side by side, how many bytes each of them may hold (None: as planned), and
+    what they do."""
     jobs, spec = [planned.jobs for planned in plans], plans[0].spec
     alone = batched(jobs, spec)
     # What LAPACK makes of a matrix may depend on its threads, which must not depend on what other loops do.
@@ -180,8 +178,7 @@ def _loops(plans: Sequence[MergePlan], devices: Sequence[Device]) -> tuple[Seque
     threads = 1 if solves else torch.get_num_threads()
     side_by_side: list[Device] = [device for device in devices for _ in range(min(device.loops, threads))]
     if len(side_by_side) > 1:
-        held = max((batch.held_bytes for batch in alone), default=0)
-        share = min(spec.run.memory, max(held, len(side_by_side) * LEAST_SHARE)) // len(side_by_side)
+        share = spec.run.memory // len(side_by_side)
         with suppress(SpecError):  # statistics, or a row of all models, need more
             return side_by_side, share, batched(jobs, spec, memory=share)
     return devices[:1], None, alone

@@ -324,6 +324,25 @@ def count_magnitudes(
     torch.ops.mergecore.count_magnitudes(base, list(models), histogram, shift, list(offsets), clamp, *place.arguments)
 
 
+def count_bracketed(
+    base: Tensor | None,
+    models: Sequence[Tensor],
+    histogram: Tensor,
+    ends: Tensor,
+    *,
+    shift: int,
+    offsets: Sequence[int],
+    part: int,
+    place: Place,
+) -> None:
+    """Adds a window's |d| to `histogram`, int64 (models, bins), as `count_magnitudes` does with `clamp`; on a CPU.
+
+    `ends`, int32 (models, parts of the window, bins), is added how many keys of each part of `part` entries are the
+    lower end of their bin, zeros among them; of the outer bins, where keys beyond are counted, nothing.
+    """
+    torch.ops.mergecore.count_bracketed(base, list(models), histogram, ends, shift, list(offsets), part, *place.where)
+
+
 def collect_magnitudes(
     base: Tensor | None,
     models: Sequence[Tensor],
@@ -462,8 +481,9 @@ def _register_fakes() -> None:
     grams = ("gram", "row_gram", "column_gram")
     moments = ("column_moments", "row_moments", "column_gradient", "row_gradient")
     results = ("blend", "rank", "row_odds", "calibrated_softmax")
-    selection = ("count_magnitudes", "collect_magnitudes", "kept_sums", "magnitudes", "keep_deltas", "elect")
-    for name in (*grams, *moments, *results, *selection, "count_shared", "row_divergences"):
+    counts = ("count_magnitudes", "count_bracketed", "collect_magnitudes", "count_shared")
+    selection = ("kept_sums", "magnitudes", "keep_deltas", "elect", "row_divergences")
+    for name in (*grams, *moments, *results, *counts, *selection):
         torch.library.register_fake(f"mergecore::{name}", lambda *args: None)
 
 

@@ -20,8 +20,8 @@ from mergecore._stream import WindowStream
 from mergecore.confined import open_input
 from mergecore.errors import InputFault, Interrupted
 from mergecore.jobs import TensorJob
-from mergecore.selecting import Part
 from mergecore.sources import DTYPES, Source
+from mergecore.topsets import Part
 
 if TYPE_CHECKING:
     from mergecore.loop import Loop
@@ -56,9 +56,6 @@ class Window:
         return (self.matrix * self.job.rows + self.first_row) * self.job.columns, self.rows * self.job.columns
 
 
-Windows = Iterator[tuple[Window, list[memoryview]]]
-
-
 def windows_of(
     job: TensorJob,
     matrices: Iterable[int],
@@ -74,40 +71,59 @@ def windows_of(
             yield Window(job, matrix, first_row, rows, is_last, stays, is_there, again)
 
 
-def read_ahead(
-    order: Iterator[Window],
-    stream: WindowStream,
-    pieces: Callable[[Window], list[tuple[int, int, int]]],
-    should_stop: Callable[[], bool] | None,
-) -> Windows:
-    """These windows with their bytes, which are submitted just far enough ahead. Raises InputFault where a file is gone
-    or too short, Interrupted between two windows."""
-    ahead: deque[tuple[Window, int]] = deque()  # with the bytes that each brings from the disk
-    to_read, asked = 0, 0
-    while True:
-        while to_read <= READ_AHEAD + 1 or (asked < ASKED_AHEAD and len(ahead) < MOST_AHEAD):
-            window = next(order, None)
+class Windows:
+    """Windows of an order with their bytes, which are submitted just far enough ahead. Raises InputFault where a file
+    is gone or too short, Interrupted between two windows."""
+
+    def __init__(
+        self,
+        order: Iterator[Window],
+        stream: WindowStream,
+        pieces: Callable[[Window], list[tuple[int, int, int]]],
+        should_stop: Callable[[], bool] | None,
+    ) -> None:
+        self._order, self._stream, self._pieces, self._should_stop = order, stream, pieces, should_stop
+        self._ahead: deque[tuple[Window, int]] = deque()  # with the bytes that each brings from the disk
+        self._to_read = self._asked = 0
+
+    def __next__(self) -> tuple[Window, list[memoryview]]:
+        window = self._following()
+        return window, [] if window.is_there else self._stream.next()
+
+    def skip(self) -> Window:
+        """Passes over the next window: if nothing began to read it, nothing will."""
+        window = self._following()
+        if not window.is_there:
+            self._stream.skip()
+        return window
+
+    def _following(self) -> Window:
+        self._submit()
+        if not self._ahead:
+            raise StopIteration
+        if self._should_stop is not None and self._should_stop():
+            raise Interrupted("stopped on request; the finished tensors are kept, --resume continues")
+        window, fresh = self._ahead.popleft()
+        self._to_read -= not window.is_there
+        self._asked -= fresh
+        return window
+
+    def _submit(self) -> None:
+        while self._to_read <= READ_AHEAD + 1 or (self._asked < ASKED_AHEAD and len(self._ahead) < MOST_AHEAD):
+            window = next(self._order, None)
             if window is None:
-                break
+                return
             fresh = 0
             if not window.is_there:
-                mapped = pieces(window)
+                mapped = self._pieces(window)
                 fresh = 0 if window.again else sum(nbytes for _, _, nbytes in mapped)
                 try:
-                    stream.submit(mapped, keep=window.job.keep and not (window.is_last or window.stays))
+                    self._stream.submit(mapped, keep=window.job.keep and not (window.is_last or window.stays))
                 except (OSError, ValueError) as error:  # gone, or shorter than its header said
                     raise InputFault(f"{window.job.name} cannot be read: {error}") from error
-            ahead.append((window, fresh))
-            to_read += not window.is_there
-            asked += fresh
-        if not ahead:
-            return
-        if should_stop is not None and should_stop():
-            raise Interrupted("stopped on request; the finished tensors are kept, --resume continues")
-        window, fresh = ahead.popleft()
-        to_read -= not window.is_there
-        asked -= fresh
-        yield window, [] if window.is_there else stream.next()
+            self._ahead.append((window, fresh))
+            self._to_read += not window.is_there
+            self._asked += fresh
 
 
 class TensorReads:
@@ -132,15 +148,21 @@ class TensorReads:
             yield self._part(window, views)
             self.loop.count(self.loop.nbytes(window), 0)
 
+    def skip(self) -> None:
+        for _ in range(self.job.matrices):
+            for _ in self.job.windows():
+                self.loop.count(0, 0, passed=self.loop.nbytes(self.windows.skip()))
+
     def further(self) -> Iterator[Part]:
-        yield from self._apart(windows_of(self.job, range(self.job.matrices)), counted=True)
+        with self.loop.stream(0) as stream:
+            yield from self._apart(windows_of(self.job, range(self.job.matrices)), stream, counted=True)
 
     def only(self, first_entry: int, entries: int) -> Part:
         matrix, row = divmod(first_entry // self.job.columns, max(1, self.job.rows))
-        return next(self._apart([Window(self.job, matrix, row, entries // self.job.columns)]))
+        return next(self._apart([Window(self.job, matrix, row, entries // self.job.columns)], self.loop.aside))
 
     def spots(self) -> Iterator[Part]:
-        yield from self._apart(self._spots())
+        yield from self._apart(self._spots(), self.loop.aside)
 
     def _spots(self) -> Iterator[Window]:
         job, rows = self.job, max(1, SPOT // max(1, self.job.columns))
@@ -150,25 +172,26 @@ class TensorReads:
             matrix, row = divmod(n * (job.matrices * job.rows - 1) // (SPOTS - 1), job.rows)
             yield Window(job, matrix, min(row, job.rows - rows), rows)
 
-    def _apart(self, windows: Iterable[Window], *, counted: bool = False) -> Iterator[Part]:
+    def _apart(self, windows: Iterable[Window], stream: WindowStream, *, counted: bool = False) -> Iterator[Part]:
         """Windows beside the planned ones. A few entries are not `counted` as read: how many depends on the windows."""
-        with self.loop.stream(0) as stream:
-            for window in windows:
-                there = self.loop.resident.get((window.matrix, window.first_row))
-                if there is not None and there.models[0].shape[0] == window.rows:
-                    yield there
-                    continue
-                stream.submit(self.loop.pieces(window), keep=False)
-                views = stream.next()
-                yield self._part(window, views)
-                stream.check()
-                if counted:
-                    self.loop.count(sum(map(len, views)), 0)
+        for window in windows:
+            there = self.loop.resident.get((window.matrix, window.first_row))
+            if there is not None and there.models[0].shape[0] == window.rows:
+                yield there
+                continue
+            stream.submit(self.loop.pieces(window), keep=False)
+            views = stream.next()
+            yield self._part(window, views)
+            stream.check()
+            if counted:
+                self.loop.count(sum(map(len, views)), 0)
 
     def _part(self, window: Window, views: list[memoryview]) -> Part:
         return self.loop._upload(window, views)
 
     def input_grams(self) -> tuple[Tensor, ...]:
+        if not self.job.input_grams:
+            return ()
         with self.loop.stream(0) as stream:
             grams = tuple(self._whole(source, stream) for source in self.job.input_grams)
         if not all(bool(gram.isfinite().all()) for gram in grams):

@@ -1,7 +1,7 @@
 """What the windows of a tensor tell before it is blended: moments, Gram matrices, and which deltas are kept.
 
 Passes over reads that are given, one after the other; sums are float64 (docs/design.md, section 5). How
-top sets are found is in selecting.py, what follows from the sums in methods/.
+deltas are chosen is in selecting.py, what follows from the sums in methods/.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from mergecore import ops
 from mergecore.jobs import PIECE, TensorJob
 from mergecore.methods.base import Gram, Keep, Moments, Statistics
-from mergecore.selecting import Part, Reads, choose, kept_sums
+from mergecore.selecting import choose, kept_sums
+from mergecore.topsets import Part, Reads
 
 
 class MatrixReads(Reads, Protocol):

@@ -17,7 +17,8 @@ import torch
 from mergecore import ops, statistics
 from mergecore.jobs import MODEL_BLOCKS, TensorJob
 from mergecore.methods.base import Gram, Keep
-from mergecore.selecting import Part, Reads, choose, kept_sums
+from mergecore.selecting import choose, kept_sums
+from mergecore.topsets import Part, Reads
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _within(drop: ops.Drop, first: int, entries: int) -> ops.Drop:
 
 
 class Chained:
-    """Several tensors, read as one: their entries one after the other (selecting.Reads)."""
+    """Several tensors, read as one: their entries one after the other (topsets.Reads)."""
 
     def __init__(self, parts: Sequence[Reads]) -> None:
         self.parts = parts
@@ -121,6 +122,10 @@ class Chained:
     def planned(self) -> Iterator[Part]:
         for first, reads in zip(self.firsts, self.parts, strict=True):
             yield from _moved(reads.planned(), first)
+
+    def skip(self) -> None:
+        for reads in self.parts:
+            reads.skip()
 
     def further(self) -> Iterator[Part]:
         for first, reads in zip(self.firsts, self.parts, strict=True):

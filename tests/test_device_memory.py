@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mergecore.merging as merging
 import mergecore.placement as placement
-from mergecore import MergeResult, load_spec, merge
+from mergecore import MergeResult, Progress, load_spec, merge
 from mergecore.device import HostWindow
 from tests.models import LLAMA, moved, spec_dict, tensor_bytes, write_model
 from tests.test_engine import METHODS, LateDevice, many_kinds
@@ -50,7 +50,9 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def merged(trio: list[Path], out: Path, method: str) -> Merged:
     keys: dict[str, Any] = {"merge_method": "widen", **METHODS[method]}
-    result = merge(load_spec(spec_dict(keys.pop("merge_method"), *trio, **keys)), out)
+    seen: list[Progress] = []
+    result = merge(load_spec(spec_dict(keys.pop("merge_method"), *trio, **keys)), out, progress=seen.append)
+    assert seen[-1].bytes_read == seen[-1].bytes_read_total
     return result, tensor_bytes(out)
 
 

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mergecore
-from mergecore import merging, ops, selecting
+from mergecore import merging, ops, selecting, topsets
 from mergecore.errors import NonFiniteError, SpecError
 from mergecore.methods.base import Keep
 from mergecore.ops import Drop, Measure, Place
 from mergecore.planning import MergePlan
-from mergecore.selecting import Part, thinned
+from mergecore.selecting import thinned
+from mergecore.topsets import Part
 from tests import oracle
 from tests.test_methods import merge
 from tests.test_selection import assert_right, checkpoints, deltas_of, elected, share, top, trimmed
@@ -278,7 +279,7 @@ def test_windows_change_no_byte(method: str, sparsify: dict[str, Any] | None, mo
         return replace(planned, jobs=tuple(jobs))
 
     monkeypatch.setattr(merging, "plan", small_windows)
-    monkeypatch.setattr(selecting, "ROOM", 8)
+    monkeypatch.setattr(topsets, "ROOM", 8)
     cut = merge(base, models, **spec, run={"threads": 2})
     for name in base:
         assert torch.equal(oracle.bits(whole[name]), oracle.bits(cut[name])), name

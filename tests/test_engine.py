@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -486,6 +487,34 @@ def test_tensors_at_odd_offsets_are_read_as_they_are(tmp_path: Path) -> None:
         odd = merged(spec_of(paths, merge_method=method), tmp_path / f"odd-{method}")
         even = [write_model(tmp_path / f"even-{method}{i}", {"a.weight": weight}) for i, weight in enumerate(weights)]
         assert merged(spec_of(even, merge_method=method), tmp_path / f"even-{method}") == odd
+
+
+@pytest.mark.parametrize("read", ["map", "pread"])
+@pytest.mark.parametrize("device", [CpuDevice, LateDevice, KeepingDevice])
+@pytest.mark.parametrize(
+    ("method", "passes"), [("ties", 3), ("dare_ties after breadcrumbs", 3), ("widen after trimming", 4)]
+)
+def test_what_counting_tells_is_not_read_again(
+    tmp_path: Path, method: str, passes: int, device: type[CpuDevice], read: str
+) -> None:
+    """Deltas of a few bits: their thresholds are the lower ends of bins. The bytes are those of whole tensors."""
+    random = torch.Generator().manual_seed(9)
+    base = {name: 1 + tensor for name, tensor in llama(layers=1, hidden=160).items()}
+    base["model.layers.0.mlp.experts.gate_up_proj"] = 1 + torch.rand(3, 70, 90, generator=random).bfloat16()
+    models = [
+        write_model(tmp_path / name, tensors, LLAMA)
+        for name, tensors in (("base", base), ("near", moved(base, 0.05, 2)), ("far", moved(base, 0.1, 3)))
+    ]
+    spec = spec_of(models, **METHODS[method], run={"read": read})
+    expected, seen = merged(spec, tmp_path / "expected"), list[Progress]()
+    planned = mergecore.plan(load_spec(spec))
+    assert planned.passes == passes
+    with computing_on(device()), cut_anywhere(Random(8)):
+        result = merge(load_spec(spec), tmp_path / "out", progress=seen.append)
+    assert passes * result.bytes_read == (passes - 1) * planned.bytes_to_read
+    assert seen[-1].bytes_read == seen[-1].bytes_read_total == planned.bytes_to_read
+    assert all(one.bytes_read <= other.bytes_read for one, other in pairwise(seen))
+    assert tensor_bytes(tmp_path / "out") == expected
 
 
 # ---- Stopping and going on

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import mergecore
-from mergecore import merging, selecting
+from mergecore import merging, topsets
 from mergecore.methods import METHODS
 from mergecore.methods.base import Method, Statistics
 from mergecore.planning import MergePlan
@@ -173,7 +173,7 @@ def test_any_windows_and_threads_give_the_same_bytes(
         return replace(planned, jobs=tuple(jobs))
 
     monkeypatch.setattr(merging, "plan", small)
-    monkeypatch.setattr(selecting, "ROOM", 4)
+    monkeypatch.setattr(topsets, "ROOM", 4)
     for read in ("map", "pread"):
         assert_equal(merge(method, base, models, parameters, run={"threads": threads, "read": read}), whole)
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergecore import Progress, budget, load_spec, merge, merging, placement, plan, reads
+from mergecore import Progress, load_spec, merge, merging, placement, plan, reads
 from mergecore.device import CpuDevice
 from mergecore.engine import Merge
 from mergecore.errors import Interrupted, NonFiniteError, OutputError
@@ -187,7 +187,7 @@ def held(trio: list[Path], monkeypatch: pytest.MonkeyPatch, out: Path, **run: An
     planned = plan(spec)
     merge(spec, out)
     [(loops, each)] = found
-    return loops, loops * each, max(map(budget.held, planned.jobs))
+    return loops, loops * each, planned.held_bytes
 
 
 def test_loops_hold_together_what_one_would(tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,8 @@ def test_statistics_that_need_more_than_a_share_of_the_memory_mean_one_loop(
     trio = [write_model(tmp_path / "base", long, LLAMA)]
     trio += [write_model(tmp_path / name, moved(long, 1e-3, n), LLAMA) for n, name in enumerate(("near", "far"))]
     loops, together, planned = held(trio, monkeypatch, tmp_path / "out", memory="16MiB")
-    assert (loops, together) == (1, planned)
+    assert loops == 1
+    assert together <= planned <= 16 << 20
 
 
 # ---- Errors

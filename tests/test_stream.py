@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -106,6 +107,38 @@ def test_any_partition_into_windows_yields_the_bytes_of_the_files(
                     windows_of.check()
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    case=partitions(),
+    way=st.sampled_from(WAYS),
+    depth=st.integers(0, 3),
+    passes=st.lists(st.booleans(), min_size=1, max_size=4),
+    choices=st.randoms(use_true_random=False),
+)
+def test_windows_that_are_not_passed_over_yield_the_bytes_of_the_files(
+    case: tuple[list[bytes], list[list[Piece]]], way: str, depth: int, passes: list[bool], choices: random.Random
+) -> None:
+    """Submitted before or between, skipped while they are read or before."""
+    contents, windows = case
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / str(number) for number in range(len(contents))]
+        for path, content in zip(paths, contents, strict=True):
+            path.write_bytes(content)
+        order = [(window, keep) for keep in passes for window in windows]
+        submitted = 0
+        with stream(paths, way, depth) as windows_of:
+            for number, (window, _) in enumerate(order):
+                while submitted <= number or (submitted < len(order) and choices.random() < 0.7):
+                    windows_of.submit(*order[submitted])
+                    submitted += 1
+                if choices.random() < 0.5:
+                    windows_of.skip()
+                    continue
+                views = windows_of.next()
+                assert [bytes(view) for view in views] == [contents[f][at : at + n] for f, at, n in window]
+                windows_of.check()
+
+
 @ways
 def test_windows_may_be_submitted_while_others_are_read(path: Path, way: str) -> None:
     pieces = cut(path.stat().st_size, 10_007)
@@ -176,8 +209,9 @@ def test_a_piece_outside_the_file_is_refused_and_nothing_is_submitted(
     with stream([path], way) as windows:
         with pytest.raises(ValueError, match=f"{path}: {nbytes} bytes at offset {offset} .* has {MIB + 1237} bytes"):
             windows.submit([(0, 0, 1), (0, offset, nbytes)], False)
-        with pytest.raises(RuntimeError, match="every submitted window is already out"):
-            windows.next()
+        for use in (windows.next, windows.skip):
+            with pytest.raises(RuntimeError, match="every submitted window is already out"):
+                use()
 
 
 def test_other_wrong_arguments_say_what_is_wrong(path: Path) -> None:
@@ -200,7 +234,7 @@ def test_close_may_be_repeated_and_ends_all_use(path: Path, way: str) -> None:
     windows.close()
     windows.close()
     windows.check()
-    for use in (windows.next, lambda: windows.submit([(0, 0, 1)], False)):
+    for use in (windows.next, windows.skip, lambda: windows.submit([(0, 0, 1)], False)):
         with pytest.raises(ValueError, match="the stream is closed"):
             use()
 
@@ -294,7 +328,61 @@ def test_kept_windows_stay_resident(large: Path) -> None:
     assert int(result.stdout) > 200 * MIB
 
 
+PASSED_OVER = """
+    def resident():
+        status = open("/proc/self/status").read()
+        return int(status.split("RssFile:")[1].split()[0]) << 10
+    path, keep = sys.argv[1:]
+    size, window = os.path.getsize(path), 8 << 20
+    with WindowStream([path], "map", 1) as windows:
+        pieces = [(0, at, min(window, size - at)) for at in range(4, size, window)]
+        for kept in (True, keep == "keep"):
+            for piece in pieces:
+                windows.submit([piece], kept)
+        windows.submit([(0, 0, 1)], True)
+        before = resident()
+        for piece in pieces:
+            total = sum(windows.next()[0][::4096])
+        for piece in pieces:
+            windows.skip()
+        windows.next()
+        print(resident() - before)
+"""
+
+
+@pytest.mark.parametrize("keep", ["keep", "drop"])
+def test_pages_that_were_kept_stay_or_go_with_a_window_that_is_passed_over(large: Path, keep: str) -> None:
+    result = run_alone(PASSED_OVER, large, keep)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 200 * MIB if keep == "keep" else int(result.stdout) < 32 * MIB
+
+
 # ---- faults
+
+
+@ways
+def test_a_window_that_is_passed_over_before_it_is_read_has_no_fault(path: Path, tmp_path: Path, way: str) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"x" * MIB)
+    with stream([path, other], way, depth=0) as windows:
+        for file in (0, 1, 0):
+            windows.submit([(file, 0, MIB)], False)
+        windows.next()
+        os.truncate(other, 0)
+        windows.skip()
+        assert bytes(windows.next()[0]) == path.read_bytes()[:MIB]
+        windows.check()
+
+
+@ways
+def test_what_was_computed_is_checked_when_the_next_window_is_passed_over(path: Path, way: str) -> None:
+    with stream([path], way) as windows:
+        for _ in range(2):
+            windows.submit([(0, 0, MIB)], False)
+        windows.next()
+        os.truncate(path, 500_000)
+        with pytest.raises(ReadFault, match="truncated"):
+            windows.skip()
 
 
 @ways
@@ -325,7 +413,7 @@ def test_a_file_truncated_under_a_window_is_a_fault_once_and_for_all(path: Path,
     with pytest.raises(ReadFault, match="truncated"):
         windows.check()
     path.write_bytes(content)
-    for use in (windows.check, windows.next):
+    for use in (windows.check, windows.skip, windows.next):
         with pytest.raises(ReadFault, match="truncated"):
             use()
     windows.close()

@@ -161,16 +161,22 @@ bool tells_bins(const Bins& bins) {
          bins.count < most && bins.offset > -most && bins.offset < most;
 }
 
-constexpr int64_t kFewBins = 1 << 13;  // most keys lie beyond
-
-// Few bins of plain models.
-class FewBins {
+// Bins that lie about a threshold, and which of their keys are at the lower end: nearly all, where
+// deltas lie on a coarse grid.
+class BracketedBins {
  public:
-  FewBins(const Kept& kept, int shift, const int64_t* offsets, int64_t bins)
-      : kept_(kept), bins_(bins), counts_(static_cast<size_t>(kept.inputs.count * bins)) {
+  BracketedBins(const Kept& kept, int shift, const int64_t* offsets, int64_t bins)
+      : kept_(kept),
+        bins_(bins),
+        above_end_((int64_t{1} << shift) - 1),
+        counts_(static_cast<size_t>(2 * kept.inputs.count * bins)) {
+    bool narrow = are_plain_bf16(kept.inputs);
     for (int set = 0; set < kept.inputs.count; ++set) {
       wide_.push_back({shift, offsets[set], true, bins});
-      narrow_.emplace_back(shift, offsets[set] + 2, bins - 4);  // without those that are clamped to
+      narrow = narrow && tells_bins(wide_.back());
+    }
+    for (const Bins& each : wide_) {
+      if (narrow) narrow_.emplace_back(shift, each.offset, bins);
     }
   }
 
@@ -184,60 +190,57 @@ class FewBins {
     }
   }
 
-  void move_to(int64_t* histogram) const {
+  // Adds all to histogram[sets][bins], and what is at lower ends to ends[sets][stride]; starts
+  // again from zero.
+  void move_to(int64_t* histogram, int32_t* ends, int64_t stride) {
     for (int set = 0; set < kept_.inputs.count; ++set) {
-      const NarrowBins& beyond = narrow_[static_cast<size_t>(set)];
-      int64_t* to = histogram + set * bins_;
       for (int64_t bin = 0; bin < bins_; ++bin) {
-        if (const uint32_t count = counts_of(set)[bin]; count != 0) add_to(to + bin, count);
+        uint32_t* both = counts_of(set) + 2 * bin;
+        if ((both[0] | both[1]) == 0) continue;
+        add_to(histogram + set * bins_ + bin, int64_t{both[0]} + both[1]);
+        const bool is_inner = bin > 1 && bin < bins_ - 2;
+        if (is_inner || bin == 0) add_to(ends + set * stride + bin, both[0]);
+        both[0] = both[1] = 0;
       }
-      add_to(to, beyond.zeros);
-      add_to(to + 1, beyond.below);
-      add_to(to + bins_ - 2, beyond.above);
     }
   }
 
  private:
   void add(int first, int last, int64_t entry, int n) {
     alignas(64) uint32_t keys[kChunk];
-    if (narrow_keys(kept_.inputs, first, entry, n, keys)) {
+    const int step = narrow_.empty() ? kRun : kPlaces;
+    if (!narrow_.empty() && narrow_keys(kept_.inputs, first, entry, n, keys)) {
       for (int set = first; set < last; ++set) {
-        narrow_[static_cast<size_t>(set)].add(keys, n, counts_of(set) + 2);
+        narrow_[static_cast<size_t>(set)].add(keys, n, counts_of(set));
       }
-    } else if (n > kPlaces) {  // one entry may be the reason
-      for (int start = 0; start < n; start += kPlaces) {
-        add(first, last, entry + start, std::min(kPlaces, n - start));
+    } else if (n > step) {  // of narrow keys one entry may be the reason
+      for (int start = 0; start < n; start += step) {
+        add(first, last, entry + start, std::min(step, n - start));
       }
     } else {
       for (int set = first; set < last; ++set) {
         with_keys(kept_, set, set + 1, entry, n, [&](int, const int64_t* wide) {
           wide_bins(wide_[static_cast<size_t>(set)], wide, n, keys);
+          uint32_t* counts = counts_of(set);
+          for (int i = 0; i < n; ++i) ++counts[2 * keys[i] + ((wide[i] & above_end_) != 0)];
         });
-        for (int i = 0; i < n; ++i) ++counts_of(set)[keys[i]];
       }
     }
   }
 
-  uint32_t* counts_of(int set) { return counts_.data() + set * bins_; }
-  const uint32_t* counts_of(int set) const { return counts_.data() + set * bins_; }
+  // Two counters for each bin: of keys at its lower end, and of others.
+  uint32_t* counts_of(int set) { return counts_.data() + 2 * set * bins_; }
 
   const Kept& kept_;
-  const int64_t bins_;
+  const int64_t bins_, above_end_;
   std::vector<Bins> wide_;
-  std::vector<NarrowBins> narrow_;
+  std::vector<NarrowBins> narrow_;  // empty where float32 keys do not tell the bins
   std::vector<uint32_t> counts_;
 };
 
 void count_magnitudes(const Kept& kept, int shift, const int64_t* offsets, bool clamp, int64_t bins,
                       int64_t* histogram, int64_t begin, int64_t end) {
   const bool plain = kept.measure == Measure::own && are_plain_bf16(kept.inputs);
-  if (plain && bins >= 5 && bins <= kFewBins && tells_bins({shift, offsets[0], clamp, bins})) {
-    FewBins few(kept, shift, offsets, bins);
-    for (int64_t entry = begin; entry < end; entry += kChunk) {
-      few.add(entry, static_cast<int>(std::min<int64_t>(kChunk, end - entry)));
-    }
-    return few.move_to(histogram);
-  }
   // One set after the other: a thread's counts of one fit its cache.
   Counters counters(bins);
   for (int set = 0; set < sets_of(kept); ++set) {
@@ -257,6 +260,21 @@ void count_magnitudes(const Kept& kept, int shift, const int64_t* offsets, bool 
       counters.extend(range.low, range.high);
     }
     counters.move_to(histogram + set * bins);
+  }
+}
+
+void count_bracketed(const Inputs& in, int shift, const int64_t* offsets, int64_t bins,
+                     int64_t* histogram, int32_t* ends, int64_t part, int64_t begin, int64_t end) {
+  const Kept kept{in, Measure::own, nullptr, 0, nullptr, nullptr, false};
+  const int64_t parts = (in.window.rows * in.window.columns + part - 1) / part;
+  BracketedBins bracketed(kept, shift, offsets, bins);
+  while (begin < end) {
+    const int64_t at_part = begin / part, last = std::min(end, (at_part + 1) * part);
+    for (; begin < last; begin += kChunk) {
+      bracketed.add(begin, static_cast<int>(std::min<int64_t>(kChunk, last - begin)));
+    }
+    begin = last;
+    bracketed.move_to(histogram, ends + at_part * bins, parts * bins);
   }
 }
 

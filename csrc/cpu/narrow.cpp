@@ -46,15 +46,15 @@ struct Split {
   int32_t hot, inside, above, zeros;
 };
 
-// Keys of the bins [first, last) that do not lie in the hot one have all bits of inside[i] set,
-// others none.
+// Keys from `first` to below `last` other than the hot one have all bits of inside[i] set, others
+// none.
 MERGECORE_CLONES
 Split split_keys(const uint32_t* keys, int n, uint32_t first, uint32_t last, uint32_t hot,
-                 int shift, uint8_t* inside) {
-  const uint32_t width = last - first, of_bin = 1u << shift;
+                 uint8_t* inside) {
+  const uint32_t width = last - first;
   Split found = {0, 0, 0, 0};
   for (int i = 0; i < n; ++i) {
-    const bool is_hot = keys[i] - hot < of_bin;
+    const bool is_hot = keys[i] == hot;
     const bool is_inside = (keys[i] - first < width) & !is_hot;
     inside[i] = static_cast<uint8_t>(-static_cast<int>(is_inside));
     found.hot += is_hot;
@@ -89,38 +89,37 @@ bool narrow_keys_of(const uint16_t* x, const uint16_t* a, int n, uint32_t* keys)
   return wrong == 0;
 }
 
-NarrowBins::NarrowBins(int wide_shift, int64_t offset, int64_t count)
-    : shift_(wide_shift - kNarrow),
-      offset_(static_cast<int32_t>(offset - (kRebias >> wide_shift))) {
+NarrowBins::NarrowBins(int wide_shift, int64_t offset, int64_t bins)
+    : shift_(wide_shift - kNarrow), offset_(offset - (kRebias >> wide_shift)), bins_(bins) {
   // Both limits are multiples of a bin's width, so that bins lie inside or outside as a whole.
   const auto key_of = [&](int64_t bin) {
-    const int64_t key = bin * (int64_t{1} << shift_);
+    const int64_t key = (offset_ + bin) * (int64_t{1} << shift_);
     return static_cast<uint32_t>(std::clamp<int64_t>(key, kLeastKey, kInfiniteKey));
   };
-  first_ = key_of(offset_);
-  last_ = key_of(offset_ + count);
+  first_ = key_of(2);
+  last_ = key_of(bins - 2);
 }
 
 void NarrowBins::add(const uint32_t* keys, int n, uint32_t* counts) {
   alignas(64) uint8_t inside[kChunk];
-  const Split found = split_keys(keys, n, first_, last_, hot_, shift_, inside);
-  zeros += found.zeros;
-  above += found.above;
-  below += n - found.zeros - found.above - found.inside - found.hot;
-  const auto count_of = [&](uint32_t key) -> uint32_t& {
-    return counts[static_cast<int32_t>(key >> shift_) - offset_];
-  };
-  if (found.hot != 0) count_of(hot_) += static_cast<uint32_t>(found.hot);
+  const Split found = split_keys(keys, n, first_, last_, hot_, inside);
+  const int beyond = n - found.zeros - found.inside - found.hot;
+  counts[0] += static_cast<uint32_t>(found.zeros);
+  counts[2] += static_cast<uint32_t>(beyond - found.above);
+  counts[2 * (bins_ - 2)] += static_cast<uint32_t>(found.above);
+  if (found.hot != 0) counts[place_of(hot_)] += static_cast<uint32_t>(found.hot);
   if (found.inside == 0) return;
   std::fill(inside + n, inside + (n + kPlaces - 1) / kPlaces * kPlaces, uint8_t{0});
   uint32_t key = kInfiniteKey;
   for (int start = 0; start < n; start += kPlaces) {
     for (uint64_t bits = bits_of(inside + start); bits != 0; bits &= bits - 1) {
       key = keys[start + __builtin_ctzll(bits)];
-      ++count_of(key);
+      ++counts[place_of(key)];
     }
   }
-  if (hot_ == kInfiniteKey || count_of(key) > count_of(hot_)) hot_ = key >> shift_ << shift_;
+  const int64_t place = place_of(key);
+  const bool is_end = place % 2 == 0;
+  if (is_end && (hot_ == kInfiniteKey || counts[place] > counts[place_of(hot_)])) hot_ = key;
 }
 
 MERGECORE_CLONES

@@ -29,22 +29,25 @@ inline int32_t narrow_floor(int64_t key) {
 // that of a normal number or zero.
 bool narrow_keys_of(const uint16_t* x, const uint16_t* a, int n, uint32_t* keys);
 
-// A few bins side by side, and how many keys lie beyond them.
+// Bins side by side as `clamped_bin` numbers them, from `offset` on by float64 keys >> shift: what
+// lies beyond is counted in the second and in the last but one, zeros in the first.
 class NarrowBins {
  public:
-  // The bins [offset, offset + count), numbered by float64 keys >> shift.
-  NarrowBins(int shift, int64_t offset, int64_t count);
+  NarrowBins(int shift, int64_t offset, int64_t bins);
 
-  // Counts n <= kChunk keys: counts[bin] of those that lie in one.
+  // Counts n <= kChunk keys in counts[bins][2]: those at the lower end of their bin, and others.
   void add(const uint32_t* keys, int n, uint32_t* counts);
 
-  int64_t zeros = 0, below = 0, above = 0;
-
  private:
+  // Which counter is that of a key inside.
+  int64_t place_of(uint32_t key) const {
+    return int64_t{key >> shift_} + ((key - 1) >> shift_) + 1 - 2 * offset_;
+  }
+
   int shift_;  // of float32 keys
-  int32_t offset_;
+  int64_t offset_, bins_;
   uint32_t first_, last_;        // keys inside: first <= key < last
-  uint32_t hot_ = kInfiniteKey;  // the first key of the bin with most, as far as is known: many
+  uint32_t hot_ = kInfiniteKey;  // the lower end of the bin with most, as far as is known: many
                                  // differences may be one number
 };
 

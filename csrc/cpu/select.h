@@ -19,8 +19,9 @@ inline int64_t index_of(const Window& w, int64_t entry) {
   return w.first_entry + w.first_row * w.columns + entry;
 }
 
-inline void add_to(int64_t* total, int64_t count) {
-  __atomic_fetch_add(total, count, __ATOMIC_RELAXED);
+template <class T>
+void add_to(T* total, int64_t count) {
+  __atomic_fetch_add(total, static_cast<T>(count), __ATOMIC_RELAXED);
 }
 
 inline void load_base(const Inputs& in, int64_t entry, int n, double* base) {
