@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -38,6 +39,8 @@ Run = Callable[[Planned, Path, Show | None], MergeResult]
 
 DIRTY, LEAST_DIRTY = 256 << 20, 16 << 20
 """Bytes in the page cache that are not on disk yet: of all outputs together, and of one at least."""
+STREAMS, OTHER_FILES = 3, 200
+"""Of a loop, each of which may have all inputs open; files that a program has open beside them."""
 MOST_LANES, CORES_PER_LANE = 4, 4
 """Shards that are written at once, and cores for each of them: writing and checksums may keep two of them busy."""
 
@@ -177,11 +180,24 @@ def _loops(plans: Sequence[MergePlan], devices: Sequence[Device]) -> tuple[Seque
     solves = any(job.statistics.is_whole or job.input_grams for planned in jobs for job in planned)
     threads = 1 if solves else torch.get_num_threads()
     side_by_side: list[Device] = [device for device in devices for _ in range(min(device.loops, threads))]
-    if len(side_by_side) > 1:
+    files = len({path for planned in plans for path in planned.files})
+    if len(side_by_side) > 1 and _may_open(len(side_by_side) * STREAMS * files):
         share = spec.run.memory // len(side_by_side)
         with suppress(SpecError):  # statistics, or a row of all models, need more
             return side_by_side, share, batched(jobs, spec, memory=share)
     return devices[:1], None, alone
+
+
+def _may_open(files: int) -> bool:
+    """Whether so many files more may be open at once; if need be, and as far as it may, this program allows itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = files + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return True
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return True
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -209,6 +210,21 @@ def test_statistics_that_need_more_than_a_share_of_the_memory_mean_one_loop(
     loops, together, planned = held(trio, monkeypatch, tmp_path / "out", memory="16MiB")
     assert loops == 1
     assert together <= planned <= 16 << 20
+
+
+def test_files_that_may_not_be_open_all_at_once_mean_one_loop(
+    trio: list[Path], expected: dict[str, Any], tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = [(64, 150)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.append(pair))
+    with shared_by(3) as seen:
+        assert merged(spec_of(trio, **METHODS["linear"]), tmp_path / "few") == expected["linear"]
+        assert set(seen) == {threading.current_thread().name}
+        limits.append((64, 4096))
+        assert merged(spec_of(trio, **METHODS["linear"]), tmp_path / "more") == expected["linear"]
+    assert limits == [(64, 150), (64, 4096), (3 * 3 * 3 + 200, 4096)], "no more than is needed, of what is allowed"
+    assert len(set(seen)) > 1
 
 
 # ---- Errors

@@ -328,15 +328,17 @@ class WindowStream {
         ++dropped_;
         continue;
       }
-      // All that is known: the disk works on while windows are read again.
-      while ((asked_ = std::max(asked_, handed_)) < submitted_) {
-        const Window& next = windows_[asked_++ - dropped_];
-        lock.unlock();  // it takes a while also where all is in the page cache
-        ask_disk(next);
+      if (!may_fill()) {  // the disk works on while windows are read again
+        if (asked_ < filled_)
+          std::tie(asked_, asked_piece_, asked_bytes_) = std::tuple(filled_, 0, 0);
+        if (asked_ == submitted_) continue;
+        const Window& next = windows_[asked_ - dropped_];
+        lock.unlock();
+        const bool is_asked = !ask_disk(next);
         lock.lock();
-        if (stop_) return;
+        if (is_asked) ++asked_;
+        continue;
       }
-      if (dropped_ < released_ || !may_fill()) continue;
       Window& window = windows_[filled_ - dropped_];
       if (!map_) window.buffer = std::move(ring_[filled_ % ring_.size()]);
       std::optional<Fault> fault;
@@ -357,13 +359,34 @@ class WindowStream {
     }
   }
 
-  void ask_disk(const Window& window) const {
-    if (window.is_kept) return;
-    for (const Piece& piece : window.pieces) {
-      if (is_cached(files_[piece.file].fd, piece.offset, piece.nbytes)) continue;
-      posix_fadvise(files_[piece.file].fd, static_cast<off_t>(piece.offset),
-                    static_cast<off_t>(piece.nbytes), POSIX_FADV_WILLNEED);
+  // Brings what is next of a window, a huge page or less, into the page cache; false at its end.
+  bool ask_disk(const Window& window) {
+    for (; asked_piece_ < window.pieces.size(); ++asked_piece_, asked_bytes_ = 0) {
+      const Piece& piece = window.pieces[asked_piece_];
+      const File& file = files_[piece.file];
+      if (asked_bytes_ == piece.nbytes || window.is_kept) continue;
+      if (asked_bytes_ == 0 && is_cached(file.fd, piece.offset, piece.nbytes)) continue;
+      const uint64_t begin = piece.offset + asked_bytes_;
+      const uint64_t end = std::min(piece.end(), (begin / kHugePage + 1) * kHugePage);
+      asked_bytes_ = end - piece.offset;
+      if (map_ && read_page(file, begin)) {
+        madvise(file.mapping->data() + page_down(begin), end - page_down(begin), MADV_DONTNEED);
+      } else {
+        asked_bytes_ = piece.nbytes;
+        posix_fadvise(file.fd, static_cast<off_t>(piece.offset), static_cast<off_t>(piece.nbytes),
+                      POSIX_FADV_WILLNEED);
+      }
+      return true;
     }
+    asked_piece_ = 0;
+    return false;
+  }
+
+  // Waits for a page of a mapping, with which the disk reads the huge page around it and goes on
+  // with the next one. (POSIX_FADV_WILLNEED fills the page cache with small pages, which are slow
+  // to map, this time and the next.) False where the kernel cannot (Linux 5.14) or may not.
+  static bool read_page(const File& file, uint64_t offset) {
+    return madvise(file.mapping->data() + page_down(offset), kPage, MADV_POPULATE_READ) == 0;
   }
 
   // Whether all of it lies in the page cache, which takes a tenth of the time of asking for it.
@@ -506,6 +529,7 @@ class WindowStream {
   // another was filled.
   std::deque<Window> windows_;
   uint64_t dropped_ = 0, released_ = 0, handed_ = 0, filled_ = 0, asked_ = 0, submitted_ = 0;
+  uint64_t asked_piece_ = 0, asked_bytes_ = 0;  // of the window after those; the thread's own
   std::optional<Fault> fault_;
   std::exception_ptr failure_;  // out of memory and the like
   std::thread thread_;
