@@ -159,6 +159,14 @@ def test_what_lies_above_the_lower_end_of_its_bin_is_collected() -> None:
     assert (made.reads, made.skipped) == (2, 0)
 
 
+def test_more_queries_than_an_op_takes_models_are_counted_in_all_bins() -> None:
+    random = torch.Generator().manual_seed(6)
+    made = InMemory(torch.zeros(300), [torch.randn(300, generator=random).to(BF16) for _ in range(33)])
+    with counted() as bins:
+        assert_exact(made, [Keep(density=0.5, outliers=0.1)] * 33)
+    assert bins == [topsets.BINS]
+
+
 def test_windows_too_short_for_parts_are_counted_in_all_bins() -> None:
     made = made_of(torch.randn(5000, generator=torch.Generator().manual_seed(5)), BF16, (1,))
     with pytest.MonkeyPatch.context() as patch, counted() as bins:
