@@ -4,10 +4,10 @@
                               [--json [FILE]]
 
 Needs about 12 times a checkpoint's bytes of disk (0.5b: 12 GB): three inputs and eight outputs, which are removed.
-Inputs are read once beforehand. Reading and statistics: what the loop waits for windows, and all it does before a
-tensor's blend pass but solving for coefficients. The rest of a tensor is blending and waiting for the writer; what is
-left after that (opening, planning, syncing, manifests) is in the total. Single merges and the sweep take turns in one
-process.
+Inputs are read once beforehand. Reading and statistics: what loops wait for windows, and all they do before a
+tensor's blend pass but solving for coefficients, in seconds of all loops together. The rest of a tensor is blending and
+waiting for the writer; what is left after that (opening, planning, syncing, manifests) is in the total. Single merges
+and the sweep take turns in one process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from rich.table import Table
 import mergecore
 from benchmarks.checkpoints import GEOMETRIES, make
 from benchmarks.reporting import add_json, tell
-from mergecore import engine
+from mergecore.loop import Loop
 from mergecore.reads import Windows
 from mergecore.sizes import parse_size
 from mergecore.spec import filled, load_spec
@@ -50,55 +54,58 @@ class Seconds:
 
 
 class Clock:
-    """Measures merges that run in this process."""
+    """Measures merges that run in this process: the seconds of all loops together."""
 
     def __init__(self) -> None:
-        self.tensors = self.solving = self.blends = self.waited_in_blends = 0.0
-        self._blending = False
+        self._lock = threading.Lock()
+        self._of_thread = threading.local()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def measured(self, spec: Any, out: Path) -> Seconds:
         """Merges, and removes the output."""
-        self.__init__()  # type: ignore[misc]
+        self.seconds.clear()
         started = time.perf_counter()
         mergecore.merge(spec, out)
         total = time.perf_counter() - started
         shutil.rmtree(out)
-        blends = self.blends - self.waited_in_blends
-        return Seconds(total, self.tensors - blends - self.solving, self.solving, blends)
+        blends = self.seconds["blends"] - self.seconds["waited in blends"]
+        return Seconds(
+            total, self.seconds["tensors"] - blends - self.seconds["solving"], self.seconds["solving"], blends
+        )
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        with self._lock:
+            self.seconds[what] += time.perf_counter() - started
 
     def install(self) -> None:
-        """From now on the engine's steps are measured."""
-        run, write, solve = engine.Merge._run_batch, engine.Merge._write, engine.Merge._solve
+        """From now on the loops' steps are measured."""
+        run, write, solve = Loop._run_batch, Loop._write, Loop._solve
         following = Windows.__next__
 
         def solving(*arguments: Any) -> Any:
-            started = time.perf_counter()
-            found = solve(*arguments)
-            self.solving += time.perf_counter() - started
-            return found
+            with self._timed("solving"):
+                return solve(*arguments)
 
         def running(*arguments: Any) -> None:
-            started = time.perf_counter()
-            run(*arguments)
-            self.tensors += time.perf_counter() - started
+            with self._timed("tensors"):
+                run(*arguments)
 
         def writing(*arguments: Any) -> None:
-            started = time.perf_counter()
-            self._blending = True
-            write(*arguments)
-            self._blending = False
-            self.blends += time.perf_counter() - started
+            self._of_thread.blends = True
+            with self._timed("blends"):
+                write(*arguments)
+            self._of_thread.blends = False
 
         def waiting(windows: Windows) -> Any:
-            started = time.perf_counter()
-            window = following(windows)
-            if self._blending:
-                self.waited_in_blends += time.perf_counter() - started
-            return window
+            with self._timed("waited in blends" if getattr(self._of_thread, "blends", False) else "waited"):
+                return following(windows)
 
-        engine.Merge._solve = solving  # type: ignore[method-assign, assignment]
-        engine.Merge._run_batch = running  # type: ignore[method-assign, assignment]
-        engine.Merge._write = writing  # type: ignore[method-assign, assignment]
+        Loop._solve = solving  # type: ignore[method-assign, assignment]
+        Loop._run_batch = running  # type: ignore[method-assign, assignment]
+        Loop._write = writing  # type: ignore[method-assign, assignment]
         Windows.__next__ = waiting  # type: ignore[method-assign, assignment]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
-from mergecore.budget import held, windowed
+from mergecore.budget import held, result_bytes, windowed
 from mergecore.jobs import TensorJob
 from mergecore.methods.base import Statistics
 from mergecore.selecting import planned_reads
@@ -63,6 +63,11 @@ class Batch:
         """Memory held at most, beside the process itself."""
         return held(self.form, [job for _, job in self.jobs[1:]])
 
+    def result_bytes(self, number: int) -> int:
+        """Bytes of a merge's output of one window, at most."""
+        rows = self.form.window_rows
+        return max((result_bytes(replace(job, window_rows=rows)) for n, job in self.jobs if n == number), default=0)
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -100,19 +105,22 @@ def bytes_of(merges: Sequence[Sequence[TensorJob]], spec: MergeSpec) -> int:
 
 
 def batched(
-    merges: Sequence[Sequence[TensorJob]], spec: MergeSpec, finished: Sequence[Collection[str]] = ()
+    merges: Sequence[Sequence[TensorJob]],
+    spec: MergeSpec,
+    finished: Sequence[Collection[str]] = (),
+    memory: int | None = None,
 ) -> list[Batch]:
     """The jobs of `merges` as batches, tensor after tensor; without those whose names the same merge has `finished`.
 
-    The merges differ in methods and parameters only: inputs, seed and memory are those of `spec`. Raises SpecError
-    where the memory does not suffice.
+    The merges differ in methods and parameters only: inputs, seed and memory are those of `spec`, or a part of its
+    memory, `memory` (bytes). Raises SpecError where that does not suffice.
     """
     by_name: dict[str, list[Numbered]] = {}
     for number, jobs in enumerate(merges):
         for job in jobs:
             if not finished or job.name not in finished[number]:
                 by_name.setdefault(job.name, []).append((number, job))
-    return [batch for jobs in by_name.values() for batch in _of_tensor(jobs, spec)]
+    return [batch for jobs in by_name.values() for batch in _of_tensor(jobs, spec, memory)]
 
 
 def interleaved(batches: Sequence[Batch], lane_of: Callable[[str], int]) -> list[Batch]:
@@ -148,9 +156,10 @@ def surveys_of(merges: Sequence[Sequence[TensorJob]], numbers: Iterable[int]) ->
     return surveys
 
 
-def _of_tensor(jobs: Sequence[Numbered], spec: MergeSpec) -> list[Batch]:
+def _of_tensor(jobs: Sequence[Numbered], spec: MergeSpec, memory: int | None) -> list[Batch]:
     if len(jobs) == 1:
-        return [Batch(jobs[0][1], tuple(jobs))]  # as it was planned
+        planned = jobs[0][1]
+        return [Batch(planned if memory is None else windowed(planned, spec, memory=memory), tuple(jobs))]
     groups: list[list[Numbered]] = []
     # Those that any windows suit come last, and join the first who have their inputs.
     for number, job in sorted(jobs, key=lambda numbered: _suits_any_form(numbered[1])):
@@ -166,7 +175,7 @@ def _of_tensor(jobs: Sequence[Numbered], spec: MergeSpec) -> list[Batch]:
         is_last = n == len(groups) - 1
         first, *others = (job for _, job in group)
         reads = Batch(first, tuple(group)).reads
-        form = windowed(first, spec, others, again=reads > 1 or not is_last)
+        form = windowed(first, spec, others, again=reads > 1 or not is_last, memory=memory)
         batches.append(Batch(form, tuple(group), is_last))
     return batches
 

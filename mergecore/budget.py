@@ -12,9 +12,11 @@ from mergecore.ops import gram_count
 from mergecore.output.layout import ITEM_BYTES
 from mergecore.selecting import BLOCK, held_bytes
 from mergecore.sources import Stored, scratch_bytes
-from mergecore.spec import MergeSpec
+from mergecore.spec import MergeSpec, Run
 
-MOST_WAITING = 256 << 20  # bytes of results; more does not keep a disk busier
+LOOPS = 2  # of a merge on a CPU, side by side
+LEAST_BESIDE = 4 << 20  # bytes of inputs of a window; smaller ones cost more than mapping the tensor again
+MOST_WAITING = 64 << 20  # bytes of results; more does not keep a disk busier
 
 
 def _row_bytes(job: TensorJob) -> tuple[int, int]:
@@ -93,15 +95,23 @@ def _beside_all(jobs: Sequence[TensorJob]) -> int:
     return max(map(_beside_bytes, jobs)) + sum(map(_retained_bytes, jobs[1:]))
 
 
-def windowed(job: TensorJob, spec: MergeSpec, others: Sequence[TensorJob] = (), *, again: bool = False) -> TensorJob:
+def windowed(
+    job: TensorJob,
+    spec: MergeSpec,
+    others: Sequence[TensorJob] = (),
+    *,
+    again: bool = False,
+    memory: int | None = None,
+) -> TensorJob:
     """Two windows of inputs (one in use, one read ahead) and two of each output fit the memory beside the statistics.
 
-    `others` make their outputs of the same windows; `again`: the inputs are read another time.
+    `others` make their outputs of the same windows; `again`: the inputs are read another time. `memory` (bytes) takes
+    the place of what the spec allows. Raises SpecError where it does not suffice.
     """
     jobs = (job, *others)
     if job.parameters is None:
         return replace(job, window_rows=max(1, job.window_rows // len(jobs)))
-    models, memory = len(job.models), spec.run.memory
+    models, memory = len(job.models), spec.run.memory if memory is None else memory
     inputs, output = _together(jobs)
     room = memory - _beside_all(jobs)
     step = max(1, min(job.block_rows, job.rows))
@@ -118,9 +128,20 @@ def windowed(job: TensorJob, spec: MergeSpec, others: Sequence[TensorJob] = (), 
             "memory",
         )
     rows = min(job.rows, step * max(1, min(room, 2 * WINDOW_BYTES) // smallest))
-    windowed = replace(job, window_rows=max(1, rows), keep=False)
-    kept = replace(windowed, keep=again or (job.passes > 1 and job.scope == "tensor"))
-    return kept if kept.keep and held(kept, others) <= memory else windowed
+    if again or (job.passes > 1 and job.scope == "tensor"):
+        # Windows that leave room for all of the tensor to stay mapped, unless they were very small.
+        beside = (room - job.input_bytes // job.matrices) // (inputs + 2 * output) // step * step
+        if beside >= rows or beside * inputs >= LEAST_BESIDE:
+            return replace(job, window_rows=max(1, min(rows, beside)), keep=True)
+    return replace(job, window_rows=max(1, rows), keep=False)
+
+
+def together_bytes(held: int, run: Run) -> int:
+    """What a merge holds at most, beside the process itself, if its largest tensor takes `held` bytes: that of loops
+    side by side, and results that wait for the disk."""
+    loops = max(LOOPS, run.device.count("+") + 1)
+    together = max(held, min(loops * held, run.memory))
+    return together + waiting_bytes(together, run.memory)
 
 
 def waiting_bytes(held: int, memory: int) -> int:

@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--device", help="cpu, cuda, cuda:N or auto")
+    sub.add_argument("--device", help="cpu, cuda, cuda:N, cuda:N+M (several) or auto")
     sub.add_argument("--memory", type=_size, metavar="SIZE", help="memory for windows and statistics, such as 256MiB")
     sub.add_argument("--threads", type=int, metavar="N", help="threads that compute (0: all cores)")
 

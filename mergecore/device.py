@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from mergecore.budget import LOOPS
 from mergecore.errors import MergecoreError
 from mergecore.output.buffers import Buffer, new_buffer
 
@@ -39,6 +40,8 @@ class CpuDevice:
     """Computes on host memory directly: nothing is copied."""
 
     torch_device = torch.device("cpu")
+    loops = LOOPS
+    """Loops of a merge that may share the device: while one decides what to compute, the others' kernels run."""
     readers = 1
     """Threads that bring windows into memory while others are computed."""
     pending = 0
@@ -103,6 +106,7 @@ class CudaDevice:
     keeps; None: most of what is free.
     """
 
+    loops = 1
     pending = 3
 
     def __init__(self, device: torch.device, memory: int | None = None) -> None:
@@ -195,19 +199,19 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
-def open_device(name: str, memory: int | None = None) -> Device:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:N`, of which `memory` bytes are used at most (None: most of what is
-    free on a GPU); MergecoreError where it is not there."""
+def open_devices(name: str, memory: int | None = None) -> list[Device]:
+    """The devices for `auto`, `cpu`, `cuda`, `cuda:N` or `cuda:N+M+...`; of each GPU `memory` bytes are used at most
+    (None: most of what is free). MergecoreError where one is not there."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return CpuDevice()
+        return [CpuDevice()]
     if not torch.cuda.is_available():
         built = "this torch was built without CUDA" if torch.version.cuda is None else "no GPU is visible"
         raise MergecoreError(f"device {name}: {built}; use --device cpu")
-    device = torch.device("cuda", 0) if name == "auto" else torch.device(name)
-    if (device.index or 0) >= torch.cuda.device_count():
+    numbers = [int(number) for number in (name.partition(":")[2] or "0").split("+")]
+    if max(numbers) >= torch.cuda.device_count():
         raise MergecoreError(f"device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
     if not torch._C._dispatch_has_kernel_for_dispatch_key("mergecore::blend", "CUDA"):
         if name == "auto":
-            return CpuDevice()
+            return [CpuDevice()]
         raise MergecoreError(f"device {name}: the kernels were built without CUDA; build again with CUDA_HOME set")
-    return CudaDevice(torch.device("cuda", device.index or 0), memory)
+    return [CudaDevice(torch.device("cuda", number), memory) for number in numbers]

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from mergecore.batches import batched, bytes_of
-from mergecore.budget import result_bytes, waiting_bytes
-from mergecore.device import Device, open_device
+from mergecore.batches import Batch, batched, bytes_of
+from mergecore.budget import waiting_bytes
+from mergecore.device import Device, open_devices
 from mergecore.engine import Merge, Output
+from mergecore.errors import SpecError
 from mergecore.history import Evolved
 from mergecore.inputs import Resolve
 from mergecore.output.buffers import ring_bytes
@@ -37,6 +39,8 @@ Run = Callable[[Planned, Path, Show | None], MergeResult]
 
 DIRTY, LEAST_DIRTY = 256 << 20, 16 << 20
 """Bytes in the page cache that are not on disk yet: of all outputs together, and of one at least."""
+STREAMS, OTHER_FILES = 3, 200
+"""Of a loop, each of which may have all inputs open; files that a program has open beside them."""
 MOST_LANES, CORES_PER_LANE = 4, 4
 """Shards that are written at once, and cores for each of them: writing and checksums may keep two of them busy."""
 
@@ -73,8 +77,8 @@ def merge(
 
     def run_together(merges: Sequence[tuple[MergeSpec, Path]], progress: Show | None) -> int:
         plans = [(plan(spec, resolve=resolve, stages=stages_folder(out)), out) for spec, out in merges]
-        with open_device(spec.run.device, spec.run.device_memory) as computing:
-            _together(plans, computing, True, progress, should_stop, told)
+        with _opened(open_devices(spec.run.device, spec.run.device_memory)) as devices:
+            _together(plans, devices, True, progress, should_stop, told)
         return bytes_of([planned.jobs for planned, _ in plans], spec)
 
     told: set[str] = set()
@@ -109,17 +113,17 @@ def _merge(
     """A planned merge or sweep, after the merges that it needs; warnings that were `told` before are not told again."""
     _warn([*(text for _, earlier in planned.earlier for text in earlier.warnings), *planned.warnings], told)
     # Before the writer: a device that is missing must not cost the work that `resume` would continue.
-    computing = open_device(planned.spec.run.device, planned.spec.run.device_memory)
+    opened = open_devices(planned.spec.run.device, planned.spec.run.device_memory)
 
     def together(merges: Sequence[tuple[MergePlan, Path]], show: Show | None) -> list[MergeResult]:
-        return _together(merges, computing, resume, show, should_stop, told)
+        return _together(merges, devices, resume, show, should_stop, told)
 
     def run(planned: Planned, out: Path, show: Show | None) -> MergeResult:
         if isinstance(planned, SweepPlan):
             return merge_points(planned, out, together, resume=resume, progress=show)
         return together([(planned, out)], show)[0]
 
-    with computing:
+    with _opened(opened) as devices:
         if not planned.earlier:
             return run(planned, out, progress)
         with Stages(out, resume=resume) as stages:
@@ -128,7 +132,7 @@ def _merge(
 
 def _together(
     merges: Sequence[tuple[MergePlan, Path]],
-    computing: Device,
+    devices: Sequence[Device],
     resume: bool,
     progress: Show | None,
     should_stop: Callable[[], bool] | None,
@@ -136,16 +140,16 @@ def _together(
 ) -> list[MergeResult]:
     """One merge, or several of the same inputs at once: each to a folder of its own."""
     run = merges[0][0].spec.run
-    batches = batched([planned.jobs for planned, _ in merges], merges[0][0].spec)
-    held = max((batch.held_bytes for batch in batches), default=0)
-    waiting = waiting_bytes(held, run.memory) // len(merges)
+    devices, share, batches = _loops([planned for planned, _ in merges], devices)
+    held = len(devices) * max((batch.held_bytes for batch in batches), default=0)
+    waiting = waiting_bytes(held, run.memory) // len(merges) // len(devices)
     with ExitStack() as writers:
         outputs = []
-        for planned, path in merges:
+        for number, (planned, path) in enumerate(merges):
             strangers = unrelated(planned)
             _warn([*planned.warnings, *strangers], told)
             planned = replace(planned, warnings=(*planned.warnings, *strangers))
-            largest = max(map(result_bytes, planned.jobs), default=0)
+            largest = max((batch.result_bytes(number) for batch in batches), default=0)
             writer = OutputWriter(
                 path,
                 planned.layout,
@@ -153,9 +157,9 @@ def _together(
                 resume=resume,
                 direct=run.write == "direct",
                 dirty_limit=max(LEAST_DIRTY, DIRTY // len(merges)),
-                buffer_bytes=waiting + ring_bytes(2 + computing.pending, largest),
+                buffer_bytes=waiting + ring_bytes(2 + max(device.pending for device in devices), largest),
                 lanes=_lanes(run.threads, len(merges)),
-                new_buffer=computing.new_buffer,
+                rings=[device.new_buffer for device in devices],
             )
             outputs.append(Output(planned, path, writers.enter_context(writer)))
         fit = None
@@ -163,8 +167,45 @@ def _together(
             from mergecore.features.fitting import fitted  # and with it transformers
 
             one = outputs[0]
-            fit = fitted(one.plan, one.writer.scratch, computing.torch_device, progress, should_stop)
-        return Merge(outputs, computing, progress, should_stop, fit).run()
+            fit = fitted(one.plan, one.writer.scratch, devices[0].torch_device, progress, should_stop)
+        return Merge(outputs, devices, share, progress, should_stop, fit).run()
+
+
+def _loops(plans: Sequence[MergePlan], devices: Sequence[Device]) -> tuple[Sequence[Device], int | None, list[Batch]]:
+    """The devices of the loops that run side by side, how many bytes each of them may hold (None: as planned), and
+    what they do."""
+    jobs, spec = [planned.jobs for planned in plans], plans[0].spec
+    alone = batched(jobs, spec)
+    # What LAPACK makes of a matrix may depend on its threads, which must not depend on what other loops do.
+    solves = any(job.statistics.is_whole or job.input_grams for planned in jobs for job in planned)
+    threads = 1 if solves else torch.get_num_threads()
+    side_by_side: list[Device] = [device for device in devices for _ in range(min(device.loops, threads))]
+    files = len({path for planned in plans for path in planned.files})
+    if len(side_by_side) > 1 and _may_open(len(side_by_side) * STREAMS * files):
+        share = spec.run.memory // len(side_by_side)
+        with suppress(SpecError):  # statistics, or a row of all models, need more
+            return side_by_side, share, batched(jobs, spec, memory=share)
+    return devices[:1], None, alone
+
+
+def _may_open(files: int) -> bool:
+    """Whether so many files more may be open at once; if need be, and as far as it may, this program allows itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = files + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return True
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return True
+
+
+@contextmanager
+def _opened(devices: Sequence[Device]) -> Iterator[Sequence[Device]]:
+    with ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(device)
+        yield devices
 
 
 def _lanes(threads: int, outputs: int) -> int:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from mergecore import __version__
 from mergecore.accounting import Account, accounts
 from mergecore.architecture import Architecture, is_tied
-from mergecore.budget import held, waiting_bytes, windowed
+from mergecore.budget import held, together_bytes, windowed
 from mergecore.checkpoint import TensorInfo
 from mergecore.embeddings import Embeddings
 from mergecore.errors import CheckpointError, SpecError
@@ -105,7 +105,7 @@ class MergePlan:
     def held_bytes(self) -> int:
         """Memory held at most, beside the process itself: windows, statistics, results that wait for the disk."""
         windows = max(map(held, self.jobs), default=0)
-        return windows + waiting_bytes(windows, self.spec.run.memory)
+        return together_bytes(windows, self.spec.run)
 
     def identity(self) -> str:
         """Equal exactly when the output's tensors are equal: spec, inputs and version (hex, 128 bits)."""

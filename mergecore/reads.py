@@ -24,7 +24,7 @@ from mergecore.sources import DTYPES, Source
 from mergecore.topsets import Part
 
 if TYPE_CHECKING:
-    from mergecore.engine import Merge
+    from mergecore.loop import Loop
 
 READ_AHEAD = 1  # windows
 ASKED_AHEAD = 64 << 20  # bytes that the disk is asked for, at least: it goes on while a tensor is read again
@@ -127,16 +127,16 @@ class Windows:
 
 
 class TensorReads:
-    """A job's tensor as its statistics read it: planned reads from the merge's windows, others from a stream apart."""
+    """A job's tensor as its statistics read it: planned reads from its loop's windows, others from a stream apart."""
 
-    def __init__(self, merge: Merge, job: TensorJob, windows: Windows) -> None:
-        self.merge, self.job, self.windows = merge, job, windows
+    def __init__(self, loop: Loop, job: TensorJob, windows: Windows) -> None:
+        self.loop, self.job, self.windows = loop, job, windows
         self.entries = job.matrices * job.rows * job.columns
         self.block = job.block_rows * job.columns
-        self.device = merge.placement.of(job).torch_device
+        self.device = loop.placement.of(job).torch_device
 
     def nonfinite(self) -> None:
-        self.merge.nonfinite(self.job)
+        self.loop.merge.nonfinite(self.job)
 
     def planned(self) -> Iterator[Part]:
         for matrix in range(self.job.matrices):
@@ -146,22 +146,23 @@ class TensorReads:
         for _ in self.job.windows():
             window, views = next(self.windows)
             yield self._part(window, views)
-            self.merge._count(self.merge.nbytes(window), 0)
+            self.loop.count(self.loop.nbytes(window), 0)
 
     def skip(self) -> None:
         for _ in range(self.job.matrices):
             for _ in self.job.windows():
-                self.merge.passed(self.merge.nbytes(self.windows.skip()))
+                self.loop.count(0, 0, passed=self.loop.nbytes(self.windows.skip()))
 
     def further(self) -> Iterator[Part]:
-        yield from self._apart(windows_of(self.job, range(self.job.matrices)), counted=True)
+        with self.loop.stream(0) as stream:
+            yield from self._apart(windows_of(self.job, range(self.job.matrices)), stream, counted=True)
 
     def only(self, first_entry: int, entries: int) -> Part:
         matrix, row = divmod(first_entry // self.job.columns, max(1, self.job.rows))
-        return next(self._apart([Window(self.job, matrix, row, entries // self.job.columns)]))
+        return next(self._apart([Window(self.job, matrix, row, entries // self.job.columns)], self.loop.aside))
 
     def spots(self) -> Iterator[Part]:
-        yield from self._apart(self._spots())
+        yield from self._apart(self._spots(), self.loop.aside)
 
     def _spots(self) -> Iterator[Window]:
         job, rows = self.job, max(1, SPOT // max(1, self.job.columns))
@@ -171,25 +172,27 @@ class TensorReads:
             matrix, row = divmod(n * (job.matrices * job.rows - 1) // (SPOTS - 1), job.rows)
             yield Window(job, matrix, min(row, job.rows - rows), rows)
 
-    def _apart(self, windows: Iterable[Window], *, counted: bool = False) -> Iterator[Part]:
+    def _apart(self, windows: Iterable[Window], stream: WindowStream, *, counted: bool = False) -> Iterator[Part]:
         """Windows beside the planned ones. A few entries are not `counted` as read: how many depends on the windows."""
-        with self.merge.stream(0) as stream:
-            for window in windows:
-                there = self.merge.resident.get((window.matrix, window.first_row))
-                if there is not None and there.models[0].shape[0] == window.rows:
-                    yield there
-                    continue
-                stream.submit(self.merge.pieces(window), keep=False)
-                views = stream.next()
-                yield self._part(window, views)
-                stream.check()
-                self.merge.read += sum(map(len, views)) if counted else 0
+        for window in windows:
+            there = self.loop.resident.get((window.matrix, window.first_row))
+            if there is not None and there.models[0].shape[0] == window.rows:
+                yield there
+                continue
+            stream.submit(self.loop.pieces(window), keep=False)
+            views = stream.next()
+            yield self._part(window, views)
+            stream.check()
+            if counted:
+                self.loop.count(sum(map(len, views)), 0)
 
     def _part(self, window: Window, views: list[memoryview]) -> Part:
-        return self.merge._upload(window, views)
+        return self.loop._upload(window, views)
 
     def input_grams(self) -> tuple[Tensor, ...]:
-        with self.merge.stream(0) as stream:
+        if not self.job.input_grams:
+            return ()
+        with self.loop.stream(0) as stream:
             grams = tuple(self._whole(source, stream) for source in self.job.input_grams)
         if not all(bool(gram.isfinite().all()) for gram in grams):
             self.nonfinite()
@@ -201,11 +204,11 @@ class TensorReads:
         whole = torch.empty(size, dtype=DTYPES[source.dtype], device=self.device)
         for first in range(0, size, WHOLE_ENTRIES):
             count = min(WHOLE_ENTRIES, size - first)
-            stream.submit(self.merge.mapped(source, first, count), keep=False)
+            stream.submit(self.loop.mapped(source, first, count), keep=False)
             views = stream.next()
             whole[first : first + count] = source.window(first, count, views).to(self.device)
             stream.check()
-            self.merge._count(sum(map(len, views)), 0)
+            self.loop.count(sum(map(len, views)), 0)
         return whole.view(source.shape)
 
 

@@ -15,7 +15,7 @@ import xxhash
 
 from mergecore import sweep_report as report
 from mergecore.batches import Batch, batched, bytes_of
-from mergecore.budget import waiting_bytes
+from mergecore.budget import together_bytes
 from mergecore.errors import CheckpointError, SpecError
 from mergecore.inputs import Inputs, Resolve
 from mergecore.jobs import TensorJob
@@ -71,7 +71,7 @@ class SweepPlan:
     def held_bytes(self) -> int:
         """Memory held at most, beside the process itself: windows, statistics, results that wait for the disk."""
         windows = max((batch.held_bytes for batch in self.batches), default=0)
-        return windows + waiting_bytes(windows, self.spec.run.memory)
+        return together_bytes(windows, self.spec.run)
 
     @property
     def earlier(self) -> tuple[tuple[Path, MergePlan], ...]:

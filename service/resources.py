@@ -36,12 +36,12 @@ def _key(name: bytes, value: bytes) -> re.Pattern[bytes]:
 _PRIORITY = _key(b"priority", rb"[+-]?[0-9]{1,9}\b")
 _MEMORY = _key(b"memory", rb"[0-9][0-9.]{0,40}(?:\s*[KkMmGgTt]?[Ii]?[Bb]\b)?")
 _THREADS = _key(b"threads", rb"[0-9]{1,6}\b")
-_DEVICE = _key(b"device", rb"(?:auto|cpu|cuda(?::[0-9]{1,4})?)\b")
+_DEVICE = _key(b"device", rb"(?:auto|cpu|cuda(?::[0-9]{1,4}(?:\+[0-9]{1,4})*)?)\b")
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a spec declares: bytes, threads (0: as many as there are), auto, cpu, cuda or cuda:N."""
+    """What a spec declares: bytes, threads (0: as many as there are), auto, cpu, cuda, cuda:N or cuda:N+M."""
 
     memory: int = DECLARED_BYTES
     threads: int = 0
@@ -58,7 +58,7 @@ class Grant:
 
     memory: int
     threads: int
-    device: str | None
+    devices: tuple[str, ...]
     environment: dict[str, str]
     """What makes the worker keep to threads and device."""
 
@@ -95,8 +95,8 @@ class Room:
 
     @property
     def places_held(self) -> int:
-        """How many running jobs hold a device."""
-        return sum(grant.device is not None for grant in self.held.values())
+        """How many of these places running jobs hold."""
+        return sum(len(grant.devices) for grant in self.held.values())
 
     def busy(self) -> str:
         """Why nothing at all can start now; empty if something may."""
@@ -128,11 +128,12 @@ class Room:
         threads_free = self._threads - sum(grant.threads for grant in self.held.values())
         if threads > threads_free:
             return f"needs {threads} threads, {max(0, threads_free)} of {self._threads} are free"
-        held = Counter(grant.device for grant in self.held.values())
-        device = min((one for one in wanted if held[one] < self._per_device), key=lambda one: held[one], default=None)
-        if wanted and device is None:
-            return f"needs {' or '.join(dict.fromkeys(wanted))}, which other jobs hold"
-        return Grant(needs.memory, threads, device, self._environment(needs, threads, device))
+        held = Counter(device for grant in self.held.values() for device in grant.devices)
+        free_ones = [devices for devices in wanted if all(held[one] < self._per_device for one in devices)]
+        if wanted and not free_ones:
+            return f"needs {' or '.join(dict.fromkeys(map(' and '.join, wanted)))}, which other jobs hold"
+        devices = min(free_ones, key=lambda devices: max(held[one] for one in devices), default=())
+        return Grant(needs.memory, threads, devices, self._environment(needs, threads, devices))
 
     def idle_environment(self) -> dict[str, str]:
         """With what a worker is to start that waits for a job. What torch reads when it is loaded is as for a job that
@@ -144,24 +145,26 @@ class Room:
         """Threads of a job that declares none, where they are counted."""
         return max(1, self._threads // self._jobs)
 
-    def _wanted(self, device: str) -> tuple[str, ...]:
-        """The devices of which a job holds one; none if it computes on the CPU, or if devices are not counted."""
+    def _wanted(self, device: str) -> list[tuple[str, ...]]:
+        """The devices that a job holds, as alternatives; none if it computes on the CPU, or if devices are not
+        counted."""
         if device == "cpu" or not self._counted or (device == "auto" and not self.devices):
-            return ()
+            return []
         if device in ("auto", "cuda") and self.devices:
-            return self.devices
-        if device in self.devices:
-            return (device,)
+            return [(one,) for one in self.devices]
+        named = tuple(f"cuda:{number}" for number in device.partition(":")[2].split("+"))
+        if set(named) <= set(self.devices):
+            return [named]
         has = ", ".join(self.devices) or "no GPU"
         raise NeverFits(f"run.device {device}: jobs of this server get {has}; choose another, or auto")
 
-    def _environment(self, needs: Needs, threads: int, device: str | None) -> dict[str, str]:
+    def _environment(self, needs: Needs, threads: int, devices: tuple[str, ...]) -> dict[str, str]:
         environment = {}
         if threads and not needs.threads:
             environment["OMP_NUM_THREADS"] = str(threads)
-        if device is not None and needs.device in ("auto", "cuda"):
-            environment["CUDA_VISIBLE_DEVICES"] = _visible(int(device.partition(":")[2]))
-        elif device is None and self._counted:
+        if devices and needs.device in ("auto", "cuda"):
+            environment["CUDA_VISIBLE_DEVICES"] = _visible(int(devices[0].partition(":")[2]))
+        elif not devices and self._counted:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # whatever else the spec says, in a way that was not understood
         return environment
 

@@ -32,12 +32,12 @@ def content(name: str, nbytes: int) -> bytes:
     return b"".join(xxhash.xxh3_128_digest(seed + bytes([i & 255, i >> 8])) for i in range(nbytes // 16 + 1))[:nbytes]
 
 
-def put(writer: OutputWriter, name: str, window: int = 1000) -> None:
+def put(writer: OutputWriter, name: str, window: int = 1000, ring: int = 0) -> None:
     """Writes one whole tensor in windows."""
     data = content(name, writer.layout.slots[name].nbytes)
     for begin in range(0, len(data), window):
         piece = data[begin : begin + window]
-        buffer = writer.acquire(name, begin, len(piece))
+        buffer = writer.acquire(name, begin, len(piece), ring)
         buffer[:] = piece
         writer.write(name, begin, buffer)
     writer.finish(name)

@@ -127,7 +127,7 @@ def test_a_terminal_shows_a_bar_with_tensors_bytes_and_speed(folder: Path, tmp_p
         (["merge", "SPEC", "OUT", "--memory", "much"], "'much' is not a size such as 256MiB"),
         (["merge", "SPEC", "OUT", "--memory", "1MB"], "memory: found 1000000, expected at least 16MiB"),
         (["merge", "SPEC", "OUT", "--threads", "-1"], "threads: found -1, expected a whole number"),
-        (["merge", "SPEC", "OUT", "--device", "tpu"], "device: found 'tpu', expected auto, cpu, cuda or cuda:N"),
+        (["merge", "SPEC", "OUT", "--device", "tpu"], "device: found 'tpu', expected auto, cpu, cuda, cuda:N or"),
         (["plan", "SPEC", "--device", "tpu"], "device: found 'tpu'"),
         (["merge", "nowhere.yaml", "OUT"], "nowhere.yaml: cannot be read: No such file or directory"),
         (["merge", "BAD", "OUT"], "bad.yaml:1: merge_method: unknown method 'wieden'; did you mean 'widen'?"),
@@ -185,17 +185,17 @@ import sys
 from mergecore import cli, engine
 from mergecore.output import lanes
 lanes.CHECKPOINT_SECONDS = 0  # every finished tensor is in the journal at once
-hold_after, count = int(sys.argv.pop(1)), engine.Merge._count
-def counted(merge, read, written):
+hold_after, count = int(sys.argv.pop(1)), engine.Merge.count
+def counted(merge, *nbytes):
     global hold_after
-    count(merge, read, written)
+    count(merge, *nbytes)
     hold_after -= 1
     if hold_after == 0:
         for output in merge.outputs:
             output.writer.sync()
         print("holding", flush=True)
         sys.stdin.readline()
-engine.Merge._count = counted
+engine.Merge.count = counted
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -533,7 +533,7 @@ def test_a_merge_for_which_the_gpu_has_too_little_memory_goes_on_with_less_and_h
     torch.cuda.empty_cache()
     for room in (48 << 20, 1 << 20):  # for smaller windows, and for none
         device = CudaDevice(torch.device("cuda", 0), torch.cuda.memory_reserved(GPU) + room)
-        monkeypatch.setattr(merging, "open_device", lambda name, memory, device=device: device)
+        monkeypatch.setattr(merging, "open_devices", lambda name, memory, device=device: [device])
         result = merge(load_spec(spec), tmp_path / f"gpu {room}", device="cuda")
         assert any("ran out of memory" in warning for warning in result.warnings)
         assert tensor_bytes(result.output) == tensor_bytes(tmp_path / "cpu")

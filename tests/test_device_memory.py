@@ -64,7 +64,7 @@ def expected(trio: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict
 
 def crowd(monkeypatch: pytest.MonkeyPatch, smallest: int, room: int, busy: range = range(0)) -> CrowdedDevice:
     device = CrowdedDevice(room, busy)
-    monkeypatch.setattr(merging, "open_device", lambda name, memory: device)
+    monkeypatch.setattr(merging, "open_devices", lambda name, memory: [device])
     monkeypatch.setattr(placement, "SMALLEST", smallest)
     return device
 

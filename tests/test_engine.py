@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mergecore
-from mergecore import Progress, load_spec, merge, merging
+from mergecore import Progress, batches, load_spec, merge, merging
 from mergecore.device import CpuDevice, HostWindow
 from mergecore.errors import (
     InputFault,
@@ -136,17 +136,21 @@ def scratch() -> Iterator[Path]:
 def cut_anywhere(random: Random) -> Iterator[None]:
     """Windows of any number of rows (or blocks) for each tensor, kept between the passes or not."""
 
-    def any_rows(job: TensorJob) -> int:
+    salt = random.random()
+
+    def cut(job: TensorJob, *_: Any, **__: Any) -> TensorJob:
+        of_job = Random(f"{salt} {job.name}")
         blocks = max(1, job.rows // job.block_rows)
-        return job.block_rows * random.randint(max(1, blocks // 20), blocks)
+        rows = job.block_rows * of_job.randint(max(1, blocks // 20), blocks)
+        return replace(job, window_rows=rows, keep=of_job.random() < 0.5)
 
     def any_windows(*arguments: Any, **options: Any) -> MergePlan:
         planned = mergecore.plan(*arguments, **options)
-        jobs = [replace(job, window_rows=any_rows(job), keep=random.random() < 0.5) for job in planned.jobs]
-        return replace(planned, jobs=tuple(jobs))
+        return replace(planned, jobs=tuple(map(cut, planned.jobs)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merging, "plan", any_windows)
+        patch.setattr(batches, "windowed", cut)  # of loops that share the memory
         yield
 
 
@@ -189,7 +193,7 @@ def test_bytes_depend_on_no_window_thread_shard_or_way_of_reading_or_writing(
 @contextmanager
 def computing_on(device: CpuDevice) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "open_device", lambda name, memory: device)
+        patch.setattr(merging, "open_devices", lambda name, memory: [device])
         yield
 
 
@@ -204,6 +208,7 @@ def writing_at_once(lanes: int) -> Iterator[None]:
 class LateDevice(CpuDevice):
     """Delivers each result when the next one is computed, as a GPU does."""
 
+    loops = 1
     pending = 1
 
     def __init__(self) -> None:
@@ -254,7 +259,7 @@ def test_a_tensor_that_stays_on_the_device_is_uploaded_once_and_gives_the_same_b
     trio: list[Path], expected: dict[str, Any], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = KeepingDevice()
-    monkeypatch.setattr(merging, "open_device", lambda name, memory: device)
+    monkeypatch.setattr(merging, "open_devices", lambda name, memory: [device])
     spec = spec_of(trio, **METHODS[method])
     with cut_anywhere(Random(3)):
         assert merged(spec, tmp_path / "cut") == expected[method]

@@ -178,9 +178,9 @@ def begin(point: str, spec: Path, out: Path) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize(
     ("point", "scored"),
     [
-        ("merge:_count:20", 4),  # the second generation is merged
+        ("merge:count:20", 4),  # the second generation is merged
         ("search:_try:7", 7),  # the seventh has a score, which is nowhere yet
-        (f"merge:_count:{3 * 12 + 5}", 12),  # the best one is merged
+        (f"merge:count:{3 * 12 + 5}", 12),  # the best one is merged
     ],
 )
 def test_a_search_that_is_killed_goes_on_where_it_was(folder: Path, tmp_path: Path, point: str, scored: int) -> None:

@@ -138,7 +138,7 @@ def test_names_that_mergekit_configs_carry_for_a_method_change_nothing(folder: P
     [
         ({"memory": 1 << 20}, "memory: found 1048576, expected at least 16MiB"),
         ({"threads": -1}, "threads: found -1, expected a whole number"),
-        ({"device": "gpu"}, "device: found 'gpu', expected auto, cpu, cuda or cuda:N"),
+        ({"device": "gpu"}, "device: found 'gpu', expected auto, cpu, cuda, cuda:N or cuda:N+M"),
     ],
 )
 def test_settings_from_outside_are_checked_like_the_spec_s_own(settings: dict[str, Any], told: str) -> None:

@@ -45,7 +45,7 @@ def hold(room: Room, name: str, needs: Needs) -> Grant:
 @given(
     st.sampled_from(["16MiB", "1 GiB", "2.5GB", "64 GiB", 1 << 30]),
     st.integers(0, 64),
-    st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
+    st.sampled_from(["auto", "cpu", "cuda", "cuda:3", "cuda:0+11"]),
     st.sampled_from(["block", "flow", "json"]),
 )
 def test_what_a_spec_declares_is_what_a_yaml_reader_finds(
@@ -102,26 +102,38 @@ def test_each_job_that_may_use_a_gpu_holds_one_and_sees_no_other(monkeypatch: py
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     here = room(devices=("cuda:0", "cuda:1"))
     first = hold(here, "a", Needs(device="auto"))
-    assert (first.device, first.environment) == ("cuda:0", {"CUDA_VISIBLE_DEVICES": "0"})
+    assert (first.devices, first.environment) == (("cuda:0",), {"CUDA_VISIBLE_DEVICES": "0"})
     assert here.ask(Needs(device="cuda:0")) == "needs cuda:0, which other jobs hold"
     cpu = hold(here, "c", Needs(device="cpu"))
-    assert (cpu.device, cpu.environment) == (None, {"CUDA_VISIBLE_DEVICES": ""})
+    assert (cpu.devices, cpu.environment) == ((), {"CUDA_VISIBLE_DEVICES": ""})
     second = hold(here, "b", Needs(device="cuda"))
-    assert (second.device, second.environment) == ("cuda:1", {"CUDA_VISIBLE_DEVICES": "1"})
+    assert (second.devices, second.environment) == (("cuda:1",), {"CUDA_VISIBLE_DEVICES": "1"})
     assert here.ask(Needs()) == "needs cuda:0 or cuda:1, which other jobs hold"
     assert (here.places, here.places_held) == (2, 2)
     del here.held["a"], here.held["b"]
     named = hold(here, "d", Needs(device="cuda:1"))
-    assert (named.device, named.environment) == ("cuda:1", {}), "it says which of them all it means"
+    assert (named.devices, named.environment) == (("cuda:1",), {}), "it says which of them all it means"
+    with pytest.raises(NeverFits, match=r"run.device cuda:1\+2: jobs of this server get cuda:0, cuda:1"):
+        here.ask(Needs(device="cuda:1+2"))
     with pytest.raises(NeverFits, match=r"run.device cuda:2: jobs of this server get cuda:0, cuda:1"):
         here.ask(Needs(device="cuda:2"))
 
 
 def test_a_gpu_takes_as_many_jobs_as_configured_the_least_busy_one_first() -> None:
     here = room(devices=("cuda:0", "cuda:1"), jobs_per_device=2)
-    assert [hold(here, name, Needs()).device for name in "abcd"] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert [hold(here, name, Needs()).devices[0] for name in "abcd"] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
     assert here.ask(Needs(device="cuda")) == "needs cuda:0 or cuda:1, which other jobs hold"
     assert (here.places, here.places_held) == (4, 4)
+
+
+def test_a_job_on_several_gpus_holds_a_place_on_each() -> None:
+    here = room(devices=("cuda:0", "cuda:1", "cuda:2"))
+    one = hold(here, "a", Needs(device="cuda:1"))
+    assert here.ask(Needs(device="cuda:0+1")) == "needs cuda:0 and cuda:1, which other jobs hold"
+    both = hold(here, "b", Needs(device="cuda:0+2"))
+    assert (one.devices, both.devices, both.environment) == (("cuda:1",), ("cuda:0", "cuda:2"), {})
+    assert (here.places, here.places_held) == (3, 3)
+    assert here.ask(Needs(device="auto")) == "needs cuda:0 or cuda:1 or cuda:2, which other jobs hold"
 
 
 def test_devices_that_are_visible_to_the_daemon_are_counted_among_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +148,14 @@ def test_devices_that_are_visible_to_the_daemon_are_counted_among_themselves(mon
 def test_without_gpus_nothing_is_held_and_with_none_allowed_none_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "build_versions", lambda: {"cuda": "none"})
     found_none, allowed_none = room(devices=None), room(devices=())
-    assert found_none.ask(Needs(device="cuda")) == Grant(GIB, 0, None, {}), "the worker says what is wrong"
-    assert allowed_none.ask(Needs(device="auto")) == Grant(GIB, 0, None, {"CUDA_VISIBLE_DEVICES": ""})
+    assert found_none.ask(Needs(device="cuda")) == Grant(GIB, 0, (), {}), "the worker says what is wrong"
+    assert allowed_none.ask(Needs(device="auto")) == Grant(GIB, 0, (), {"CUDA_VISIBLE_DEVICES": ""})
     with pytest.raises(NeverFits, match="jobs of this server get no GPU"):
         allowed_none.ask(Needs(device="cuda"))
 
 
 def test_threads_are_counted_if_configured_and_shared_by_those_that_say_nothing() -> None:
-    assert room().ask(Needs(threads=64)) == Grant(GIB, 0, None, {"CUDA_VISIBLE_DEVICES": ""})
+    assert room().ask(Needs(threads=64)) == Grant(GIB, 0, (), {"CUDA_VISIBLE_DEVICES": ""})
     here = room(threads=8, jobs=2)
     granted = hold(here, "a", Needs(device="cpu"))
     assert (granted.threads, granted.environment["OMP_NUM_THREADS"]) == (4, "4")

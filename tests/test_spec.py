@@ -271,9 +271,9 @@ run: {memory: 1 GX}
 run: {memory: 15MiB}
     run.memory: found '15MiB', expected at least 16MiB
 run: {device: gpu}
-    run.device: found 'gpu', expected auto, cpu, cuda or cuda:N; did you mean 'cpu'?
+    run.device: found 'gpu', expected auto, cpu, cuda, cuda:N or cuda:N+M (several); did you mean 'cpu'?
 run: {device: 'cuda:-1'}
-    run.device: found 'cuda:-1', expected auto, cpu, cuda or cuda:N; did you mean 'cuda'?
+    run.device: found 'cuda:-1', expected auto, cpu, cuda, cuda:N or cuda:N+M (several); did you mean 'cuda'?
 run: {threads: -1}
     run.threads: found -1, expected a whole number from 0 (all processors) to 4096
 run: {output: ''}
@@ -587,7 +587,7 @@ SPECS = st.fixed_dictionaries(
             {},
             optional={
                 "output": WORDS,
-                "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:0", "cuda:12"]),
+                "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:0", "cuda:12", "cuda:2+0"]),
                 "memory": st.sampled_from(["16MiB", "1.5GB", 1 << 30]),
                 "threads": st.integers(0, 64),
                 "shard_size": st.integers(1, 2**63 - 1) | st.just("5GB"),

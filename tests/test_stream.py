@@ -322,6 +322,27 @@ def test_resident_memory_does_not_grow_with_the_file(large: Path, mode: str, kin
     assert int(result.stdout) < 32 * MIB  # two windows of 8 MiB, and what the allocator likes
 
 
+SPOTS = """
+    def resident():
+        status = open("/proc/self/status").read()
+        return int(status.split("RssFile:")[1].split()[0]) << 10
+    size = os.path.getsize(sys.argv[1])
+    with WindowStream([sys.argv[1]], "map", 0) as windows:
+        before = resident()
+        for at in range(100_000, size - 1000, 130_000):
+            windows.submit([(0, at, 1000)])
+            sum(windows.next()[0])
+        print(resident() - before)
+"""
+
+
+def test_of_a_few_bytes_here_and_there_nothing_around_them_stays_resident(large: Path) -> None:
+    large.read_bytes()  # what a fault finds in the page cache it maps with its neighbours
+    result = run_alone(SPOTS, large)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 4 * MIB
+
+
 def test_kept_windows_stay_resident(large: Path) -> None:
     result = run_alone(RESIDENT, large, "map", "RssFile", "keep")
     assert result.returncode == 0, result.stderr

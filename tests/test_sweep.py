@@ -331,8 +331,8 @@ def assert_as(four: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     "point",
     [
-        "merge:_count:1",
-        "merge:_count:60",
+        "merge:count:1",
+        "merge:count:60",
         "writer:finish:30",
         "writer:publish:1",
         "writer:publish:4",
@@ -427,7 +427,7 @@ def test_a_device_with_too_little_memory_gives_the_same_bytes(
     spec["run"] = {"memory": "16MiB"}
     mergecore.merge(load_spec(spec), tmp_path / "expected")
     device = CrowdedDevice(1 << 40, busy=range(busy, busy + 1))
-    monkeypatch.setattr(merging, "open_device", lambda name, memory: device)
+    monkeypatch.setattr(merging, "open_devices", lambda name, memory: [device])
     result = mergecore.merge(load_spec(spec), tmp_path / "out")
     assert device.failures == 1
     assert any("ran out of memory" in warning for warning in result.warnings)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +28,8 @@ from safetensors import safe_open
 from mergecore.errors import CheckpointError, Interrupted, OutputError, OutputExistsError
 from mergecore.output import lanes as lanes_module
 from mergecore.output import shards as shards_module
-from mergecore.output.layout import INDEX_NAME
+from mergecore.output.buffers import new_buffer
+from mergecore.output.layout import INDEX_NAME, plan_layout
 from mergecore.output.writer import OutputWriter
 from tests.outputs import content, everything_below, expected_files, files_in, in_child, layout_of, put, put_rest
 
@@ -76,7 +78,7 @@ def test_buffers_may_lie_in_memory_of_another_kind(tmp_path: Path) -> None:
         made.append(nbytes)
         return np.empty(nbytes, np.uint8)
 
-    with OutputWriter(tmp_path / "out", layout, "a merge", buffer_bytes=5000, new_buffer=new_buffer) as writer:
+    with OutputWriter(tmp_path / "out", layout, "a merge", buffer_bytes=5000, rings=[new_buffer]) as writer:
         for name in layout.slots:
             put(writer, name, window=1 << 20)
             writer.sync()  # all buffers are free
@@ -264,6 +266,43 @@ def test_holding_all_buffers_is_an_error_and_no_deadlock(tmp_path: Path) -> None
         with pytest.raises(ValueError, match="the caller holds all 8,192 bytes"):
             writer.acquire("embed", 4000, 4200)
         del held
+
+
+def test_threads_with_rings_of_their_own_write_at_once(tmp_path: Path) -> None:
+    layout = plan_layout([(f"t.{n}", "U8", (5000 + 700 * n,)) for n in range(60)], 40_000)
+    names = deque(layout.slots)
+
+    def work(writer: OutputWriter, ring: int) -> None:
+        with suppress(IndexError):
+            while True:
+                put(writer, names.popleft(), window=1800, ring=ring)
+
+    with OutputWriter(tmp_path / "out", layout, "a merge", buffer_bytes=8000, rings=[new_buffer] * 3) as writer:
+        threads = [threading.Thread(target=work, args=(writer, ring)) for ring in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        writer.publish()
+    assert files_in(tmp_path / "out") == expected_files(layout)
+
+
+def test_a_thread_that_holds_all_its_buffers_holds_up_no_other(tmp_path: Path) -> None:
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge", buffer_bytes=8192, rings=[new_buffer] * 2) as writer:
+        held = [writer.acquire("embed", 0, 1000, 0), writer.acquire("embed", 1000, 3000, 0)]
+        put(writer, "layers.1.a", window=4000, ring=1)
+        with pytest.raises(ValueError, match="the caller holds all 8,192 bytes"):
+            writer.acquire("embed", 4000, 4200, 0)
+        del held
+
+
+def test_a_restart_takes_back_the_buffers_of_its_thread_only(tmp_path: Path) -> None:
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge", rings=[new_buffer] * 2) as writer:
+        first, second = writer.acquire("embed", 0, 100, 0), writer.acquire("layers.1.a", 0, 100, 1)
+        writer.restart("embed", 0)
+        with pytest.raises(ValueError, match="not in a buffer"):
+            writer.write("embed", 0, first)
+        writer.write("layers.1.a", 0, second)
 
 
 def test_a_closed_writer_says_so(writer: OutputWriter) -> None:

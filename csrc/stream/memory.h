@@ -180,6 +180,8 @@ class Mapping : public Memory {
     }
     // Every byte is wanted once or twice, in order: the pages need not push out other programs'.
     madvise(data, length, MADV_SEQUENTIAL);
+    // What is not there yet is read in large pages, which are mapped and dropped at once.
+    madvise(data, length, MADV_HUGEPAGE);
     slot->fault.store(kNoFault);
     slot->end.store(reinterpret_cast<uintptr_t>(data) + length);
     slot->begin.store(reinterpret_cast<uintptr_t>(data));

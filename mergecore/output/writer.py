@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -30,9 +30,10 @@ class OutputWriter:
     """Writes the tensors of `layout` and publishes them as the directory `out`, all or nothing.
 
     Tensor bytes go through buffers of this writer: `acquire` one, fill it, `write` (the first bytes of) it; a thread
-    puts it at its planned offset and reuses it. One thread calls these methods; a tensor's windows come in order,
-    tensors in any. Up to `lanes` shards are written at once, those of each lane (`lane_of`) by a thread of its own.
-    Buffers have `buffer_bytes` together, or as many as the largest one, in memory that `new_buffer` makes. With
+    puts it at its planned offset and reuses it. A tensor's windows come in order and from one thread, tensors in any
+    order, from as many threads as there are `rings`: those of each have `buffer_bytes` together, or as many as the
+    largest one, in memory that its function makes, so that none waits for a buffer that another holds. Up to `lanes`
+    shards are written at once, those of each lane (`lane_of`) by a thread of its own. With
     `direct` they go straight to the disk where the file system can; else `dirty_limit` bytes are in the page cache and
     not on disk at most. `identity` names the merge (spec, inputs, code): with `resume`, the tensors that an interrupted
     run with equal identity and layout has finished are kept (`resumed`, `finished`); otherwise everything starts from
@@ -56,7 +57,7 @@ class OutputWriter:
         dirty_limit: int = 256 << 20,
         buffer_bytes: int = 64 << 20,
         lanes: int = 1,
-        new_buffer: Callable[[int], Buffer] = new_buffer,
+        rings: Sequence[Callable[[int], Buffer]] = (new_buffer,),
     ) -> None:
         self.layout = layout
         self.resumed = False
@@ -72,12 +73,12 @@ class OutputWriter:
         # Of all threads, guarded by _changed.
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
-        self._ring = Ring(buffer_bytes, new_buffer)
-        self._lent: dict[int, memoryview] = {}  # by address: acquired, not yet given to `write`
-        self._queued = 0  # buffers that the lanes have still to write
+        self._rings = [Ring(buffer_bytes, make) for make in rings]
+        self._lent: dict[int, tuple[memoryview, Ring]] = {}  # by address: acquired, not yet given to `write`
+        self._queued: dict[int, Ring] = {}  # by address: what the lanes have still to write
         self._recording = threading.Lock()  # the journal
 
-        # Of the calling thread.
+        # Of the calling threads, each with tensors of its own.
         self._begun: dict[str, int] = {}  # bytes accepted, per tensor that has no end yet
         self._ended: set[str] = set()
         self._lanes: list[Lane] = []
@@ -106,8 +107,9 @@ class OutputWriter:
         """The lane that writes a tensor, from 0. Lanes work side by side where tensors of all of them are written."""
         return self.layout.slots[name].shard % self._lane_count
 
-    def acquire(self, name: str, offset_in_tensor: int, nbytes: int) -> memoryview:
-        """A writable buffer of arbitrary content for these bytes of a tensor; waits until there is room for it.
+    def acquire(self, name: str, offset_in_tensor: int, nbytes: int, ring: int = 0) -> memoryview:
+        """A writable buffer of arbitrary content for these bytes of a tensor; waits until there is room for it in the
+        ring of the calling thread.
 
         It lies in its page as the bytes do in the file. Raises ValueError if the caller holds all room already,
         OutputError if writing has failed.
@@ -119,12 +121,13 @@ class OutputWriter:
             self._check_usable()
             if nbytes == 0:
                 return memoryview(bytearray())
-            while (buffer := self._ring.lend(nbytes, slot.offset + offset_in_tensor)) is None:
-                if self._queued == 0:
-                    raise ValueError(f"the caller holds all {self._ring.nbytes:,} bytes of output buffers; write them")
+            own = self._rings[ring]
+            while (buffer := own.lend(nbytes, slot.offset + offset_in_tensor)) is None:
+                if own not in self._queued.values():
+                    raise ValueError(f"the caller holds all {own.nbytes:,} bytes of output buffers; write them")
                 self._changed.wait()
                 self._check_usable()
-            self._lent[address_of(buffer)] = buffer
+            self._lent[address_of(buffer)] = buffer, own
             return buffer
 
     def write(self, name: str, offset_in_tensor: int, data: memoryview) -> None:
@@ -145,11 +148,12 @@ class OutputWriter:
             self._check_usable()
             if data.nbytes:
                 data = data.cast("B")
-                if self._lent.pop(address_of(data), None) is None:
+                address = address_of(data)
+                if address not in self._lent:
                     raise ValueError(
                         f"tensor {name!r}: the data is not in a buffer from acquire(), or was written already"
                     )
-                self._queued += 1
+                _, self._queued[address] = self._lent.pop(address)
                 self._lanes[self.lane_of(name)].store(slot, begun, data)
         self._begun[name] = begun + data.nbytes
 
@@ -168,17 +172,20 @@ class OutputWriter:
         self._begun.pop(name, None)
         self._ended.add(name)
 
-    def restart(self, name: str) -> None:
-        """Forgets what was written of a tensor, which comes again from its beginning; takes back all lent buffers.
+    def restart(self, name: str, ring: int = 0) -> None:
+        """Forgets what was written of a tensor, which comes again from its beginning; takes back what the ring of the
+        calling thread has lent.
 
         Raises ValueError if the tensor is finished, OutputError if writing has failed.
         """
         self._open_slot(name)
         with self._changed:
             self._check_usable()
-            for buffer in self._lent.values():
-                self._ring.give_back(buffer)
-            self._lent.clear()
+            own = self._rings[ring]
+            for address, (buffer, lender) in list(self._lent.items()):
+                if lender is own:
+                    own.give_back(buffer)
+                    del self._lent[address]
             self._lanes[self.lane_of(name)].forget(name)
         self._begun.pop(name, None)
 
@@ -341,8 +348,7 @@ class OutputWriter:
     def _stored(self, data: memoryview) -> None:
         with self._changed:
             self.written += data.nbytes
-            self._ring.give_back(data)
-            self._queued -= 1
+            self._queued.pop(address_of(data)).give_back(data)
             self._changed.notify_all()
 
     def _record(self, complete: Mapping[str, str]) -> None:

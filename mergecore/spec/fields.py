@@ -65,10 +65,15 @@ def _filled(value: Any, what: str) -> str:
     raise expected(value, what + (", neither empty nor with a NUL character" if isinstance(value, str) else ""), hint)
 
 
+_DEVICES = r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2})(\+(0|[1-9][0-9]{0,2}))*)?"
+
+
 def _device(value: Any) -> str:
-    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", value):
-        return value
-    raise expected(value, "auto, cpu, cuda or cuda:N", near(value, ("auto", "cpu", "cuda")))
+    if isinstance(value, str) and re.fullmatch(_DEVICES, value):
+        numbers = value.partition(":")[2].split("+")
+        if len(set(numbers)) == len(numbers):
+            return value
+    raise expected(value, "auto, cpu, cuda, cuda:N or cuda:N+M (several)", near(value, ("auto", "cpu", "cuda")))
 
 
 def choice(*words: str, also: Mapping[str, str] | None = None) -> BeforeValidator:
@@ -148,9 +153,7 @@ Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"type": "string", 
 ModelPath = Annotated[str, BeforeValidator(_model), WithJsonSchema({"type": ["string", "object"], "minLength": 1})]
 Size = Annotated[int, BeforeValidator(_bytes), _SIZE_SCHEMA]
 Memory = Annotated[int, BeforeValidator(_memory), _SIZE_SCHEMA]
-Device = Annotated[
-    str, BeforeValidator(_device), WithJsonSchema({"type": "string", "pattern": "^(auto|cpu|cuda(:[0-9]{1,3})?)$"})
-]
+Device = Annotated[str, BeforeValidator(_device), WithJsonSchema({"type": "string", "pattern": f"^({_DEVICES})$"})]
 Dtype = Annotated[
     Literal["bfloat16", "float16", "float32"],
     choice("bfloat16", "float16", "float32", also=_SHORT_DTYPES | _TORCH_DTYPES),

@@ -182,7 +182,9 @@ class Run(Table):
         examples=["my-merge"],
     )
     device: Device = Field(
-        default="auto", title="Device", description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."
+        default="auto",
+        title="Device",
+        description="auto, cpu, cuda, cuda:N or cuda:N+M, several GPUs side by side; auto takes one if there is one.",
     )
     memory: Memory = Field(
         default=1 << 30,
