@@ -40,10 +40,12 @@ INFINITE = 0x7FF << 52  # the key of infinity; NaN has larger ones
 DIGIT = 14  # bits by which a further read narrows a bin
 
 MOST_BINS = 1 << 13  # of a bracket
+FINE, FEW_BINS = 40, 1 << 11  # the same with twelve bits of mantissa, where they are fewer: more is at their lower ends
 MOST_BRACKETS = 64  # counted together: kMaxModels in csrc/kernels.h
 PIECES, PIECE = 64, 256  # of a window that is sampled, and entries of each
 COUNTERS = 1 << 20  # of lower ends in all parts of a tensor, at most
-PARTS, PART = 1 << 10, 1 << 20  # of a tensor about so many, of at most so many entries
+PARTS = 1 << 10  # of a tensor, about
+SEARCHED = 1 << 20  # entries among which ties are looked for at a time
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,17 @@ class _Bin:
 
 
 @dataclass(frozen=True)
+class _FewBins:
+    """Where the threshold of each query may be, with a bin on either side for what lies beyond."""
+
+    offsets: Mapping[Query, int]
+    shift: int
+    bins: int
+    part: int
+    """Entries of the parts in which their lower ends are counted."""
+
+
+@dataclass(frozen=True)
 class _Equal:
     """How many entries have one magnitude, as one read counted them piece by piece of its windows."""
 
@@ -171,7 +184,7 @@ def _counted(sets: int, parts: Iterable[Part], reads: Reads, place: Place) -> Te
 
 def _binned(queries: Sequence[Query], histogram: Tensor) -> dict[Query, _Bin]:
     """The bin of each query in a histogram of all bins."""
-    return {query: _bin_of(histogram[query.which], FIRST, query.count) for query in queries}
+    return {query: _bin_of(histogram[query.which], FIRST, query.count, SHIFT) for query in queries}
 
 
 def _located(
@@ -182,28 +195,29 @@ def _located(
     parts = reads.planned()
     head = next(parts, None)
     parts = chain([head] if head is not None else [], parts)
-    brackets = _brackets(queries, head, reads, place) if head is not None and reads.device.type == "cpu" else {}
-    bins = max((high - low for low, high in brackets.values()), default=0) + 5
-    length = _part_length(len(brackets) * bins, head, reads) if brackets and head is not None else 0
-    if length:
-        told = _bracketed(brackets, bins, length, parts, reads, place)
+    few = _few_bins(queries, head, reads, place) if head is not None and reads.device.type == "cpu" else None
+    if few is not None:
+        told = _bracketed(few, parts, reads, place)
         if told is not None:
             return told
         parts = reads.further()
     return _binned(queries, _counted(sets, parts, reads, place)), {}
 
 
-def _brackets(queries: Sequence[Query], head: Part, reads: Reads, place: Place) -> dict[Query, tuple[int, int]]:
-    """The first and the last bin where each query's may be; empty where they are not few."""
+def _few_bins(queries: Sequence[Query], head: Part, reads: Reads, place: Place) -> _FewBins | None:
+    """The bins where a sample has the queries' thresholds; None where they are not few."""
     samples = list(_sampled(head, reads, place)) if 0 < len(queries) <= MOST_BRACKETS else []
-    found = {}
-    for query in queries if samples else ():
-        bracket = samples[query.which].bracket(query.count)
-        low, high = (_key(end) >> SHIFT for end in bracket or (0.0, 0.0))
-        if bracket is None or high - low > MOST_BINS - 5:
-            return {}
-        found[query] = low, high
-    return found
+    brackets = [samples[query.which].bracket(query.count) for query in queries if samples]
+    keys = [(_key(bracket[0]), _key(bracket[1])) for bracket in brackets if bracket is not None]
+    if not samples or len(keys) < len(queries):
+        return None
+    for shift, most in ((FINE, FEW_BINS), (SHIFT, MOST_BINS)):
+        bins = max((high >> shift) - (low >> shift) for low, high in keys) + 5
+        part = _part_length(len(queries) * bins, head, reads)
+        if bins <= most and part:
+            offsets = {query: (low >> shift) - 2 for query, (low, _) in zip(queries, keys, strict=True)}
+            return _FewBins(offsets, shift, bins, part)
+    return None
 
 
 def _sampled(head: Part, reads: Reads, place: Place) -> Iterator[Sample]:
@@ -235,44 +249,44 @@ def _key(magnitude: float) -> int:
 
 
 def _part_length(bins: int, head: Part, reads: Reads) -> int:
-    """Entries of the parts in which the lower ends of `bins` are counted; 0 where they would be too many, or too long.
+    """Entries of the parts in which the lower ends of `bins` are counted; 0 where windows alone are too many parts.
 
     Windows that end with a matrix are shorter: they may be twice as many as the first one tells. Each ends with a part.
     """
     most = COUNTERS // bins
     if 4 * reads.entries > most * head.models[0].numel():
         return 0
-    length = -(-reads.entries // (min(PARTS, most // 2) * reads.block)) * reads.block
-    return length if length <= PART else 0
+    return -(-reads.entries // (min(PARTS, most // 2) * reads.block)) * reads.block
 
 
 def _bracketed(
-    brackets: Mapping[Query, tuple[int, int]], bins: int, length: int, parts: Iterable[Part], reads: Reads, place: Place
+    few: _FewBins, parts: Iterable[Part], reads: Reads, place: Place
 ) -> tuple[dict[Query, _Bin], dict[Query, Selected]] | None:
-    """`_located` from a read that counts only the bins of brackets; None where one of them misses its threshold."""
-    # A set for each query: its model among few bins, with one on either side for what lies beyond.
-    offsets = [low - 2 for low, _ in brackets.values()]
-    histogram = torch.zeros(len(brackets), bins, dtype=torch.int64)
-    drops = [place.drops[query.which] for query in brackets] if place.drops else []
+    """`_located` from a read that counts few bins; None where a threshold is not among them."""
+    queries = list(few.offsets)
+    histogram = torch.zeros(len(queries), few.bins, dtype=torch.int64)
+    drops = [place.drops[query.which] for query in queries] if place.drops else []
     windows: list[tuple[int, int, Tensor]] = []
     for part in parts:
         entries = part.models[0].numel()
-        ends = torch.zeros(len(brackets), -(-entries // length), bins, dtype=torch.int32)
+        ends = torch.zeros(len(queries), -(-entries // few.part), few.bins, dtype=torch.int32)
         ops.count_bracketed(
-            part.base, [part.models[query.which] for query in brackets], histogram, ends, shift=SHIFT, offsets=offsets,
-            part=length, place=replace(place, first_entry=part.first_entry, drops=drops),
+            part.base, [part.models[query.which] for query in queries], histogram, ends, shift=few.shift,
+            offsets=list(few.offsets.values()), part=few.part,
+            place=replace(place, first_entry=part.first_entry, drops=drops),
         )  # fmt: skip
         windows.append((part.first_entry, entries, ends))
     if int(histogram[:, -1].sum()):
         reads.nonfinite()
     left = {
-        query: _bin_of(row, first, query.count) for query, row, first in zip(brackets, histogram, offsets, strict=True)
+        query: _bin_of(counts, first, query.count, few.shift)
+        for (query, first), counts in zip(few.offsets.items(), histogram, strict=True)
     }
-    if any(within.number in (1, bins - 2) for within in left.values()):
+    if any(within.number in (1, few.bins - 2) for within in left.values()):
         return None
     found = {}
     for n, (query, within) in enumerate(list(left.items())):
-        equal = _Equal(length, [(first, count, ends[n, :, within.number]) for first, count, ends in windows], part)
+        equal = _Equal(few.part, [(first, count, ends[n, :, within.number]) for first, count, ends in windows], part)
         larger = within.entries - sum(int(counts.sum()) for _, _, counts in equal.windows)
         if within.rank > larger:
             found[query] = _tied(query, within.low, within.rank - larger, equal, reads, place)
@@ -280,13 +294,13 @@ def _bracketed(
     return left, found
 
 
-def _bin_of(counts: Tensor, offset: int, rank: int) -> _Bin:
+def _bin_of(counts: Tensor, offset: int, rank: int, shift: int) -> _Bin:
     """The bin that holds the entry of `rank` (from 1, the largest first) among those from `offset` on, clamped."""
     number, rank, entries = _number_of(counts, rank)
     last = len(counts) - 1
     # Zeros and what is not finite have bins of their own, the ones beside them hold all other keys beyond.
-    low = {0: 0, 1: 1, last: INFINITE}.get(number, (offset + number) << SHIFT)
-    high = {0: 1, last - 1: INFINITE, last: 2**63 - 1}.get(number, (offset + number + 1) << SHIFT)
+    low = {0: 0, 1: 1, last: INFINITE}.get(number, (offset + number) << shift)
+    high = {0: 1, last - 1: INFINITE, last: 2**63 - 1}.get(number, (offset + number + 1) << shift)
     return _Bin(low, high, rank, entries, number)
 
 
@@ -352,13 +366,21 @@ def _tied(query: Query, key: int, kept: int, equal: _Equal, reads: Reads, place:
     piece = int(torch.searchsorted(together.cumsum(0), kept))
     number = bisect.bisect_right(ends, piece)
     first, entries, counts = equal.windows[number]
-    inside = (piece - (ends[number] - len(counts))) * equal.length
-    length = min(equal.length, entries - inside)
-    if equal.last is not None and number == len(ends) - 1:
-        held = _piece(equal.last, inside, length)
-    else:
-        held = reads.only(first + inside, length)
-    return Selected(_magnitude(key), _tie_limit(query, key, kept - int(together[:piece].sum()), held, place))
+    begin = (piece - (ends[number] - len(counts))) * equal.length
+    end = min(begin + equal.length, entries)
+    kept -= int(together[:piece].sum())
+    step = -(-SEARCHED // reads.block) * reads.block
+    for inside in range(begin, end, step):
+        length = min(step, end - inside)
+        if equal.last is not None and number == len(ends) - 1:
+            held = _piece(equal.last, inside, length)
+        else:
+            held = reads.only(first + inside, length)
+        ties = _ties(query, key, held, place)
+        if kept <= len(ties):
+            break
+        kept -= len(ties)
+    return Selected(_magnitude(key), int(ties[kept - 1]) + 1)
 
 
 def _piece(part: Part, first: int, entries: int) -> Part:
@@ -369,17 +391,17 @@ def _piece(part: Part, first: int, entries: int) -> Part:
     return Part(part.first_entry + first, base, [model[rows] for model in part.models])
 
 
-def _tie_limit(query: Query, key: int, kept: int, block: Part, place: Place) -> int:
-    """The index after the `kept`-th entry of a block whose key is `key`."""
-    entries = block.models[0].numel()
-    keys = torch.empty(1, entries, dtype=torch.int64, device=block.models[0].device)
+def _ties(query: Query, key: int, part: Part, place: Place) -> Tensor:
+    """The indices of the entries whose key is `key`, rising."""
+    entries = part.models[0].numel()
+    keys = torch.empty(1, entries, dtype=torch.int64, device=part.models[0].device)
     indices = torch.empty_like(keys)
     found = torch.zeros(1, dtype=torch.int64, device=keys.device)
     ops.collect_magnitudes(
-        block.base, block.models, [(query.which, key - 1, key + 1)], keys, indices, found, torch.zeros_like(found),
-        block=entries, place=replace(place, first_entry=block.first_entry),
+        part.base, part.models, [(query.which, key - 1, key + 1)], keys, indices, found, torch.zeros_like(found),
+        block=entries, place=replace(place, first_entry=part.first_entry),
     )  # fmt: skip
-    return int(indices[0, : int(found[0])].sort().values[kept - 1]) + 1
+    return indices[0, : int(found[0])].sort().values
 
 
 def _narrowed(query: Query, within: _Bin, reads: Reads, place: Place) -> _Bin:

@@ -75,6 +75,10 @@ void count(const Inputs* in, const int64_t* offsets, int64_t bins, int64_t* hist
   const Kept kept{*in, Measure::own, nullptr, 0, nullptr, nullptr, false};
   cpu::count_magnitudes(kept, 42, offsets, true, bins, histogram, 0, entries);
 }
+void count_bracketed(const Inputs* in, const int64_t* offsets, int64_t bins, int64_t* histogram, int32_t* ends,
+                     int64_t part, int64_t entries) {
+  cpu::count_bracketed(*in, 42, offsets, bins, histogram, ends, part, 0, entries);
+}
 void divergences(const Inputs* in, double* out, int64_t rows) { cpu::row_divergences(*in, out, rows, 0, rows); }
 void rank(const double* values, double* ranks, int64_t count, bool average) {
   cpu::rank(values, ranks, count, average);
@@ -339,3 +343,27 @@ def test_counts_of_magnitudes(compiled: ctypes.CDLL, case: str, bins: int) -> No
     compiled.count(ctypes.byref(inputs), numbers, ctypes.c_int64(bins), pointer(found), ctypes.c_int64(base.numel()))
     assert int(found.sum()) == len(models) * base.numel()
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("bins", [7, 1000])
+@pytest.mark.parametrize("case", ["bf16", "mixed", "dropping"])
+def test_counts_of_brackets(compiled: ctypes.CDLL, case: str, bins: int) -> None:
+    base, models, drops = made(case)
+    assert base is not None
+    offsets = [((1015 << 10) - bins // 2) + n for n in range(len(models))]
+    histograms = torch.zeros(2, len(models), bins, dtype=torch.int64)
+    part = 10_000
+    ends = torch.zeros(2, len(models), -(-base.numel() // part), bins, dtype=torch.int32)
+    ops.count_bracketed(
+        base, models, histograms[0], ends[0], shift=42, offsets=offsets, part=part,
+        place=ops.Place(first_entry=5, drops=drops),
+    )  # fmt: skip
+    inputs, numbers = Inputs.of(base, models, drops), (ctypes.c_int64 * len(offsets))(*offsets)
+    compiled.count_bracketed(
+        ctypes.byref(inputs), numbers, ctypes.c_int64(bins), pointer(histograms[1]), pointer(ends[1]),
+        ctypes.c_int64(part), ctypes.c_int64(base.numel()),
+    )  # fmt: skip
+    assert int(histograms[1].sum()) == len(models) * base.numel()
+    assert torch.equal(*histograms)
+    assert torch.equal(*ends)
+    assert ends.any() or case == "mixed"

@@ -232,7 +232,8 @@ class BracketedBins {
   uint32_t* counts_of(int set) { return counts_.data() + 2 * set * bins_; }
 
   const Kept& kept_;
-  const int64_t bins_, above_end_;
+  const int64_t bins_;
+  const int64_t above_end_;  // bits of a key that are all 0 at the lower end of its bin
   std::vector<Bins> wide_;
   std::vector<NarrowBins> narrow_;  // empty where float32 keys do not tell the bins
   std::vector<uint32_t> counts_;
