@@ -19,8 +19,8 @@ class WindowStream:
     A window is a list of pieces (file index, offset, bytes). At most `depth + 1` windows that are not kept are
     resident: the one that is out, and `depth` after it.
 
-    Mode "map" shows the mapped files themselves; mode "pread" reads into reused buffers (network mounts).
-    `populate=False` touches the pages one by one, which is what kernels before 5.14 get anyway.
+    Mode "map" shows the mapped files themselves; mode "pread" reads into reused buffers (network mounts). Whatever
+    was submitted is brought into the page cache while there is nothing to make resident.
     """
 
     def __init__(
@@ -30,7 +30,6 @@ class WindowStream:
         depth: int = 1,
         *,
         threads: int = 1,
-        populate: bool = True,
         opener: Callable[[str], int] | None = None,
     ) -> None:
         """No file is opened yet; ValueError for an unknown mode, a negative depth or less than one thread.

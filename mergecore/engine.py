@@ -182,10 +182,14 @@ class Merge:
 
     # What the loops ask for.
 
-    def claim(self) -> Batch | None:
-        """The next batch, for the loop that asks."""
+    def claim(self) -> list[Batch]:
+        """The batches of the next tensor, which leave its pages to each other, for the loop that asks; none at the
+        end."""
+        taken: list[Batch] = []
         with self._lock:
-            return self._batches.popleft() if self._batches else None
+            while self._batches and (not taken or self._batches[0].form.name == taken[0].form.name):
+                taken.append(self._batches.popleft())
+        return taken
 
     def is_stopping(self) -> bool:
         """Whether the loops should end between two windows."""

@@ -95,18 +95,15 @@ class Loop:
             self.batches.popleft()
 
     def _claim(self) -> bool:
-        """Takes another batch from the merge; False if there is none."""
-        batch = self.merge.claim()
-        if batch is None:
-            return False
-        batch = replace(batch, form=self.placement.narrowed(batch.form))
-        self.batches.append(batch)
-        self.to_order.append(batch)
-        return True
+        """Takes the batches of another tensor from the merge; False if there is none."""
+        claimed = [replace(batch, form=self.placement.narrowed(batch.form)) for batch in self.merge.claim()]
+        self.batches.extend(claimed)
+        self.to_order.extend(claimed)
+        return bool(claimed)
 
     def _at_work(self) -> list[TensorJob]:
         """What is read or computed now: one tensor, or those that are surveyed together."""
-        return list(self.surveys[0].jobs) if self.surveys else [batch.form for batch in (*self.batches,)[:1]]
+        return list(self.surveys[0].jobs) if self.surveys else [batch.form for batch in list(self.batches)[:1]]
 
     def _retreat(self) -> None:
         """What was begun starts again, in smaller windows or on the CPU. Neither changes a byte of the result."""

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergecore import Progress, load_spec, merge, merging, placement, plan, reads
+from mergecore.batches import Batch
 from mergecore.device import CpuDevice
 from mergecore.engine import Merge
 from mergecore.errors import Interrupted, NonFiniteError, OutputError
@@ -102,6 +103,27 @@ def test_every_loop_gets_tensors_of_a_merge(tmp_path: Path, threads: None) -> No
     with shared_by(3) as seen:
         merge(load_spec(spec_dict("linear", *trio)), tmp_path / "out")
     assert set(seen) == {threading.current_thread().name, "loop 1", "loop 2"}
+
+
+def test_batches_of_one_tensor_are_of_one_loop(
+    trio: list[Path], tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They leave its pages mapped for each other."""
+    seen: dict[str, list[int]] = {}
+    original = Loop._run_batch
+
+    def noted(loop: Loop, batch: Batch, *arguments: Any) -> None:
+        seen.setdefault(batch.form.name, []).append(loop.number)
+        original(loop, batch, *arguments)
+
+    monkeypatch.setattr(Loop, "_run_batch", noted)
+    spec = spec_dict("widen", *trio)
+    spec["sweep"] = {"points": [{"merge_method": "widen"}, {"merge_method": "ties", "parameters.density": 0.3}]}
+    with shared_by(3):
+        merge(load_spec(spec), tmp_path / "out")
+    assert {len(set(loops)) for loops in seen.values()} == {1}
+    assert max(map(len, seen.values())) > 1
+    assert len({loops[0] for loops in seen.values()}) > 1
 
 
 def test_one_thread_means_one_loop(tmp_path: Path) -> None:
