@@ -4,10 +4,10 @@
                               [--json [FILE]]
 
 Needs about 12 times a checkpoint's bytes of disk (0.5b: 12 GB): three inputs and eight outputs, which are removed.
-Inputs are read once beforehand. Reading and statistics: what loops wait for windows, and all they do before a
-tensor's blend pass but solving for coefficients, in seconds of all loops together. The rest of a tensor is blending and
-waiting for the writer; what is left after that (opening, planning, syncing, manifests) is in the total. Single merges
-and the sweep take turns in one process.
+Inputs are read once beforehand. Reading and statistics: what the loop waits for windows, and all it does before a
+tensor's blend pass but solving for coefficients. The rest of a tensor is blending and waiting for the writer; what is
+left after that (opening, planning, syncing, manifests) is in the total. Single merges and the sweep take turns in one
+process, each with one loop: of several side by side each would be charged for what the others do on its cores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from rich.table import Table
 import mergecore
 from benchmarks.checkpoints import GEOMETRIES, make
 from benchmarks.reporting import add_json, tell
+from mergecore.device import CpuDevice
 from mergecore.loop import Loop
 from mergecore.reads import Windows
 from mergecore.sizes import parse_size
@@ -54,12 +54,11 @@ class Seconds:
 
 
 class Clock:
-    """Measures merges that run in this process: the seconds of all loops together."""
+    """Measures merges that run in this process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._of_thread = threading.local()
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._blends = False
 
     def measured(self, spec: Any, out: Path) -> Seconds:
         """Merges, and removes the output."""
@@ -68,20 +67,18 @@ class Clock:
         mergecore.merge(spec, out)
         total = time.perf_counter() - started
         shutil.rmtree(out)
-        blends = self.seconds["blends"] - self.seconds["waited in blends"]
-        return Seconds(
-            total, self.seconds["tensors"] - blends - self.seconds["solving"], self.seconds["solving"], blends
-        )
+        solving, blends = self.seconds["solving"], self.seconds["blends"] - self.seconds["waited in blends"]
+        return Seconds(total, self.seconds["tensors"] - blends - solving, solving, blends)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        with self._lock:
-            self.seconds[what] += time.perf_counter() - started
+        self.seconds[what] += time.perf_counter() - started
 
     def install(self) -> None:
-        """From now on the loops' steps are measured."""
+        """From now on merges have one loop, whose steps are measured."""
+        CpuDevice.loops = 1
         run, write, solve = Loop._run_batch, Loop._write, Loop._solve
         following = Windows.__next__
 
@@ -94,13 +91,13 @@ class Clock:
                 run(*arguments)
 
         def writing(*arguments: Any) -> None:
-            self._of_thread.blends = True
+            self._blends = True
             with self._timed("blends"):
                 write(*arguments)
-            self._of_thread.blends = False
+            self._blends = False
 
         def waiting(windows: Windows) -> Any:
-            with self._timed("waited in blends" if getattr(self._of_thread, "blends", False) else "waited"):
+            with self._timed("waited in blends" if self._blends else "waited"):
                 return following(windows)
 
         Loop._solve = solving  # type: ignore[method-assign, assignment]

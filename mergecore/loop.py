@@ -96,10 +96,14 @@ class Loop:
 
     def _claim(self) -> bool:
         """Takes the batches of another tensor from the merge; False if there is none."""
-        claimed = [replace(batch, form=self.placement.narrowed(batch.form)) for batch in self.merge.claim()]
+        claimed = [self._narrowed(batch) for batch in self.merge.claim()]
         self.batches.extend(claimed)
         self.to_order.extend(claimed)
         return bool(claimed)
+
+    def _narrowed(self, batch: Batch) -> Batch:
+        form = self.placement.narrowed(batch.form)
+        return batch if form is batch.form else replace(batch, form=form)
 
     def _at_work(self) -> list[TensorJob]:
         """What is read or computed now: one tensor, or those that are surveyed together."""
@@ -114,9 +118,8 @@ class Loop:
         self.resident.clear()
         self.merge.count(*(-nbytes for nbytes in self.counted))
         self.placement.retreat(self._at_work())
-        narrowed = self.placement.narrowed
-        self.surveys = [replace(each, jobs=tuple(map(narrowed, each.jobs))) for each in self.surveys]
-        self.batches = deque(replace(batch, form=narrowed(batch.form)) for batch in self.batches)
+        self.surveys = [replace(each, jobs=tuple(map(self.placement.narrowed, each.jobs))) for each in self.surveys]
+        self.batches = deque(map(self._narrowed, self.batches))
 
     def _survey(self, surveyed: Survey, windows: Windows, stream: WindowStream) -> None:
         self.counted = 0, 0, 0

@@ -41,6 +41,8 @@ DIRTY, LEAST_DIRTY = 256 << 20, 16 << 20
 """Bytes in the page cache that are not on disk yet: of all outputs together, and of one at least."""
 STREAMS, OTHER_FILES = 3, 200
 """Of a loop, each of which may have all inputs open; files that a program has open beside them."""
+LEAST_EACH = 4 << 20
+"""Bytes of a tensor's inputs, on average, from which on loops share a CPU: with smaller ones they wait for Python."""
 MOST_LANES, CORES_PER_LANE = 4, 4
 """Shards that are written at once, and cores for each of them: writing and checksums may keep two of them busy."""
 
@@ -178,7 +180,8 @@ def _loops(plans: Sequence[MergePlan], devices: Sequence[Device]) -> tuple[Seque
     alone = batched(jobs, spec)
     # What LAPACK makes of a matrix may depend on its threads, which must not depend on what other loops do.
     solves = any(job.statistics.is_whole or job.input_grams for planned in jobs for job in planned)
-    threads = 1 if solves else torch.get_num_threads()
+    each = sum(batch.form.input_bytes for batch in alone) // max(1, len(alone))
+    threads = 1 if solves or each < LEAST_EACH else torch.get_num_threads()
     side_by_side: list[Device] = [device for device in devices for _ in range(min(device.loops, threads))]
     files = len({path for planned in plans for path in planned.files})
     if len(side_by_side) > 1 and _may_open(len(side_by_side) * STREAMS * files):

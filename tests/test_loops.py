@@ -53,6 +53,12 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are enough for loops to share a CPU."""
+    monkeypatch.setattr(merging, "LEAST_EACH", 0)
+
+
 @contextmanager
 def side_by_side(devices: Sequence[CpuDevice]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -124,6 +130,15 @@ def test_batches_of_one_tensor_are_of_one_loop(
     assert {len(set(loops)) for loops in seen.values()} == {1}
     assert max(map(len, seen.values())) > 1
     assert len({loops[0] for loops in seen.values()}) > 1
+
+
+def test_small_tensors_mean_one_loop(tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loops that decide much and compute little would wait for each other."""
+    monkeypatch.undo()
+    trio = write_trio(tmp_path, llama(layers=20))
+    with shared_by(3) as seen:
+        merge(load_spec(spec_dict("linear", *trio)), tmp_path / "out")
+    assert set(seen) == {threading.current_thread().name}
 
 
 def test_one_thread_means_one_loop(tmp_path: Path) -> None:
