@@ -1,7 +1,7 @@
 """What several merges do to one tensor together: jobs that see the same inputs the same way, as one batch.
 
-A merge that runs alone has batches of one job. Which points a sweep has is sweeping.py's affair, running a batch the
-engine's.
+A merge that runs alone has batches of one job. Which points a sweep has is sweeping.py's affair, running a batch
+loop.py's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The last step of a merge on one window, as a function from the window to the result: coefficients, values, elections.
 
-Not for solving (methods/), and not for reading and writing windows (engine.py).
+Not for solving (methods/), and not for reading and writing windows (loop.py).
 """
 
 from __future__ import annotations

@@ -109,9 +109,10 @@ def windowed(
     the place of what the spec allows. Raises SpecError where it does not suffice.
     """
     jobs = (job, *others)
-    if job.parameters is None:
-        return replace(job, window_rows=max(1, job.window_rows // len(jobs)))
     models, memory = len(job.models), spec.run.memory if memory is None else memory
+    if job.parameters is None:
+        most = memory // ((2 + 2 * len(jobs)) * ITEM_BYTES[job.dtype])
+        return replace(job, window_rows=max(1, min(job.window_rows // len(jobs), most)))
     inputs, output = _together(jobs)
     room = memory - _beside_all(jobs)
     step = max(1, min(job.block_rows, job.rows))

@@ -6,6 +6,7 @@ Not for arithmetic (ops.py) and not for reading or writing files.
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 from mergecore.budget import LOOPS
 from mergecore.errors import MergecoreError
 from mergecore.output.buffers import Buffer, new_buffer
+from mergecore.spec.fields import DEVICES
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def open_devices(name: str, memory: int | None = None) -> list[Device]:
     """The devices for `auto`, `cpu`, `cuda`, `cuda:N` or `cuda:N+M+...`; of each GPU `memory` bytes are used at most
     (None: most of what is free). MergecoreError where one is not there."""
+    if not re.fullmatch(DEVICES, name):
+        raise MergecoreError(f"device {name}: expected auto, cpu, cuda, cuda:N or cuda:N+M (several)")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return [CpuDevice()]
     if not torch.cuda.is_available():
@@ -215,3 +219,11 @@ def open_devices(name: str, memory: int | None = None) -> list[Device]:
             return [CpuDevice()]
         raise MergecoreError(f"device {name}: the kernels were built without CUDA; build again with CUDA_HOME set")
     return [CudaDevice(torch.device("cuda", number), memory) for number in numbers]
+
+
+def open_device(name: str) -> Device:
+    """The one device of a name, for what uses no more than one."""
+    devices = open_devices(name)
+    if len(devices) > 1:
+        raise MergecoreError(f"device {name}: only a merge uses several GPUs; name one")
+    return devices[0]

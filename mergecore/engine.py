@@ -163,10 +163,12 @@ class Merge:
                     self._running -= 1
 
         self._running = len(loops)
-        others = [threading.Thread(target=run, args=(loop,), name=f"loop {loop.number}") for loop in loops[1:]]
-        for thread in others:
-            thread.start()
+        others: list[threading.Thread] = []
         try:
+            for loop in loops[1:]:
+                thread = threading.Thread(target=run, args=(loop,), name=f"loop {loop.number}")
+                thread.start()
+                others.append(thread)
             run(loops[0])
             for thread in others:
                 thread.join()

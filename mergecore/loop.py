@@ -126,6 +126,7 @@ class Loop:
         tensors = [(job, TensorReads(self, job, windows)) for job in surveyed.jobs]
         found = survey.survey(tensors, self.spec.seed)
         stream.check()
+        self.aside.check()
         self.merge.found |= {(number, name): each for number in surveyed.numbers for name, each in found.items()}
 
     def _run_batch(self, batch: Batch, windows: Windows, stream: WindowStream) -> None:
@@ -142,6 +143,7 @@ class Loop:
         found = HostWindow(memoryview(device.new_buffer(16 * rows))[: 16 * rows], torch.int64, rows, 2)
         counts = device.output(found).zero_()
         self._merge(batch, counts, TensorReads(self, batch.form, windows))
+        self.aside.check()
         self.resident.clear()
         device.deliver(counts, found, partial(self._check_results, batch, found, stream))
 

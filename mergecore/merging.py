@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from mergecore.batches import Batch, batched, bytes_of
-from mergecore.budget import waiting_bytes
+from mergecore.budget import result_bytes, waiting_bytes
 from mergecore.device import Device, open_devices
 from mergecore.engine import Merge, Output
 from mergecore.errors import SpecError
@@ -40,7 +40,9 @@ Run = Callable[[Planned, Path, Show | None], MergeResult]
 DIRTY, LEAST_DIRTY = 256 << 20, 16 << 20
 """Bytes in the page cache that are not on disk yet: of all outputs together, and of one at least."""
 STREAMS, OTHER_FILES = 3, 200
-"""Of a loop, each of which may have all inputs open; files that a program has open beside them."""
+"""Of a loop, each of which may have all inputs open; files that a program has open beside them and the shards."""
+MOST_MAPPED = 4000
+"""Of the 4,096 files that may be mapped at once (kSlots in csrc/stream/memory.h)."""
 LEAST_EACH = 4 << 20
 """Bytes of a tensor's inputs, on average, from which on loops share a CPU: with smaller ones they wait for Python."""
 MOST_LANES, CORES_PER_LANE = 4, 4
@@ -62,8 +64,9 @@ def merge(
     """Merges `spec` into the model directory `out`, which must not exist yet (an empty folder may).
     With `evolve` in the spec its parameters are searched for first; with `sweep` it becomes a folder of models.
 
-    `device` (cpu, cuda, cuda:N, auto), `memory` (bytes) and `threads` override the spec's `run`;
-    `progress` is called after every window; when `should_stop` returns True the merge ends with
+    `device` (cpu, cuda, cuda:N, cuda:N+M, auto), `memory` (bytes) and `threads` override the spec's `run`;
+    `progress` is called after every window, by one thread at a time but not always the same; `should_stop` is asked by
+    several. When `should_stop` returns True the merge ends with
     Interrupted, its finished tensors are kept, and `resume=True` continues. `resolve` maps models
     of the spec (path or name, revision) to where they lie. On any other error nothing is left at or beside `out`.
     Errors: mergecore.errors.
@@ -151,7 +154,9 @@ def _together(
             strangers = unrelated(planned)
             _warn([*planned.warnings, *strangers], told)
             planned = replace(planned, warnings=(*planned.warnings, *strangers))
-            largest = max((batch.result_bytes(number) for batch in batches), default=0)
+            # Of batches of fewer points, too, where some are finished: their windows are larger.
+            results = [batch.result_bytes(number) for batch in batches]
+            largest = max([*map(result_bytes, planned.jobs), *results], default=0)
             writer = OutputWriter(
                 path,
                 planned.layout,
@@ -178,13 +183,14 @@ def _loops(plans: Sequence[MergePlan], devices: Sequence[Device]) -> tuple[Seque
     what they do."""
     jobs, spec = [planned.jobs for planned in plans], plans[0].spec
     alone = batched(jobs, spec)
-    # What LAPACK makes of a matrix may depend on its threads, which must not depend on what other loops do.
+    # What LAPACK makes of a matrix may depend on its threads, which must not depend on what other loops do on the CPU.
     solves = any(job.statistics.is_whole or job.input_grams for planned in jobs for job in planned)
     each = sum(batch.form.input_bytes for batch in alone) // max(1, len(alone))
     threads = 1 if solves or each < LEAST_EACH else torch.get_num_threads()
     side_by_side: list[Device] = [device for device in devices for _ in range(min(device.loops, threads))]
-    files = len({path for planned in plans for path in planned.files})
-    if len(side_by_side) > 1 and _may_open(len(side_by_side) * STREAMS * files):
+    files = len(side_by_side) * STREAMS * len({path for planned in plans for path in planned.files})
+    shards = 2 * sum(len(planned.layout.shards) for planned in plans)
+    if len(side_by_side) > 1 and files <= MOST_MAPPED and _may_open(files + shards):
         share = spec.run.memory // len(side_by_side)
         with suppress(SpecError):  # statistics, or a row of all models, need more
             return side_by_side, share, batched(jobs, spec, memory=share)

@@ -1,6 +1,6 @@
 """Windows read ahead, and a tensor as its statistics read it: planned reads in the order of the loop, others apart.
 
-The order of the loop is the engine's; what statistics do with the windows is in statistics.py and selecting.py.
+The order is loop.py's; what statistics do with the windows is in statistics.py, selecting.py and topsets.py.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ def test_a_sample_with_infinities_brackets_nothing_beside_them() -> None:
 @given(
     seed=st.integers(0, 2**32),
     entries=st.sampled_from([1, 63, 64, 65, 511, 512, 513, 3000, 70_000]),
-    kind=st.sampled_from(["near", "grid", "apart", "tiny", "zeros", "wild"]),
+    kind=st.sampled_from(["near", "grid", "apart", "tiny", "zeros", "wild", "huge"]),
     dtypes=st.sampled_from([(BF16, BF16), (BF16, F32), (F32, torch.float16), (torch.float64, BF16)]),
     bins=st.sampled_from([5, 6, 40, 1024, 8192]),
     shift=st.sampled_from([30, 40, 42, 45, 52]),
@@ -266,6 +266,8 @@ def test_few_bins_and_their_lower_ends_are_counted_as_defined(
         model[::7] = torch.tensor([float("inf"), float("nan"), 3e38, -0.0])[
             torch.randint(0, 4, model[::7].shape, generator=random)
         ]
+    elif kind == "huge":  # whose difference is beyond float32
+        base[::5], model[::5] = 3e38, -3e38
     base, model = base.to(dtypes[0]), model.to(dtypes[1])
     models = [model, model] if same else [model, base]
     drops = [Drop.of(0.5, False, seed=seed, tensor="t", model=n) for n in (0, 0 if same else 1)] if dropping else []

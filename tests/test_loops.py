@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from mergecore import Progress, load_spec, merge, merging, placement, plan, reads
 from mergecore.batches import Batch
-from mergecore.device import CpuDevice
+from mergecore.device import CpuDevice, open_device
 from mergecore.engine import Merge
-from mergecore.errors import Interrupted, NonFiniteError, OutputError
+from mergecore.errors import Interrupted, MergecoreError, NonFiniteError, OutputError
 from mergecore.loop import Loop
 from mergecore.ops import blend
 from tests.models import LLAMA, llama, moved, spec_dict, tensor_bytes, write_model, write_trio
@@ -179,6 +179,18 @@ def spec_dict_of(trio: list[Path], method: str) -> dict[str, Any]:
     return spec_dict(keys.pop("merge_method"), *trio, **keys)
 
 
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x", "cuda:0+", "cuda:-1", "cuda:0,1", ""])
+def test_a_device_that_has_no_such_name_is_refused(name: str) -> None:
+    with pytest.raises(MergecoreError, match="expected auto, cpu, cuda"):
+        open_device(name)
+
+
+def test_what_uses_one_device_takes_no_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergecore.device.open_devices", lambda name: [CpuDevice(), CpuDevice()])
+    with pytest.raises(MergecoreError, match="only a merge uses several GPUs"):
+        open_device("cuda:0+1")
+
+
 # ---- Threads and memory
 
 
@@ -238,6 +250,25 @@ def test_loops_hold_together_what_one_would(tmp_path: Path, threads: None, monke
     assert together <= planned <= 64 << 20
 
 
+def test_tensors_that_are_copied_keep_to_a_loop_s_share(
+    tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {"model.steps": torch.arange(8_000_000), "model.norm.weight": torch.ones(8).bfloat16()}
+    trio = [write_model(tmp_path / name, steps, LLAMA) for name in ("base", "near", "far")]
+    loops, together, planned = held(trio, monkeypatch, tmp_path / "out", memory="16MiB")
+    assert loops == 2
+    assert together <= planned <= 16 << 20
+
+
+def test_files_that_cannot_all_be_mapped_mean_one_loop(
+    trio: list[Path], expected: dict[str, Any], tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "MOST_MAPPED", 26)  # of 3 loops with 3 streams of 3 files
+    with shared_by(3) as seen:
+        assert merged(spec_of(trio, **METHODS["linear"]), tmp_path / "out") == expected["linear"]
+    assert set(seen) == {threading.current_thread().name}
+
+
 def test_statistics_that_need_more_than_a_share_of_the_memory_mean_one_loop(
     tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +291,7 @@ def test_files_that_may_not_be_open_all_at_once_mean_one_loop(
         assert set(seen) == {threading.current_thread().name}
         limits.append((64, 4096))
         assert merged(spec_of(trio, **METHODS["linear"]), tmp_path / "more") == expected["linear"]
-    assert limits == [(64, 150), (64, 4096), (3 * 3 * 3 + 200, 4096)], "no more than is needed, of what is allowed"
+    assert limits == [(64, 150), (64, 4096), (3 * 3 * 3 + 2 + 200, 4096)], "no more than is needed, of what is allowed"
     assert len(set(seen)) > 1
 
 

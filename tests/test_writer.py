@@ -296,6 +296,30 @@ def test_a_thread_that_holds_all_its_buffers_holds_up_no_other(tmp_path: Path) -
         del held
 
 
+def test_a_thread_that_waits_for_a_buffer_hears_that_the_writer_is_closed(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def wait(writer: OutputWriter) -> None:
+        try:
+            writer.acquire("embed", 1000, 7500)
+        except ValueError as error:
+            told.append(str(error))
+
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge", buffer_bytes=8192) as writer:
+        writer._queued[0] = writer._rings[0]  # something that no lane will ever write
+        held = writer.acquire("embed", 0, 1000)
+        thread = threading.Thread(target=wait, args=(writer,))
+        thread.start()
+        time.sleep(0.2)
+        assert thread.is_alive()
+        writer.abandon(keep=False)
+        thread.join(20)
+        assert not thread.is_alive()
+        del held
+    assert len(told) == 1
+    assert "is closed" in told[0]
+
+
 def test_a_restart_takes_back_the_buffers_of_its_thread_only(tmp_path: Path) -> None:
     with OutputWriter(tmp_path / "out", layout_of(), "a merge", rings=[new_buffer] * 2) as writer:
         first, second = writer.acquire("embed", 0, 100, 0), writer.acquire("layers.1.a", 0, 100, 1)

@@ -6,10 +6,10 @@ namespace {
 
 // Numbers of 8 significant bits have an exact difference of 24 where their exponents differ by 15
 // at most. From 2^-100 on they are multiples of 2^-107, and so is it: no subnormal number. Beside 0
-// anything is exact.
+// anything is exact. Below 2^127 no difference is infinite.
 constexpr uint16_t kMostApart = 15 << 7;
 constexpr uint16_t kLeastSize = (127 - 100) << 7;
-constexpr uint16_t kInfinite = 0x7f80;
+constexpr uint16_t kTooLarge = (127 + 127) << 7;
 
 // Of `kPlaces` places, each by itself: the greatest gap, the least size less 1, the greatest size.
 struct alignas(64) Extremes {
@@ -84,7 +84,7 @@ bool narrow_keys_of(const uint16_t* x, const uint16_t* a, int n, uint32_t* keys)
   for (int i = 0; i < kPlaces; ++i) {
     wrong |= found.apart[i] > kMostApart;
     wrong |= found.least[i] < kLeastSize;
-    wrong |= found.most[i] >= kInfinite;
+    wrong |= found.most[i] >= kTooLarge;
   }
   return wrong == 0;
 }

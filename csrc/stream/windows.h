@@ -371,6 +371,10 @@ class WindowStream {
       asked_bytes_ = end - piece.offset;
       if (map_ && read_page(file, begin)) {
         madvise(file.mapping->data() + page_down(begin), end - page_down(begin), MADV_DONTNEED);
+        if (!is_cached(file.fd, end - 1, 1)) {  // before Linux 5.18, or not known
+          posix_fadvise(file.fd, static_cast<off_t>(begin), static_cast<off_t>(end - begin),
+                        POSIX_FADV_WILLNEED);
+        }
       } else {
         asked_bytes_ = piece.nbytes;
         posix_fadvise(file.fd, static_cast<off_t>(piece.offset), static_cast<off_t>(piece.nbytes),
@@ -482,9 +486,11 @@ class WindowStream {
       kept_.erase(piece);
       if (piece.nbytes == 0) continue;
       const auto& mapping = files_[piece.file].mapping;
+      const auto data = reinterpret_cast<uintptr_t>(mapping->data());
+      const uintptr_t begin = (data + piece.offset) / kFaultAround * kFaultAround;
+      const uintptr_t end = ((data + piece.end() - 1) / kFaultAround + 1) * kFaultAround;
       std::vector<Range> ranges{
-          {piece.offset / kFaultAround * kFaultAround,
-           std::min(((piece.end() - 1) / kFaultAround + 1) * kFaultAround, mapping->length())}};
+          {std::max(data, begin) - data, std::min<uint64_t>(end - data, mapping->length())}};
       for (uint64_t i = 1; i < filled_ - dropped_; ++i) {
         for (const Piece& other : windows_[i].pieces) {
           if (other.file != piece.file || other.nbytes == 0) continue;

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from mergecore.device import open_devices
+from mergecore.device import open_device
 from mergecore.errors import SpecError
 from mergecore.features.linearity import Measured, linearity
 
@@ -30,7 +30,7 @@ def linearity_command(options: argparse.Namespace) -> int:
         field=options.field,
         dtype=options.dtype,
         seed=options.seed,
-        device=open_devices(options.device)[0].torch_device,
+        device=open_device(options.device).torch_device,
         tell=lambda done, total, what: logging.info("%d of %d %s", done, total, what),
     )
     names = [Path(model).name or model for model in options.models]

@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from mergecore import __version__
-from mergecore.device import open_devices
+from mergecore.device import open_device
 from mergecore.errors import Interrupted
 from mergecore.features.fisher import fisher_names, gather_fisher
 from mergecore.features.fitting import DTYPES
@@ -86,7 +86,7 @@ def gather(
     started = time.monotonic()
     computed, kinds = DTYPES[dtype], KINDS[kind]
     stored = torch.float64 if computed is torch.float64 else torch.float32
-    place = open_devices(device)[0].torch_device
+    place = open_device(device).torch_device
     opened = Inputs(lambda path, revision: local_folder(path, revision), Path()).open(model)
     drawn = read_samples(
         Path(data), tokenizer_in(opened.folder, {}), count=samples, length=length, field=field, seed=seed

@@ -236,7 +236,9 @@ class OutputWriter:
                 lane.stop(keep)
         for lane in self._lanes:
             lane.join()
-        self._closed = True
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()  # who waits for a buffer
         if self._shards is not None:
             self._shards.close()
         self._staging.leave(keep)

@@ -65,11 +65,11 @@ def _filled(value: Any, what: str) -> str:
     raise expected(value, what + (", neither empty nor with a NUL character" if isinstance(value, str) else ""), hint)
 
 
-_DEVICES = r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2})(\+(0|[1-9][0-9]{0,2}))*)?"
+DEVICES = r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2})(\+(0|[1-9][0-9]{0,2}))*)?"
 
 
 def _device(value: Any) -> str:
-    if isinstance(value, str) and re.fullmatch(_DEVICES, value):
+    if isinstance(value, str) and re.fullmatch(DEVICES, value):
         numbers = value.partition(":")[2].split("+")
         if len(set(numbers)) == len(numbers):
             return value
@@ -153,7 +153,7 @@ Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"type": "string", 
 ModelPath = Annotated[str, BeforeValidator(_model), WithJsonSchema({"type": ["string", "object"], "minLength": 1})]
 Size = Annotated[int, BeforeValidator(_bytes), _SIZE_SCHEMA]
 Memory = Annotated[int, BeforeValidator(_memory), _SIZE_SCHEMA]
-Device = Annotated[str, BeforeValidator(_device), WithJsonSchema({"type": "string", "pattern": f"^({_DEVICES})$"})]
+Device = Annotated[str, BeforeValidator(_device), WithJsonSchema({"type": "string", "pattern": f"^({DEVICES})$"})]
 Dtype = Annotated[
     Literal["bfloat16", "float16", "float32"],
     choice("bfloat16", "float16", "float32", also=_SHORT_DTYPES | _TORCH_DTYPES),
