@@ -152,7 +152,7 @@ class Room:
             return []
         if device in ("auto", "cuda") and self.devices:
             return [(one,) for one in self.devices]
-        named = tuple(f"cuda:{number}" for number in device.partition(":")[2].split("+"))
+        named = tuple(dict.fromkeys(f"cuda:{number}" for number in device.partition(":")[2].split("+")))
         if set(named) <= set(self.devices):
             return [named]
         has = ", ".join(self.devices) or "no GPU"

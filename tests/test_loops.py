@@ -19,11 +19,14 @@ from hypothesis import strategies as st
 
 from mergecore import Progress, load_spec, merge, merging, placement, plan, reads
 from mergecore.batches import Batch
+from mergecore.budget import result_bytes
 from mergecore.device import CpuDevice, open_device
 from mergecore.engine import Merge
 from mergecore.errors import Interrupted, MergecoreError, NonFiniteError, OutputError
 from mergecore.loop import Loop
 from mergecore.ops import blend
+from mergecore.output.buffers import ring_bytes
+from mergecore.output.writer import OutputWriter
 from tests.models import LLAMA, llama, moved, spec_dict, tensor_bytes, write_model, write_trio
 from tests.test_device_memory import CrowdedDevice
 from tests.test_engine import METHODS, LateDevice, cut_anywhere, many_kinds, merged, scratch, spec_of
@@ -293,6 +296,29 @@ def test_files_that_may_not_be_open_all_at_once_mean_one_loop(
         assert merged(spec_of(trio, **METHODS["linear"]), tmp_path / "more") == expected["linear"]
     assert limits == [(64, 150), (64, 4096), (3 * 3 * 3 + 2 + 200, 4096)], "no more than is needed, of what is allowed"
     assert len(set(seen)) > 1
+
+
+def test_buffers_have_room_for_the_windows_of_a_point_that_is_resumed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of fewer points are larger."""
+    tensors = {"model.layers.0.mlp.up_proj.weight": torch.randn(4000, 1000).bfloat16()}
+    trio = [write_model(tmp_path / name, tensors, LLAMA) for name in ("base", "near", "far")]
+    sizes: list[int] = []
+
+    class Noted(OutputWriter):
+        def __init__(self, *arguments: Any, buffer_bytes: int, **options: Any) -> None:
+            sizes.append(buffer_bytes)
+            super().__init__(*arguments, buffer_bytes=buffer_bytes, **options)
+
+    monkeypatch.setattr(merging, "OutputWriter", Noted)
+    spec = spec_dict("task_arithmetic", *trio, run={"memory": "16MiB"})
+    alone = max(map(result_bytes, plan(load_spec(spec)).jobs))
+    spec["sweep"] = {"parameters": {"parameters.lambda": [n / 8 for n in range(8)]}}
+    with side_by_side([LateDevice()]):
+        merge(load_spec(spec), tmp_path / "out")
+    assert len(sizes) == 8
+    assert min(sizes) >= ring_bytes(2 + LateDevice.pending, alone)
 
 
 # ---- Errors

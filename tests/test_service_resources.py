@@ -134,6 +134,8 @@ def test_a_job_on_several_gpus_holds_a_place_on_each() -> None:
     assert (one.devices, both.devices, both.environment) == (("cuda:1",), ("cuda:0", "cuda:2"), {})
     assert (here.places, here.places_held) == (3, 3)
     assert here.ask(Needs(device="auto")) == "needs cuda:0 or cuda:1 or cuda:2, which other jobs hold"
+    twice = room(devices=("cuda:0",))
+    assert hold(twice, "c", Needs(device="cuda:0+0")).devices == ("cuda:0",), "the worker refuses it"
 
 
 def test_devices_that_are_visible_to_the_daemon_are_counted_among_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
