@@ -11,6 +11,7 @@ namespace mergecore::cpu {
 namespace {
 
 constexpr int kWords = kQuick / 2;
+constexpr int kFew = 6;  // models: with the base and the result, the ways of an L1 cache
 
 enum class End { none, bounded, exact };
 
@@ -27,9 +28,10 @@ inline __attribute__((always_inline)) void find_sizes(const QuickRun& run, int64
                                                       uint16_t* undecided) {
   alignas(64) uint16_t smallest[kQuick];  // less one: beside it zeros do not count
   const int begin = run.base == nullptr ? 0 : -1;
+  const bool many = run.count > kFew;
   for (int m = begin; m < run.count; ++m) {
     const uint16_t* numbers = (m < 0 ? run.base : run.models[m]) + place;
-    fetch<0>(numbers + kChunk);
+    many ? fetch_near(numbers + 2 * kFetched) : fetch<0>(numbers + kFetched);
     if (m == begin) {
       for (int i = 0; i < kQuick; ++i) largest[i] = numbers[i] & 0x7fffu;
     } else {
@@ -164,7 +166,7 @@ Stored store_run(const QuickRun& run, int n, uint16_t* undecided) {
   for (int place = 0; place < n; place += kQuick, c += run.stride) {
     alignas(64) uint16_t largest[kQuick];
     uint16_t* open = undecided + place;
-    fetch<1>(run.out + place + kChunk);
+    if (run.count <= kFew) fetch<1>(run.out + place + kFetched);
     find_sizes(run, place, largest, greatest, open);
     if (run.base == nullptr) {
       run.exact ? add_block<false, End::exact>(run, place, c, largest, open)
