@@ -72,8 +72,8 @@ constexpr int kTileRows = 256;  // rows are summed tile by tile (design, section
 constexpr int kLanes = 64;      // a row is summed in this many lanes
 constexpr int kMaxModels = 64;
 
-// Moments per column: rows 0 of `sums` is a.a, rows 1+3n.. are d.d, d.a, x.x of model n.
-inline int64_t moment_count(int models) { return 1 + 3 * static_cast<int64_t>(models); }
+// Moments per column: row 0 of `sums` is a.a, then d.d of each of N models, then d.a of each.
+inline int64_t moment_count(int models) { return 1 + 2 * static_cast<int64_t>(models); }
 
 // Dot products of all pairs of v_0 = a and v_n = d_n: (0,0), (0,1), ... (0,N), (1,1), ...
 constexpr int kGramBlock = 4096;  // entries of a whole tensor that are summed by themselves

@@ -8,7 +8,7 @@ from dataclasses import replace
 from mergecore.jobs import MODEL_BLOCKS, WINDOW_BYTES, TensorJob
 from mergecore.matching import FLOATS
 from mergecore.methods.base import Statistics
-from mergecore.ops import gram_count
+from mergecore.ops import gram_count, moment_count
 from mergecore.output.layout import ITEM_BYTES
 from mergecore.selecting import BLOCK, held_bytes
 from mergecore.sources import Stored, scratch_bytes
@@ -36,7 +36,7 @@ def _statistics_bytes(job: TensorJob) -> int:
         return max(choosing, 48 * models * (entries // BLOCK + 1))
     if job.statistics is Statistics.COLUMNS:
         # Moments twice (totals and the pending tile), then divergences, ranks and scores on the way.
-        return choosing + 8 * length * (2 * (1 + 3 * models) + 8 * models)
+        return choosing + 8 * length * (2 * moment_count(models) + 9 * models)
     if job.input_grams:
         deltas = 8 * (models + 1) * job.rows * job.columns if job.statistics.is_whole else 0
         return deltas + _solving_bytes(job)

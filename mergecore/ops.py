@@ -82,8 +82,8 @@ GRAM_BLOCK = 4096
 
 
 def moment_count(models: int) -> int:
-    """Rows of a moments tensor: a.a, then d.d, d.a and x.x of each model."""
-    return 1 + 3 * models
+    """Rows of a moments tensor: a.a, then d.d of each model, then d.a of each."""
+    return 1 + 2 * models
 
 
 def column_moments(
@@ -98,7 +98,7 @@ def column_moments(
 ) -> None:
     """Adds a window to the moments of each column (columns run across rows; WIDEN eq. 1-2).
 
-    `sums` and `pending` are float64 (1 + 3 * models, columns), zero before a tensor's first window;
+    `sums` and `pending` are float64 (1 + 2 * models, columns), zero before a tensor's first window;
     windows come in order, cut anywhere. After the last one `sums + pending` are the moments.
     `first_row` is the window's place in its matrix, `first_entry` the matrix's place in the tensor.
     """
@@ -118,7 +118,7 @@ def row_moments(
 ) -> None:
     """Writes the same moments for columns that lie along the stored rows (token embeddings).
 
-    `sums` is float64 (1 + 3 * models, rows of the matrix); the window's rows are filled in.
+    `sums` is float64 (1 + 2 * models, rows of the matrix); the window's rows are filled in.
     """
     torch.ops.mergecore.row_moments(base, list(models), sums, first_row, first_entry, *_drop_arguments(drops))
 

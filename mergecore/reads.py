@@ -148,14 +148,20 @@ class TensorReads:
             yield self._part(window, views)
             self.loop.count(self.loop.nbytes(window), 0)
 
+    def matrix_again(self, number: int) -> Iterator[Part]:
+        yield from self._again((number,))
+
     def skip(self) -> None:
         for _ in range(self.job.matrices):
             for _ in self.job.windows():
                 self.loop.count(0, 0, passed=self.loop.nbytes(self.windows.skip()))
 
     def further(self) -> Iterator[Part]:
+        yield from self._again(range(self.job.matrices))
+
+    def _again(self, matrices: Iterable[int]) -> Iterator[Part]:
         with self.loop.stream(0) as stream:
-            yield from self._apart(windows_of(self.job, range(self.job.matrices)), stream, counted=True)
+            yield from self._apart(windows_of(self.job, matrices), stream, counted=True)
 
     def only(self, first_entry: int, entries: int) -> Part:
         matrix, row = divmod(first_entry // self.job.columns, max(1, self.job.rows))

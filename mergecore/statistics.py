@@ -26,6 +26,9 @@ class MatrixReads(Reads, Protocol):
     def matrix(self, number: int) -> Iterator[Part]:
         """Windows of one matrix, in order: one of the reads that were planned."""
 
+    def matrix_again(self, number: int) -> Iterator[Part]:
+        """The same, for a read that was not planned."""
+
     def input_grams(self) -> tuple[Tensor, ...]:
         """Those of every model, whole, as stored."""
 
@@ -80,19 +83,63 @@ def of_matrix(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[o
 
 
 def _moments(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.Drop]) -> Moments:
-    by_rows = job.orientation == "rows"
-    shape = (ops.moment_count(len(job.models)), job.rows if by_rows else job.columns)
-    sums = torch.zeros(shape, dtype=torch.float64, device=reads.device)
-    pending = sums if by_rows else torch.zeros_like(sums)
-    for part in reads.matrix(matrix):
-        if by_rows:
-            ops.row_moments(part.base, part.models, sums, **_place(job, matrix, part, drops))
-        else:
-            ops.column_moments(part.base, part.models, sums, pending, **_place(job, matrix, part, drops))
-    sums = sums if by_rows else sums + pending
-    if not bool(torch.isfinite(sums).all()):
+    def windows() -> Iterator[Summed]:
+        for part in reads.matrix(matrix):
+            yield part.base, part.models, _place(job, matrix, part, drops)
+
+    sums = _sums(job, len(job.models), windows(), reads.device)
+    moments = Moments.of(sums)
+    is_finite, *vanishing = torch.cat((sums.isfinite().all().view(1), moments.vanishing)).tolist()
+    if not is_finite:
         reads.nonfinite()
-    return Moments.of(sums)
+    if any(vanishing):
+        short = [n for n, each in enumerate(vanishing) if each]
+        moments.xx[short] = _squares(job, matrix, short, reads, drops)
+    return moments
+
+
+def _squares(
+    job: TensorJob, matrix: int, models: Sequence[int], reads: MatrixReads, drops: Sequence[ops.Drop]
+) -> Tensor:
+    """x.x of the columns of these models, (models, columns), from another read of the matrix."""
+
+    def windows() -> Iterator[Summed]:
+        for part in reads.matrix_again(matrix):
+            for piece in pieces(part) if drops else (part,):
+                place = _place(job, matrix, piece, drops)
+                entries = [_dropped(piece, n, place) if drops else piece.models[n] for n in models]
+                yield None, entries, place | {"drops": ()}
+
+    return _sums(job, len(models), windows(), reads.device)[1 : 1 + len(models)]
+
+
+def _dropped(part: Part, model: int, place: dict[str, Any]) -> Tensor:
+    """A model's entries with what is left of its deltas, float64."""
+    assert part.base is not None
+    out = torch.empty(part.base.shape, dtype=torch.float64, device=part.base.device)
+    one = torch.ones(1, 1, dtype=torch.float64, device=out.device)
+    counts = torch.zeros(2, dtype=torch.int64, device=out.device)
+    own = place | {"drops": place["drops"][model : model + 1]}
+    ops.blend(out, part.base, part.models[model : model + 1], one, counts, **own)
+    return out
+
+
+Summed = tuple[Tensor | None, Sequence[Tensor], dict[str, Any]]
+"""Base, models and place of a window."""
+
+
+def _sums(job: TensorJob, models: int, windows: Iterator[Summed], device: torch.device) -> Tensor:
+    """Moments of windows in order, as the kernels leave them."""
+    by_rows = job.orientation == "rows"
+    shape = (ops.moment_count(models), job.rows if by_rows else job.columns)
+    sums = torch.zeros(shape, dtype=torch.float64, device=device)
+    pending = sums if by_rows else torch.zeros_like(sums)
+    for base, tensors, place in windows:
+        if by_rows:
+            ops.row_moments(base, tensors, sums, **place)
+        else:
+            ops.column_moments(base, tensors, sums, pending, **place)
+    return sums if by_rows else sums + pending
 
 
 def _gram(job: TensorJob, matrix: int, reads: MatrixReads, drops: Sequence[ops.Drop]) -> Gram:

@@ -211,11 +211,11 @@ def same(one: Tensor, two: Tensor) -> bool:
 def test_moments(compiled: ctypes.CDLL, case: str) -> None:
     base, models, drops = made(case)
     inputs = Inputs.of(base, models, drops)
-    found, wanted = torch.zeros(2, 2, 10, COLUMNS, dtype=torch.float64).unbind()
+    found, wanted = torch.zeros(2, 2, ops.moment_count(len(models)), COLUMNS, dtype=torch.float64).unbind()
     compiled.column_moments(ctypes.byref(inputs), pointer(found[0]), pointer(found[1]))
     ops.column_moments(base, models, wanted[0], wanted[1], first_entry=5, drops=drops)
     assert same(found, wanted)
-    found, wanted = torch.zeros(2, 10, ROWS, dtype=torch.float64).unbind()
+    found, wanted = torch.zeros(2, ops.moment_count(len(models)), ROWS, dtype=torch.float64).unbind()
     compiled.row_moments(ctypes.byref(inputs), pointer(found), ctypes.c_int64(ROWS))
     ops.row_moments(base, models, wanted, first_entry=5, drops=drops)
     assert same(found, wanted)

@@ -150,6 +150,20 @@ def test_widen_reads_and_writes_any_dtype(dtypes: tuple[torch.dtype, ...], out: 
         assert_right(found[name], oracle.widen(base[name], of(models, name), oracle.Widen(), layout), name)
 
 
+def test_columns_that_a_model_has_lost_are_scored_by_what_is_left_of_them() -> None:
+    """Their length is not to be had from a.a + 2 d.a + d.d."""
+    base, models = checkpoints(QWEN, 2, 7, [BF16, BF16])
+    for name, (shape, _) in QWEN.items():
+        if len(shape) > 1:
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(8)) * 2.0**-30
+            lost = torch.zeros(shape, dtype=torch.bool)
+            lost[..., ::2], lost[..., ::3, :] = True, True
+            models[1][name] = torch.where(lost, noise.to(BF16), models[1][name])
+    found = merge(base, models, merge_method="widen")
+    for name, (_, layout) in QWEN.items():
+        assert_right(found[name], oracle.widen(base[name], of(models, name), oracle.Widen(), layout), name)
+
+
 def test_a_models_weight_scales_its_importance() -> None:
     base, models = checkpoints(QWEN, 2, 3, [BF16, BF16])
     found = merge(base, models, merge_method="widen", each=[{"weight": 0.6}, {"weight": -1.7}])

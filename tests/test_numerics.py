@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,18 +18,49 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks import accuracy
-from mergecore import ops
-from mergecore.methods.base import Moments
+from mergecore import ops, statistics
+from mergecore.methods.base import Moments, Statistics
+from mergecore.topsets import Part
 from tests import oracle
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
+@dataclass
+class MatrixReads:
+    """A matrix as the pass over its moments reads it, in windows that are cut anywhere."""
+
+    tensors: Sequence[Tensor]
+    cuts: Sequence[int] = ()
+    reads: list[str] = field(default_factory=list)
+    device = torch.device("cpu")
+
+    def matrix(self, number: int) -> Iterator[Part]:
+        self.reads.append("planned")
+        rows, columns = self.tensors[0].shape
+        for first, last in itertools.pairwise([0, *sorted({cut for cut in self.cuts if 0 < cut < rows}), rows]):
+            base, *models = (tensor[first:last].contiguous() for tensor in self.tensors)
+            yield Part(number * rows * columns + first * columns, base, models)
+
+    def matrix_again(self, number: int) -> Iterator[Part]:
+        yield from self.matrix(number)
+        self.reads[-1] = "further"
+
+    def nonfinite(self) -> None:
+        raise AssertionError("the inputs are finite")
+
+
+def read(reads: MatrixReads, drops: Sequence[ops.Drop] = (), orientation: str = "columns") -> Moments:
+    rows, columns = reads.tensors[0].shape
+    models = reads.tensors[1:]
+    about = {"models": models, "orientation": orientation, "rows": rows, "columns": columns}
+    job = cast(Any, SimpleNamespace(statistics=Statistics.COLUMNS, **about))
+    found: Moments = statistics.of_matrix(job, 0, cast(Any, reads), drops)["moments"]
+    return found
+
+
 def moments(base: Tensor, models: Sequence[Tensor]) -> Moments:
-    sums = torch.zeros(ops.moment_count(len(models)), base.shape[1], dtype=torch.float64)
-    pending = torch.zeros_like(sums)
-    ops.column_moments(base.contiguous(), [model.contiguous() for model in models], sums, pending)
-    return Moments.of(sums + pending)
+    return read(MatrixReads([base, *models]))
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
@@ -184,6 +220,46 @@ def assert_as_exact_as_deltas_allow(base: Tensor, model: Tensor) -> None:
                 assert error <= length**2 / (2 * product) / 2**40 * Decimal("1.001")
                 if min(directions[j], 2 - directions[j]) > max(length**2 / product / 2**40, Decimal("1e-3")):
                     assert error <= length**2 / (2 * product) / 2**47 + Decimal(2) ** -50
+
+
+@pytest.mark.parametrize("orientation", ["columns", "rows"])
+@pytest.mark.parametrize("dropped", [False, True])
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32), exponent=st.integers(3, 30), cuts=st.lists(st.integers(1, 600), max_size=4))
+def test_short_columns_are_summed_themselves(
+    orientation: str, dropped: bool, seed: int, exponent: int, cuts: list[int]
+) -> None:
+    """Columns of one model are `exponent` binades shorter than the base's, after what is dropped of the deltas; the
+    first column is not."""
+    random = torch.Generator().manual_seed(seed)
+    base, short, other = torch.randn(3, 600, 3, generator=random).to(BF16).unbind()
+    base[::7] *= 2.0**-exponent
+    short[:, 1:] *= 2.0**-exponent
+    drops = [ops.Drop(0, 0, 1.0), ops.Drop(0, 0, 1.0, least=0.11)] if dropped else []
+    tensors = [base, other, short]
+    if orientation == "rows":
+        tensors, cuts = [tensor.T.contiguous() for tensor in tensors], [cut % 3 for cut in cuts]
+    reads = MatrixReads(tensors, cuts)
+    found = read(reads, drops, orientation)
+    whole = read(MatrixReads(tensors), drops, orientation)
+    assert torch.equal(oracle.bits(found.xx), oracle.bits(whole.xx))
+    a, *models = map(oracle.floats, (base, other, short))
+    least = (0.0, 0.11 if dropped else 0.0)
+    kept = [np.abs(model - a) > least[n] for n, model in enumerate(models)]
+    for n, model in enumerate(models):
+        x = np.where(kept[n], model, a)
+        for value, exact in zip(found.xx[n].tolist(), oracle.column_dots(x, x), strict=True):
+            assert abs(Fraction(value) - exact) <= exact / 2**42
+    assert reads.reads == (["planned", "further"] if bool(whole.vanishing.any()) else ["planned"])
+    assert exponent < 6 or len(reads.reads) == 2
+
+
+def test_ordinary_columns_are_read_once() -> None:
+    base = normal(16, 64, 100, scale=0.02)
+    for model in (base, -base, base + normal(17, 64, 100, scale=0.02), normal(18, 64, 100, scale=0.02), 4 * base):
+        reads = MatrixReads([base, model])
+        read(reads)
+        assert reads.reads == ["planned"]
 
 
 def root(value: Fraction) -> Decimal:

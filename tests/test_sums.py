@@ -50,11 +50,8 @@ def matrices(shape: tuple[int, int], dtypes: Sequence[torch.dtype]) -> list[Tens
 
 def terms(made: Sequence[Tensor]) -> list[Numbers]:
     base, *models = (matrix.double().numpy() for matrix in made)
-    found = [base * base]
-    for model in models:
-        delta = model - base
-        found += [delta * delta, delta * base, model * model]
-    return found
+    deltas = [model - base for model in models]
+    return [base * base, *(delta * delta for delta in deltas), *(delta * base for delta in deltas)]
 
 
 def test_the_order_of_additions_shows() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mergecore import ops
 from tests import oracle
 from tests.conftest import require_tool
 from tests.test_columns import by_column
@@ -30,7 +31,7 @@ def sums(made: Inputs, cuts: Sequence[int] = ()) -> list[Tensor]:
 
 def tile_by_tile(made: Inputs) -> Tensor:
     """The moments of each tile alone, added in order."""
-    total = torch.zeros(1 + 3 * len(made.models), made.shape[1], dtype=torch.float64)
+    total = torch.zeros(ops.moment_count(len(made.models)), made.shape[1], dtype=torch.float64)
     for first in range(0, made.shape[0], TILE):
         total += made.rows(first, min(made.shape[0], first + TILE)).column_moments()
     return total
@@ -60,7 +61,7 @@ def test_any_number_of_models(models: int) -> None:
         assert torch.equal(column_gram(made)[0], alone[0][0])
     assert torch.equal(found[0], alone[0][0])
     for number, one in enumerate(alone):
-        assert torch.equal(oracle.bits(found[1 + 3 * number : 4 + 3 * number]), oracle.bits(one[1:]))
+        assert torch.equal(oracle.bits(found[1 + number :: models]), oracle.bits(one[1:]))
 
 
 # Threads of its own: torch's would hide a thread that waits for ever.

@@ -7,41 +7,38 @@ namespace mergecore::cpu {
 struct Moments {
   double* dd;
   double* da;
-  double* xx;
 };
 
-// Adds the base, where kBase says so, and models: sums[m] are those of matrix m, of the base, which
-// is the first, only `xx`.
+// Adds models to dd and da from the first of them on, each `stride` after the one before; matrix 0
+// is the base, which is added to aa where kBase says so.
 template <bool kBase, int kMatrices>
-void add_pieces(const Matrix (&matrices)[kMatrices], const Pieces& pieces, const Moments* sums) {
+void add_pieces(const Matrix (&matrices)[kMatrices], const Pieces& pieces, double* aa,
+                const Moments& sums, int64_t stride) {
   auto add = [&](auto as, int n, auto next, auto base, int i) __attribute__((always_inline)) {
-    typename decltype(as)::Lanes dd[kMatrices], da[kMatrices], xx[kMatrices], a, x;
-    if (kBase) load(sums[0].xx + i, xx[0]);
+    typename decltype(as)::Lanes dd[kMatrices], da[kMatrices], square, a, x;
+    if (kBase) load(aa + i, square);
 #pragma GCC unroll 4
     for (int m = 1; m < kMatrices; ++m) {
-      load(sums[m].xx + i, xx[m]);
-      load(sums[m].dd + i, dd[m]);
-      load(sums[m].da + i, da[m]);
+      load(sums.dd + (m - 1) * stride + i, dd[m]);
+      load(sums.da + (m - 1) * stride + i, da[m]);
     }
     for (int p = 0; p < n; ++p) {
       next(p);
       load(base + p * kPart, a);
-      if (kBase) multiply_add(a, a, xx[0]);
+      if (kBase) multiply_add(a, a, square);
 #pragma GCC unroll 4
       for (int m = 1; m < kMatrices; ++m) {
         load(base + m * kSheet + p * kPart, x);
         const auto d = x - a;
         multiply_add(d, d, dd[m]);
         multiply_add(d, a, da[m]);
-        multiply_add(x, x, xx[m]);
       }
     }
-    if (kBase) store(xx[0], sums[0].xx + i);
+    if (kBase) store(square, aa + i);
 #pragma GCC unroll 4
     for (int m = 1; m < kMatrices; ++m) {
-      store(xx[m], sums[m].xx + i);
-      store(dd[m], sums[m].dd + i);
-      store(da[m], sums[m].da + i);
+      store(dd[m], sums.dd + (m - 1) * stride + i);
+      store(da[m], sums.da + (m - 1) * stride + i);
     }
   };
   each_lanes(matrices, pieces, add);
@@ -51,10 +48,8 @@ void add_pieces(const Matrix (&matrices)[kMatrices], const Pieces& pieces, const
 MERGECORE_CLONES
 void add_delta_piece(const double* delta, const double* base, int n, Moments sums) {
   for (int i = 0; i < n; ++i) {
-    double d = delta[i], x = base[i] + d;
-    sums.dd[i] = fma(d, d, sums.dd[i]);
-    sums.da[i] = fma(d, base[i], sums.da[i]);
-    sums.xx[i] = fma(x, x, sums.xx[i]);
+    sums.dd[i] = fma(delta[i], delta[i], sums.dd[i]);
+    sums.da[i] = fma(delta[i], base[i], sums.da[i]);
   }
 }
 
@@ -76,7 +71,7 @@ void add_dropped_pieces(const Drop& drop, const Matrix& base, const Matrix& mode
       for (int done = 0; done < pieces.n; done += kChunk) {
         const int64_t place = run * pieces.n + done, here = piece + done;
         add(pieces.entry + here, pieces.next + here, std::min(kChunk, pieces.n - done),
-            {sums.dd + place, sums.da + place, sums.xx + place});
+            {sums.dd + place, sums.da + place});
       }
     }
   }
@@ -84,32 +79,35 @@ void add_dropped_pieces(const Drop& drop, const Matrix& base, const Matrix& mode
 
 // What sum_columns and sum_rows call.
 auto moment_adder(const Inputs& in) {
-  return [&in](const Pieces& pieces, double* to, int64_t to_stride) {
-    const auto sums_of = [&](int m) {
-      double* first = to + (1 + 3 * m) * to_stride;
-      return Moments{first, first + to_stride, first + 2 * to_stride};
+  return [&in](const Pieces& pieces, double* to, int64_t stride) {
+    const auto is_added = [&](int m) {  // by itself or with its neighbours, as it is
+      return m < in.count && (in.drops == nullptr || !drops_any(in.drops[m]));
     };
-    const auto is_dropped = [&](int m) { return in.drops != nullptr && drops_any(in.drops[m]); };
-    const Moments of_base{nullptr, nullptr, to};
-    bool added = false;  // the base's
-    for (int m = 0; m < in.count; ++m) {
-      const Matrix &base = in.base, &model = in.models[m];
-      if (is_dropped(m)) {
-        add_dropped_pieces(in.drops[m], base, model, in.window, pieces, sums_of(m));
-      } else if (m + 1 < in.count && !is_dropped(m + 1)) {
-        const Matrix two[] = {base, model, in.models[m + 1]};
-        const Moments sums[] = {of_base, sums_of(m), sums_of(m + 1)};
-        added ? add_pieces<false>(two, pieces, sums) : add_pieces<true>(two, pieces, sums);
-        added = true;
-        ++m;
+    double* base_sums = to;  // until the base is in them
+    const auto add = [&](const Moments& sums, const auto&... models) {
+      const Matrix matrices[] = {in.base, models...};
+      base_sums != nullptr ? add_pieces<true>(matrices, pieces, base_sums, sums, stride)
+                           : add_pieces<false>(matrices, pieces, nullptr, sums, stride);
+      base_sums = nullptr;
+    };
+    for (int m = 0; m < in.count;) {
+      const Matrix* model = in.models + m;
+      const Moments sums{to + (1 + m) * stride, to + (1 + in.count + m) * stride};
+      if (!is_added(m)) {
+        add_dropped_pieces(in.drops[m], in.base, *model, in.window, pieces, sums);
+        m += 1;
+      } else if (is_added(m + 1) && is_added(m + 2)) {
+        add(sums, model[0], model[1], model[2]);
+        m += 3;
+      } else if (is_added(m + 1)) {
+        add(sums, model[0], model[1]);
+        m += 2;
       } else {
-        const Matrix one[] = {base, model};
-        const Moments sums[] = {of_base, sums_of(m)};
-        added ? add_pieces<false>(one, pieces, sums) : add_pieces<true>(one, pieces, sums);
-        added = true;
+        add(sums, model[0]);
+        m += 1;
       }
     }
-    if (!added) add_pieces<true>({in.base}, pieces, &of_base);
+    if (base_sums != nullptr) add({});
   };
 }
 

@@ -12,7 +12,6 @@ struct Lanes {
   double aa[kEntries] = {};
   double dd[kEntries] = {};
   double da[kEntries] = {};
-  double xx[kEntries] = {};
 };
 
 // Adds the first n entries of one row; `index` is the tensor's index of the first.
@@ -20,18 +19,13 @@ template <class T, bool kDrops>
 __device__ __forceinline__ void add(const Entries<T>& model, const Entries<T>& base,
                                     const DeviceInputs& in, int m, int64_t index, int n,
                                     Lanes& sums) {
-  double a[kEntries], x[kEntries], d[kEntries];
+  double a[kEntries], d[kEntries];
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
     a[j] = value(base, in.base.dtype, j);
-    x[j] = value(model, in.models[m].dtype, j);
-    d[j] = x[j] - a[j];
+    d[j] = value(model, in.models[m].dtype, j) - a[j];
   }
-  if (kDrops && drops_any(in.drops[m])) {
-    drop_deltas(in.drops[m], index, d);
-#pragma unroll
-    for (int j = 0; j < kEntries; ++j) x[j] = a[j] + d[j];
-  }
+  if (kDrops && drops_any(in.drops[m])) drop_deltas(in.drops[m], index, d);
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
     if (j >= n) continue;
@@ -39,7 +33,6 @@ __device__ __forceinline__ void add(const Entries<T>& model, const Entries<T>& b
     sums.da[j] = fma(d[j], a[j], sums.da[j]);
     if (m == 0) sums.aa[j] = fma(a[j], a[j], sums.aa[j]);
     sums.dd[j] = fma(d[j], d[j], sums.dd[j]);
-    sums.xx[j] = fma(x[j], x[j], sums.xx[j]);
   }
 }
 
@@ -78,12 +71,11 @@ __global__ void __launch_bounds__(kColumnThreads)
   int64_t row = rows.begin;
 
   Lanes sums;
-  const int64_t first = 1 + 3 * static_cast<int64_t>(m);
+  const int64_t of_dd = 1 + static_cast<int64_t>(m), of_da = of_dd + in.count;
   if (tile == 0) {
     if (m == 0) load_sums(pending + column, n, sums.aa);
-    load_sums(pending + first * w.columns + column, n, sums.dd);
-    load_sums(pending + (first + 1) * w.columns + column, n, sums.da);
-    load_sums(pending + (first + 2) * w.columns + column, n, sums.xx);
+    load_sums(pending + of_dd * w.columns + column, n, sums.dd);
+    load_sums(pending + of_da * w.columns + column, n, sums.da);
   }
   constexpr int kSteps = kInFlight<T>;
   for (; row + kSteps <= rows.end; row += kSteps) {
@@ -94,9 +86,8 @@ __global__ void __launch_bounds__(kColumnThreads)
   }
   double* to = partial + tile * moments * w.columns + column;
   if (m == 0) store_sums<kVector>(to, sums.aa, n);
-  store_sums<kVector>(to + first * w.columns, sums.dd, n);
-  store_sums<kVector>(to + (first + 1) * w.columns, sums.da, n);
-  store_sums<kVector>(to + (first + 2) * w.columns, sums.xx, n);
+  store_sums<kVector>(to + of_dd * w.columns, sums.dd, n);
+  store_sums<kVector>(to + of_da * w.columns, sums.da, n);
 }
 
 template <class T, bool kVector, bool kDrops>
@@ -122,14 +113,13 @@ __global__ void __launch_bounds__(kRowThreads)
     }
   }
   // Threads without a row take part, so that the whole warp meets in every shuffle.
-  const double aa = halve(sums.aa), dd = halve(sums.dd), da = halve(sums.da), xx = halve(sums.xx);
+  const double aa = halve(sums.aa), dd = halve(sums.dd), da = halve(sums.da);
   if (row >= w.rows || thread != 0) return;
   double* to = out + w.first_row + row;
-  const int64_t first = 1 + 3 * static_cast<int64_t>(m);
+  const int64_t of_dd = 1 + static_cast<int64_t>(m);
   if (m == 0) to[0] = aa;
-  to[first * total_rows] = dd;
-  to[(first + 1) * total_rows] = da;
-  to[(first + 2) * total_rows] = xx;
+  to[of_dd * total_rows] = dd;
+  to[(of_dd + in.count) * total_rows] = da;
 }
 
 }  // namespace

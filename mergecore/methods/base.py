@@ -169,6 +169,8 @@ class Keep:
 
 # This share of d.d is the rounding noise of 1 - cos's numerator, with a margin for many rows.
 NOISE = 2.0**-40
+# Above this share of a.a + d.d what x.x = a.a + 2 d.a + d.d loses to cancellation counts for nothing beside that noise.
+VANISHING = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,15 @@ class Moments:
 
     @classmethod
     def of(cls, sums: Tensor) -> Moments:
-        """From the kernels' (1 + 3 * models, columns)."""
-        models = sums[1:].unflatten(0, (-1, 3))
-        return cls(sums[0], models[:, 0].contiguous(), models[:, 1].contiguous(), models[:, 2].contiguous())
+        """From the kernels' (1 + 2 * models, columns)."""
+        models = sums.shape[0] // 2
+        aa, dd, da = sums[0], sums[1 : 1 + models], sums[1 + models :]
+        return cls(aa, dd, da, (aa + 2.0 * da + dd).clamp_(min=0.0))
+
+    @property
+    def vanishing(self) -> Tensor:
+        """bool (models,): whether columns of x are so short beside a and d that their x.x has to be summed itself."""
+        return (self.xx < VANISHING * (self.aa + self.dd)).any(dim=1)
 
     def magnitude_divergence(self) -> Tensor:
         """| |x| - |a| | per column, (models, columns) (WIDEN eq. 2, first line)."""
