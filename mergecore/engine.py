@@ -221,12 +221,13 @@ class Merge:
     def _progress(self) -> None:
         if self._report is None:
             return
+        read = self._read_before + self._read
         self._report(
             Progress(
                 tensors_done=self._done,
                 tensors_total=self._tensors,
-                bytes_read=self._read_before + self._read,
-                bytes_read_total=self._total,
+                bytes_read=read,
+                bytes_read_total=max(self._total, read),  # some tensors are read more often than planned
                 bytes_written=self._written,
                 bytes_written_total=self._to_write,
                 seconds=time.monotonic() - self._started,

@@ -75,10 +75,12 @@ class Progress:
 
     def after(self, done: MergeResult, total: Progress) -> Progress:
         """This progress where other merges were `done` before; of them all together `total` tells the totals."""
+        read = done.bytes_read + self.bytes_read
         return replace(
             total,
             tensors_done=done.tensors + self.tensors_done,
-            bytes_read=done.bytes_read + self.bytes_read,
+            bytes_read=read,
+            bytes_read_total=max(total.bytes_read_total, read),
             bytes_written=done.bytes_written + self.bytes_written,
             seconds=done.seconds + self.seconds,
         )

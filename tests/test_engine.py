@@ -526,6 +526,16 @@ def test_what_counting_tells_is_not_read_again(
     assert tensor_bytes(tmp_path / "out") == expected
 
 
+def test_progress_ends_at_its_total_where_tensors_are_read_more_often_than_planned(
+    trio: list[Path], tmp_path: Path
+) -> None:
+    seen: list[Progress] = []
+    planned = mergecore.plan(load_spec(spec_of(trio)))
+    merge(load_spec(spec_of(trio)), tmp_path / "out", progress=seen.append)
+    assert seen[-1].bytes_read == seen[-1].bytes_read_total > planned.bytes_to_read
+    assert all(now.bytes_read <= now.bytes_read_total for now in seen)
+
+
 # ---- Stopping and going on
 
 
