@@ -71,6 +71,8 @@ def renaming(names: Iterable[str], others: Iterable[str]) -> tuple[str, str] | N
 
 def tower_of(name: str) -> str | None:
     """The component for images, sound and the like that a tensor belongs to; None for the language model."""
+    if not _TOWER.search(name):
+        return None
     parts = name.split(".")
     found = next((i for i, part in enumerate(parts[:-1]) if _TOWER.search(part)), None)
     return None if found is None else ".".join(parts[: found + 1])

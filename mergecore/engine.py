@@ -245,7 +245,7 @@ class Merge:
         if not nonfinite and not overflow:
             return
         if nonfinite:
-            found = [f"{files_of(source)[0]} ({count_nonfinite(source)} entries)" for source in job.everything()]
+            found = [f"{files_of(source)[0]} ({count_nonfinite(source)} entries)" for source in job.everything]
             found = [text for text in found if "(0 entries)" not in text]
             message = f"{job.name} holds NaN or Inf in " + ", ".join(found or ["the coefficients"])
             advice = "mend the model, or set on_nonfinite: warn to let it through"
