@@ -21,9 +21,10 @@ from mergecore.spec.fields import DEVICES
 
 
 class HostWindow(NamedTuple):
-    """One input's window in host memory: its entries or their bytes, or None for zeros."""
+    """One window in host memory: its entries or their bytes, or None for zeros."""
 
     data: Tensor | memoryview | None
+    """Entries are (rows, columns), or flat."""
     dtype: torch.dtype
     rows: int
     columns: int
@@ -33,6 +34,8 @@ class HostWindow(NamedTuple):
         if self.data is None:
             return torch.zeros(self.rows, self.columns, dtype=self.dtype)
         entries = self.data if isinstance(self.data, Tensor) else torch.frombuffer(self.data, dtype=self.dtype)
+        if entries.dim() == 2:
+            return entries
         return entries.view(self.rows, self.columns)
 
 

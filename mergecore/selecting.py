@@ -64,6 +64,8 @@ def _query_count(keeps: Sequence[Keep]) -> int:
 
 def share(fraction: float, count: int) -> int:
     """round-half-up(fraction * count), of the fraction as it is written."""
+    if fraction == 0:  # as most outliers are
+        return 0
     return math.floor(Fraction(repr(float(fraction))) * count + Fraction(1, 2))
 
 
@@ -74,7 +76,7 @@ def compared(keeps: Sequence[Keep], reads: Reads, place: Place) -> Place:
         return replace(place, measure=measure, scales=_divergences(len(keeps), reads, place))
     if measure is Measure.COMPETITION:
         return replace(place, measure=measure, scales=_extremes(len(keeps), reads, place))
-    return replace(place, measure=measure)
+    return place if place.measure is measure else replace(place, measure=measure)
 
 
 def _divergences(models: int, reads: Reads, place: Place) -> Tensor:
