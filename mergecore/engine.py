@@ -104,9 +104,9 @@ class Merge:
 
         self._report, self._should_stop, self._failed = progress, should_stop, threading.Event()
         self._tensors = sum(map(len, jobs))
-        self._total = bytes_of(jobs, self.spec)
-        self._read_before = self._total - sum(each.bytes_to_read for each in self.surveys)
-        self._read_before -= sum(batch.bytes_to_read for batch in batches)
+        left = sum(each.bytes_to_read for each in self.surveys) + sum(batch.bytes_to_read for batch in batches)
+        self._total = bytes_of(jobs, self.spec) if any(finished) else left
+        self._read_before = self._total - left
         self._to_write = sum(nbytes for nbytes, _ in slots)
         self._started = time.monotonic()
 

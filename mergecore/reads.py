@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from mergecore.loop import Loop
 
 READ_AHEAD = 1  # windows
-ASKED_AHEAD = (
-    64 << 20
-)  # bytes that the disk is asked for, half of them at least: it goes on while a tensor is read again
+ASKED_AHEAD = 64 << 20  # bytes that the disk is asked for, at least: it goes on while a tensor is read again
 MOST_AHEAD = 512  # windows
 WHOLE_ENTRIES = 1 << 22  # read at once of what is held whole
 SPOTS, SPOT = 16, 1024  # of a sample, and entries of each
@@ -109,9 +107,8 @@ class Windows:
         return window
 
     def _submit(self) -> None:
-        # Many at once when half of them are used: each time a thread wakes.
-        if self._to_read > READ_AHEAD + 1 and (self._asked > ASKED_AHEAD // 2 or len(self._ahead) > MOST_AHEAD // 2):
-            return
+        if self._to_read > READ_AHEAD + 1 and len(self._ahead) > MOST_AHEAD // 2:
+            return  # of small windows many are submitted at once: each time wakes a thread
         while self._to_read <= READ_AHEAD + 1 or (self._asked < ASKED_AHEAD and len(self._ahead) < MOST_AHEAD):
             window = next(self._order, None)
             if window is None:
