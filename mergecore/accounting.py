@@ -68,7 +68,7 @@ def accounts(
     files = _Files(models)
     read: dict[str, set[_Tensor]] = {MERGED: set(), COPIED: set()}
     for job in jobs:
-        for source in job.sources():
+        for source in job.sources:
             read[MERGED if job.merges else COPIED] |= files.behind(source)
     members = {member.model for section in sections for member in section.everyone()}
     parts = _parts(sections)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,12 +52,14 @@ def layer_stacks(names: Iterable[str]) -> dict[str, dict[str, int]]:
     return stacks
 
 
-def renaming(names: Iterable[str], others: Iterable[str]) -> tuple[str, str] | None:
+def renaming(names: Collection[str], others: Collection[str]) -> tuple[str, str] | None:
     """What `others` has in front of its names where `names` has something else: ("model.", "model.language_model.").
 
     A text model and the text part of a larger one have the same layers below other names. None where they are
     called alike, or where no stack of layers is the same.
     """
+    if set(names) == set(others):
+        return None
     ours, theirs = layer_stacks(names), layer_stacks(others)
     for stack in [stack for stack in ours if stack not in theirs]:
         for other in [other for other in theirs if other not in ours]:
@@ -71,6 +73,8 @@ def renaming(names: Iterable[str], others: Iterable[str]) -> tuple[str, str] | N
 
 def tower_of(name: str) -> str | None:
     """The component for images, sound and the like that a tensor belongs to; None for the language model."""
+    if not _TOWER.search(name):
+        return None
     parts = name.split(".")
     found = next((i for i, part in enumerate(parts[:-1]) if _TOWER.search(part)), None)
     return None if found is None else ".".join(parts[: found + 1])

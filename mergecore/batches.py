@@ -66,7 +66,7 @@ class Batch:
     def result_bytes(self, number: int) -> int:
         """Bytes of a merge's output of one window, at most."""
         rows = self.form.window_rows
-        return max((result_bytes(replace(job, window_rows=rows)) for n, job in self.jobs if n == number), default=0)
+        return max((result_bytes(job, rows) for n, job in self.jobs if n == number), default=0)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ MOST_WAITING = 64 << 20  # bytes of results; more does not keep a disk busier
 
 def _row_bytes(job: TensorJob) -> tuple[int, int]:
     """Bytes of one row of all inputs, and of the output. What is derived while it streams is made in float64."""
-    inputs = sum(FLOATS[each.dtype] if isinstance(each, Stored) else 3 * FLOATS["F64"] for each in job.sources())
+    inputs = sum(FLOATS[each.dtype] if isinstance(each, Stored) else 3 * FLOATS["F64"] for each in job.sources)
     inputs += 2 * FLOATS["F64"] * len(job.thinned)
     return job.columns * inputs, job.columns * FLOATS.get(job.dtype, 1)
 
@@ -65,7 +65,7 @@ def _solving_bytes(job: TensorJob) -> int:
 
 def _beside_bytes(job: TensorJob) -> int:
     """What is held beside the windows."""
-    return _statistics_bytes(job) + max(map(scratch_bytes, job.sources()), default=0)
+    return _statistics_bytes(job) + max(map(scratch_bytes, job.sources), default=0)
 
 
 def _retained_bytes(job: TensorJob) -> int:
@@ -112,7 +112,7 @@ def windowed(
     models, memory = len(job.models), spec.run.memory if memory is None else memory
     if job.parameters is None:
         most = memory // ((2 + 2 * len(jobs)) * ITEM_BYTES[job.dtype])
-        return replace(job, window_rows=max(1, min(job.window_rows // len(jobs), most)))
+        return _in_windows(job, max(1, min(job.window_rows // len(jobs), most)), keep=job.keep)
     inputs, output = _together(jobs)
     room = memory - _beside_all(jobs)
     step = max(1, min(job.block_rows, job.rows))
@@ -133,8 +133,14 @@ def windowed(
         # Windows that leave room for all of the tensor to stay mapped, unless they were very small.
         beside = (room - job.input_bytes // job.matrices) // (inputs + 2 * output) // step * step
         if beside >= rows or beside * inputs >= LEAST_BESIDE:
-            return replace(job, window_rows=max(1, min(rows, beside)), keep=True)
-    return replace(job, window_rows=max(1, rows), keep=False)
+            return _in_windows(job, max(1, min(rows, beside)), keep=True)
+    return _in_windows(job, max(1, rows), keep=False)
+
+
+def _in_windows(job: TensorJob, rows: int, *, keep: bool) -> TensorJob:
+    """The same job where nothing changes: most tensors fit as they are."""
+    same = (rows, keep) == (job.window_rows, job.keep)
+    return job if same else replace(job, window_rows=rows, keep=keep)
 
 
 def together_bytes(held: int, run: Run) -> int:
@@ -151,9 +157,9 @@ def waiting_bytes(held: int, memory: int) -> int:
     return max(0, min(memory - held, MOST_WAITING))
 
 
-def result_bytes(job: TensorJob) -> int:
-    """Bytes of the output of one window."""
-    rows = min(job.window_rows, job.rows)
+def result_bytes(job: TensorJob, window_rows: int | None = None) -> int:
+    """Bytes of the output of one window, of its own or of so many rows."""
+    rows = min(window_rows or job.window_rows, job.rows)
     return rows * (ITEM_BYTES[job.dtype] if job.parameters is None else _row_bytes(job)[1])
 
 

@@ -9,8 +9,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,11 +20,11 @@ from mergecore.output.buffers import Buffer, new_buffer
 from mergecore.spec.fields import DEVICES
 
 
-@dataclass(frozen=True)
-class HostWindow:
-    """One input's window in host memory: its entries or their bytes, or None for zeros."""
+class HostWindow(NamedTuple):
+    """One window in host memory: its entries or their bytes, or None for zeros."""
 
     data: Tensor | memoryview | None
+    """Entries are (rows, columns), or flat."""
     dtype: torch.dtype
     rows: int
     columns: int
@@ -35,6 +34,8 @@ class HostWindow:
         if self.data is None:
             return torch.zeros(self.rows, self.columns, dtype=self.dtype)
         entries = self.data if isinstance(self.data, Tensor) else torch.frombuffer(self.data, dtype=self.dtype)
+        if entries.dim() == 2:
+            return entries
         return entries.view(self.rows, self.columns)
 
 
@@ -61,6 +62,10 @@ class CpuDevice:
     def new_buffer(self, nbytes: int) -> Buffer:
         """A page-aligned buffer for results, at least `nbytes` long."""
         return new_buffer(nbytes)
+
+    def numbers(self, rows: int, columns: int) -> HostWindow:
+        """Host memory for a few whole numbers."""
+        return HostWindow(torch.empty(rows, columns, dtype=torch.int64), torch.int64, rows, columns)
 
     def upload(self, windows: Sequence[HostWindow]) -> list[Tensor]:
         """The inputs of one window on this device; valid until the next upload, and as long as they are referred to
@@ -137,6 +142,10 @@ class CudaDevice:
 
     def new_buffer(self, nbytes: int) -> Buffer:
         return torch.empty(max(nbytes, 1), dtype=torch.uint8, pin_memory=True).numpy()
+
+    def numbers(self, rows: int, columns: int) -> HostWindow:
+        pinned = torch.empty(rows, columns, dtype=torch.int64, pin_memory=True)
+        return HostWindow(pinned, torch.int64, rows, columns)
 
     def upload(self, windows: Sequence[HostWindow]) -> list[Tensor]:
         slot = self._slots[self._uploads % len(self._slots)]

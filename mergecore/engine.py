@@ -104,9 +104,9 @@ class Merge:
 
         self._report, self._should_stop, self._failed = progress, should_stop, threading.Event()
         self._tensors = sum(map(len, jobs))
-        self._total = bytes_of(jobs, self.spec)
-        self._read_before = self._total - sum(each.bytes_to_read for each in self.surveys)
-        self._read_before -= sum(batch.bytes_to_read for batch in batches)
+        left = sum(each.bytes_to_read for each in self.surveys) + sum(batch.bytes_to_read for batch in batches)
+        self._total = bytes_of(jobs, self.spec) if any(finished) else left
+        self._read_before = self._total - left
         self._to_write = sum(nbytes for nbytes, _ in slots)
         self._started = time.monotonic()
 
@@ -246,7 +246,7 @@ class Merge:
         if not nonfinite and not overflow:
             return
         if nonfinite:
-            found = [f"{files_of(source)[0]} ({count_nonfinite(source)} entries)" for source in job.everything()]
+            found = [f"{files_of(source)[0]} ({count_nonfinite(source)} entries)" for source in job.everything]
             found = [text for text in found if "(0 entries)" not in text]
             message = f"{job.name} holds NaN or Inf in " + ", ".join(found or ["the coefficients"])
             advice = "mend the model, or set on_nonfinite: warn to let it through"

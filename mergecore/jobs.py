@@ -84,14 +84,15 @@ class TensorJob:
         """The tensors whose windows are read: the base first, if the method uses one."""
         return ((self.base,) if self.has_base else ()) + self.models + self.beside
 
-    def sources(self) -> Iterator[Source]:
+    @cached_property
+    def sources(self) -> tuple[Source, ...]:
         """The inputs that are read in windows."""
-        yield from (source for source in self.inputs if source is not None)
+        return tuple(source for source in self.inputs if source is not None)
 
-    def everything(self) -> Iterator[Source]:
+    @property
+    def everything(self) -> tuple[Source, ...]:
         """All that is read."""
-        yield from self.sources()
-        yield from self.input_grams
+        return self.sources + self.input_grams
 
     @property
     def merges(self) -> bool:
@@ -105,7 +106,7 @@ class TensorJob:
 
     @cached_property
     def input_bytes(self) -> int:
-        return sum(source.nbytes for source in self.sources())
+        return sum(source.nbytes for source in self.sources)
 
     @cached_property
     def choosing_reads(self) -> int:

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ALONE = 1 << 16
+"""Entries of a matrix that one thread computes sooner than several."""
+
 
 class Loop:
     """One of the loops of a merge, each with a device and a stream of windows of its own: it takes batches from the
@@ -136,11 +139,11 @@ class Loop:
             self.device = device
         if batch.form.parameters is None:
             self._copy(batch, windows)
-            self._finish(batch, stream)
+            stream.check()
+            self._finish(batch)
             return
         # What is not finite is counted beside the results and comes after them, so that the next tensor need not wait.
-        rows = len(batch.jobs)
-        found = HostWindow(memoryview(device.new_buffer(16 * rows))[: 16 * rows], torch.int64, rows, 2)
+        found = device.numbers(len(batch.jobs), 2)
         counts = device.output(found).zero_()
         self._merge(batch, counts, TensorReads(self, batch.form, windows))
         self.aside.check()
@@ -151,10 +154,9 @@ class Loop:
         stream.check()
         for (number, job), (nonfinite, overflow) in zip(batch.jobs, found.tensor().tolist(), strict=True):
             self.merge.check_finite(job, nonfinite, overflow, [number])
-        self._finish(batch, stream)
+        self._finish(batch)
 
-    def _finish(self, batch: Batch, stream: WindowStream) -> None:
-        stream.check()
+    def _finish(self, batch: Batch) -> None:
         for number, job in batch.jobs:
             self.outputs[number].writer.finish(job.name)
         self.merge.finished(len(batch.jobs))
@@ -273,12 +275,16 @@ class Loop:
                 written += nbytes
             self.count(self.nbytes(window), written)
 
-    def _use_free_threads(self) -> None:
-        if torch.get_num_threads() != self.merge.threads_each:
-            torch.set_num_threads(self.merge.threads_each)
+    def _use_threads(self, job: TensorJob) -> None:
+        """As many as are free, but one for a small matrix: waking others costs more than they save. What LAPACK makes
+        of a matrix may depend on its threads, whose number stays as it is."""
+        solves = job.statistics.is_whole or job.input_grams
+        threads = 1 if job.rows * job.columns <= ALONE and not solves else self.merge.threads_each
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
     def _upload(self, window: Window, views: list[memoryview]) -> Part:
-        self._use_free_threads()
+        self._use_threads(window.job)
         place = window.matrix, window.first_row
         if window.is_there:
             return self.resident[place]
@@ -288,14 +294,11 @@ class Loop:
         return part
 
     def _fresh(self, window: Window, views: list[memoryview]) -> Part:
-        job, rest = window.job, views
+        job, rest = window.job, iter(views)
         first, count = window.entries
         hosts = []
         for source in job.inputs:
-            data = None
-            if source is not None:
-                pieces = len(source.pieces(first, count))
-                data, rest = source.window(first, count, rest[:pieces]), rest[pieces:]
+            data = None if source is None else source.window(first, count, rest)
             dtype = torch.bfloat16 if source is None else DTYPES[source.dtype]
             hosts.append(HostWindow(data, dtype, window.rows, job.columns))
         tensors = self.placement.of(job).upload(hosts)
@@ -332,15 +335,18 @@ class Loop:
 
     def nbytes(self, window: Window) -> int:
         """Bytes of weights in a window, as they lie in the files."""
-        return sum(nbytes for _, _, nbytes in self.pieces(window))
+        first, count = window.entries
+        return sum(nbytes for source in window.job.sources for _, _, nbytes in source.pieces(first, count))
 
     def pieces(self, window: Window) -> list[tuple[int, int, int]]:
         """What is mapped for a window."""
-        return [piece for source in window.job.sources() for piece in self.mapped(source, *window.entries)]
+        first, count = window.entries
+        return [piece for source in window.job.sources for piece in self.mapped(source, first, count)]
 
     def mapped(self, source: Source, first: int, count: int) -> list[tuple[int, int, int]]:
         """What is mapped for these entries of a source, with the files' numbers."""
-        return [(self.merge.file_numbers[file], offset, nbytes) for file, offset, nbytes in source.pieces(first, count)]
+        numbers = self.merge.file_numbers
+        return [(numbers[file], offset, nbytes) for file, offset, nbytes in source.pieces(first, count)]
 
     def count(self, read: int, written: int, passed: int = 0) -> None:
         """Bytes of windows that were read, of results, and of windows that were planned to be read and need not be."""

@@ -72,6 +72,7 @@ class Matching:
             self.warnings.append(f"{self.head} is tied to the embedding; the output stores it once")
         self.slots = list(self._slots(names))
         self.names = [slot.name for slot in self.slots]
+        self._first = {slot.name: self._first_of(slot) for slot in self.slots}
         self.constants = {slot.name for slot in self.slots if is_buffer(slot.name, self.any_tensor(slot).shape)}
         self.merged = {slot.name for slot in self.slots if slot.name not in self.constants and self._has_floats(slot)}
         self._check()
@@ -97,6 +98,9 @@ class Matching:
 
     def any_tensor(self, slot: Slot) -> Source:
         """The first one that is there: of the section's pattern, of its members, of the reference."""
+        return self._first[slot.name]
+
+    def _first_of(self, slot: Slot) -> Source:
         section = slot.section
         for member in (Member(section.reference, None), *section.everyone(), Member(self.reference, None)):
             if slot.layer is not None and member.first_layer is None:
@@ -125,19 +129,15 @@ class Matching:
         return None if stored is None else model.tensors[stored]
 
     def _stored_name(self, model: Input, name: str) -> str | None:
-        for candidate in self._called(model, name):
-            if candidate in model.tensors:
-                return candidate
-        return embedding_of(model.tensors) if name == self.head else None
-
-    def _called(self, model: Input, name: str) -> Iterator[str]:
-        """What the model may call the tensor that the output calls `name`."""
-        yield name
+        if name in model.tensors:
+            return name
         found = self.renamings.get(model)
         if found is not None:
             theirs, ours = found
-            if name.startswith(ours):
-                yield theirs + name.removeprefix(ours)
+            renamed = theirs + name.removeprefix(ours)
+            if name.startswith(ours) and renamed in model.tensors:
+                return renamed
+        return embedding_of(model.tensors) if name == self.head else None
 
     def _our_name(self, model: Input, name: str) -> str:
         """What the output calls the tensor that the model calls `name`."""

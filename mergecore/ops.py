@@ -3,7 +3,8 @@
 Every op writes into tensors that the caller made. Windows are contiguous (rows, columns) views of
 float32, float16, bfloat16 or float64, mixed freely, results of the first three (of a blend, of any);
 statistics, scores and coefficients are float64. CPU and CUDA tensors give equal bits; docs/design.md, section 5,
-tells the arithmetic.
+tells the arithmetic. Ops are called by their one overload, `default`: to look for the one that fits costs as much as a
+small window.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def column_moments(
     windows come in order, cut anywhere. After the last one `sums + pending` are the moments.
     `first_row` is the window's place in its matrix, `first_entry` the matrix's place in the tensor.
     """
-    torch.ops.mergecore.column_moments(
+    torch.ops.mergecore.column_moments.default(
         base, list(models), sums, pending, first_row, first_entry, *_drop_arguments(drops)
     )
 
@@ -120,7 +121,7 @@ def row_moments(
 
     `sums` is float64 (1 + 2 * models, rows of the matrix); the window's rows are filled in.
     """
-    torch.ops.mergecore.row_moments(base, list(models), sums, first_row, first_entry, *_drop_arguments(drops))
+    torch.ops.mergecore.row_moments.default(base, list(models), sums, first_row, first_entry, *_drop_arguments(drops))
 
 
 def column_gradient(
@@ -138,7 +139,7 @@ def column_gradient(
     dL/dc_n is the sum over rows of dL/dW * (model_n - base). `gradient` is the window of dL/dW, of any dtype that
     windows have; `sums` and `pending` as in `column_moments`, float64 (models, columns).
     """
-    torch.ops.mergecore.column_gradient(gradient, base, list(models), sums, pending, first_row)
+    torch.ops.mergecore.column_gradient.default(gradient, base, list(models), sums, pending, first_row)
 
 
 def row_gradient(
@@ -146,7 +147,7 @@ def row_gradient(
 ) -> None:
     """Writes the same gradient by one coefficient per model and stored row: `sums` is float64 (models, rows of the
     matrix); the window's rows are filled in."""
-    torch.ops.mergecore.row_gradient(gradient, base, list(models), sums, first_row)
+    torch.ops.mergecore.row_gradient.default(gradient, base, list(models), sums, first_row)
 
 
 def gram_count(models: int) -> int:
@@ -168,7 +169,7 @@ def gram(
     `sums` is float64 (gram_count(models), 1), zero before a tensor's first window; windows come in order
     and start at multiples of GRAM_BLOCK entries.
     """
-    torch.ops.mergecore.gram(sums, base, list(models), first_row, first_entry, *_drop_arguments(drops))
+    torch.ops.mergecore.gram.default(sums, base, list(models), first_row, first_entry, *_drop_arguments(drops))
 
 
 def row_gram(
@@ -181,7 +182,7 @@ def row_gram(
     drops: Sequence[Drop] = (),
 ) -> None:
     """Writes the same products of each stored row: `sums` is float64 (gram_count(models), rows of the matrix)."""
-    torch.ops.mergecore.row_gram(sums, base, list(models), first_row, first_entry, *_drop_arguments(drops))
+    torch.ops.mergecore.row_gram.default(sums, base, list(models), first_row, first_entry, *_drop_arguments(drops))
 
 
 def column_gram(
@@ -196,7 +197,9 @@ def column_gram(
 ) -> None:
     """Adds a window to the same products of each stored column; `sums` and `pending` as in `column_moments`,
     float64 (gram_count(models), columns)."""
-    torch.ops.mergecore.column_gram(sums, pending, base, list(models), first_row, first_entry, *_drop_arguments(drops))
+    torch.ops.mergecore.column_gram.default(
+        sums, pending, base, list(models), first_row, first_entry, *_drop_arguments(drops)
+    )
 
 
 def blend(
@@ -218,7 +221,7 @@ def blend(
     columns) or (models, rows of the matrix) as `axis` says. A float64 `out` is not rounded. Adds to `counts`
     (int64, 2): results that are NaN or Inf, and finite results that overflow out's dtype.
     """
-    torch.ops.mergecore.blend(
+    torch.ops.mergecore.blend.default(
         out,
         base,
         list(models),
@@ -238,7 +241,7 @@ def rank(values: Tensor, *, average: bool = False) -> Tensor:
     Equal values rank in index order, or all get their mean rank with `average`.
     """
     ranks = torch.empty_like(values)
-    torch.ops.mergecore.rank(values, ranks, average)
+    torch.ops.mergecore.rank.default(values, ranks, average)
     return ranks
 
 
@@ -246,7 +249,7 @@ def calibrated_softmax(scores: Tensor, thresholds: Tensor, *, divisor: float, s:
     """WIDEN eq. 4-6 on float64 (models, n): `s` where a score exceeds its model's threshold, elsewhere
     the softmax over models of scores / divisor. A threshold of +inf calibrates nothing."""
     out = torch.empty_like(scores)
-    torch.ops.mergecore.calibrated_softmax(scores, thresholds, divisor, s, out)
+    torch.ops.mergecore.calibrated_softmax.default(scores, thresholds, divisor, s, out)
     return out
 
 
@@ -321,7 +324,9 @@ def count_magnitudes(
     Keys beyond the bins count in the outer ones with `clamp`, where zeros and what is not finite have the
     first and the last bin for themselves; else nowhere.
     """
-    torch.ops.mergecore.count_magnitudes(base, list(models), histogram, shift, list(offsets), clamp, *place.arguments)
+    torch.ops.mergecore.count_magnitudes.default(
+        base, list(models), histogram, shift, list(offsets), clamp, *place.arguments
+    )
 
 
 def count_bracketed(
@@ -340,7 +345,9 @@ def count_bracketed(
     `ends`, int32 (models, parts of the window, bins), is added how many keys of each part of `part` entries are the
     lower end of their bin, zeros among them; of the outer bins, where keys beyond are counted, nothing.
     """
-    torch.ops.mergecore.count_bracketed(base, list(models), histogram, ends, shift, list(offsets), part, *place.where)
+    torch.ops.mergecore.count_bracketed.default(
+        base, list(models), histogram, ends, shift, list(offsets), part, *place.where
+    )
 
 
 def collect_magnitudes(
@@ -362,7 +369,7 @@ def collect_magnitudes(
     the window), is added the number of keys equal to `low` in each block of `block` entries.
     """
     which, lows, highs = (list(numbers) for numbers in zip(*ranges, strict=True))
-    torch.ops.mergecore.collect_magnitudes(
+    torch.ops.mergecore.collect_magnitudes.default(
         base, list(models), which, lows, highs, keys, indices, found, equal, block, *place.arguments
     )
 
@@ -382,7 +389,9 @@ def kept_sums(
     """
     blocks = -(-models[0].numel() // block)
     sums = torch.zeros(len(models), 3, blocks, dtype=torch.float64, device=models[0].device)
-    torch.ops.mergecore.kept_sums(base, list(models), sums, block, *place.arguments, *_drop_arguments(keeps), odds)
+    torch.ops.mergecore.kept_sums.default(
+        base, list(models), sums, block, *place.arguments, *_drop_arguments(keeps), odds
+    )
     return sums
 
 
@@ -395,14 +404,14 @@ def row_odds(
     (DELLA, Deep et al. 2024).
     """
     odds = torch.empty(len(models), *models[0].shape, dtype=torch.float64, device=models[0].device)
-    torch.ops.mergecore.row_odds(base, list(models), list(lowest), list(steps), odds, *place.where)
+    torch.ops.mergecore.row_odds.default(base, list(models), list(lowest), list(steps), odds, *place.where)
     return odds
 
 
 def magnitudes(base: Tensor | None, models: Sequence[Tensor], place: Place) -> Tensor:
     """|d| of every entry of a window, float64 (models, rows, columns)."""
     out = torch.empty(len(models), *models[0].shape, dtype=torch.float64, device=models[0].device)
-    torch.ops.mergecore.magnitudes(base, list(models), out, *place.where)
+    torch.ops.mergecore.magnitudes.default(base, list(models), out, *place.where)
     return out
 
 
@@ -421,7 +430,7 @@ def keep_deltas(
     exactly.
     """
     out = torch.empty(len(models), *models[0].shape, dtype=torch.float64, device=models[0].device)
-    torch.ops.mergecore.keep_deltas(
+    torch.ops.mergecore.keep_deltas.default(
         base, list(models), out, *place.arguments, *_drop_arguments(keeps), odds, divide_by_odds
     )
     return out
@@ -430,7 +439,7 @@ def keep_deltas(
 def count_shared(base: Tensor, models: Sequence[Tensor], limits: Sequence[float], counts: Tensor, place: Place) -> None:
     """Adds to `counts`, int64 (models, 2), how many deltas beyond their limit are beyond it in other models
     too, and how many in none."""
-    torch.ops.mergecore.count_shared(base, list(models), list(limits), counts, *place.where)
+    torch.ops.mergecore.count_shared.default(base, list(models), list(limits), counts, *place.where)
 
 
 def row_divergences(base: Tensor, models: Sequence[Tensor], out: Tensor, place: Place) -> None:
@@ -439,7 +448,7 @@ def row_divergences(base: Tensor, models: Sequence[Tensor], out: Tensor, place: 
     `out` is float64 (models, rows of the tensor); windows are whole rows. No difference of large numbers is
     taken: rows that are nearly equal keep their divergence.
     """
-    torch.ops.mergecore.row_divergences(base, list(models), out, *place.where)
+    torch.ops.mergecore.row_divergences.default(base, list(models), out, *place.where)
 
 
 def elect(
@@ -470,7 +479,7 @@ def elect(
     whole rows then.
     Adds to `counts` (int64, 2): results that are NaN or Inf, and finite results that overflow.
     """
-    torch.ops.mergecore.elect(
+    torch.ops.mergecore.elect.default(
         out, base, list(models), list(weights), list(limits), scale, int(elect), consensus, normalize,
         *place.arguments, *_drop_arguments(keeps), list(lowest), list(steps), divide_by_odds, counts,
     )  # fmt: skip

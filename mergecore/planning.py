@@ -92,9 +92,7 @@ class MergePlan:
     @property
     def files(self) -> list[Path]:
         """The files that are read."""
-        return list(
-            dict.fromkeys(file for job in self.jobs for source in job.everything() for file in files_of(source))
-        )
+        return list(dict.fromkeys(file for job in self.jobs for source in job.everything for file in files_of(source)))
 
     @property
     def inputs(self) -> list[Input]:

@@ -9,9 +9,8 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +32,7 @@ WHOLE_ENTRIES = 1 << 22  # read at once of what is held whole
 SPOTS, SPOT = 16, 1024  # of a sample, and entries of each
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """One step of the loop: rows of one matrix of a tensor."""
 
     job: TensorJob
@@ -109,6 +107,8 @@ class Windows:
         return window
 
     def _submit(self) -> None:
+        if self._to_read > READ_AHEAD + 1 and len(self._ahead) > MOST_AHEAD // 2:
+            return  # of small windows many are submitted at once: each time wakes a thread
         while self._to_read <= READ_AHEAD + 1 or (self._asked < ASKED_AHEAD and len(self._ahead) < MOST_AHEAD):
             window = next(self._order, None)
             if window is None:
@@ -212,7 +212,7 @@ class TensorReads:
             count = min(WHOLE_ENTRIES, size - first)
             stream.submit(self.loop.mapped(source, first, count), keep=False)
             views = stream.next()
-            whole[first : first + count] = source.window(first, count, views).to(self.device)
+            whole[first : first + count] = source.window(first, count, iter(views)).to(self.device)
             stream.check()
             self.loop.count(sum(map(len, views)), 0)
         return whole.view(source.shape)
@@ -232,5 +232,5 @@ def count_nonfinite(source: Source) -> int:
             with os.fdopen(open_input(file), "rb") as opened:
                 opened.seek(offset)
                 views.append(memoryview(bytearray(opened.read(nbytes))))
-        count += int((~torch.isfinite(source.window(first, min(step, entries - first), views))).sum())
+        count += int((~torch.isfinite(source.window(first, min(step, entries - first), iter(views)))).sum())
     return count

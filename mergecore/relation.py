@@ -118,7 +118,7 @@ class _Samples:
             views = [memoryview(bytearray(os.pread(self._fd(path), nbytes, at))) for path, at, nbytes in pieces]
             if [len(view) for view in views] != [nbytes for _, _, nbytes in pieces]:
                 return None
-            parts.append(source.window(first, size, views).to(torch.float64))
+            parts.append(source.window(first, size, iter(views)).to(torch.float64))
         vector = torch.cat(parts)
         length = float(vector.norm())
         return vector / length if 0 < length < torch.inf else None

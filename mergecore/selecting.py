@@ -28,12 +28,16 @@ READS = {Measure.OWN: 0, Measure.SPREAD: 0, Measure.ROWS: 1, Measure.COMPETITION
 
 def planned_reads(keeps: Sequence[Keep]) -> int:
     """How often `compared` and `choose` read a tensor at most."""
-    before = READS[keeps[0].measure] if keeps else 0
+    if not keeps:
+        return 0
+    before = READS[keeps[0].measure]
     return before + 2 * any(keep.by_magnitude for keep in keeps) + any(keep.rescale_by_sums for keep in keeps)
 
 
 def held_bytes(keeps: Sequence[Keep], entries: int, columns: int) -> int:
     """What `choose` holds at most, with what a tensor of `columns` entries per row needs for its ranks."""
+    if not keeps:
+        return 0
     sets, queries = _sets(keeps), _query_count(keeps)
     blocks = -(-entries // BLOCK)
     held = 0
@@ -44,7 +48,7 @@ def held_bytes(keeps: Sequence[Keep], entries: int, columns: int) -> int:
         held = max(held, 48 * len(keeps) * blocks)
     if any(keep.by_row for keep in keeps):
         held += RANK_BYTES + 48 * len(keeps) * columns
-    if keeps and keeps[0].measure is Measure.ROWS:
+    if keeps[0].measure is Measure.ROWS:
         held += 8 * len(keeps) * (entries // max(1, columns))
     return held
 
@@ -60,6 +64,8 @@ def _query_count(keeps: Sequence[Keep]) -> int:
 
 def share(fraction: float, count: int) -> int:
     """round-half-up(fraction * count), of the fraction as it is written."""
+    if fraction == 0:  # as most outliers are
+        return 0
     return math.floor(Fraction(repr(float(fraction))) * count + Fraction(1, 2))
 
 
@@ -70,7 +76,7 @@ def compared(keeps: Sequence[Keep], reads: Reads, place: Place) -> Place:
         return replace(place, measure=measure, scales=_divergences(len(keeps), reads, place))
     if measure is Measure.COMPETITION:
         return replace(place, measure=measure, scales=_extremes(len(keeps), reads, place))
-    return replace(place, measure=measure)
+    return place if place.measure is measure else replace(place, measure=measure)
 
 
 def _divergences(models: int, reads: Reads, place: Place) -> Tensor:

@@ -7,7 +7,7 @@ cut into windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, product
 from math import prod
 from pathlib import Path
@@ -50,8 +50,8 @@ class Source(Protocol):
     def pieces(self, first: int, count: int) -> list[Piece]:
         """What to map for entries [first, first + count) of the flattened tensor; no piece is empty."""
 
-    def window(self, first: int, count: int, views: Sequence[memoryview]) -> Tensor:
-        """Those entries as a flat tensor of `dtype`, from the bytes of `pieces(first, count)`.
+    def window(self, first: int, count: int, views: Iterator[memoryview]) -> Tensor:
+        """Those entries as a flat tensor of `dtype`, from the bytes of `pieces(first, count)`, the next of `views`.
 
         It may lie in the memory of the views: valid, and read-only, as long as they are.
         """
@@ -90,9 +90,9 @@ class Stored:
         size = DTYPES[self.dtype].itemsize
         return [(self.info.file, self.info.offset + first * size, count * size)] if count else []
 
-    def window(self, first: int, count: int, views: Sequence[memoryview]) -> Tensor:
+    def window(self, first: int, count: int, views: Iterator[memoryview]) -> Tensor:
         dtype = DTYPES[self.dtype]
-        return torch.frombuffer(views[0], dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+        return torch.frombuffer(next(views), dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
 
 
 Read = tuple[Source, int, int]
@@ -117,12 +117,8 @@ class _Derived:
         reads = self._reads(first, count)
         return [piece for source, start, size in reads for piece in source.pieces(start, size)]
 
-    def window(self, first: int, count: int, views: Sequence[memoryview]) -> Tensor:
-        rest = iter(views)
-        parts = [
-            source.window(start, size, list(islice(rest, len(source.pieces(start, size)))))
-            for source, start, size in self._reads(first, count)
-        ]
+    def window(self, first: int, count: int, views: Iterator[memoryview]) -> Tensor:
+        parts = [source.window(start, size, views) for source, start, size in self._reads(first, count)]
         return self._make(first, count, parts)
 
 

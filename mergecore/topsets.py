@@ -8,6 +8,7 @@ of that bin with their indices, except those at its lower end, which are counted
 Deltas of bfloat16 and mostly those of float16 lie on grids so coarse that nearly all of a bin is at
 its lower end; of float32, a bin holds less than a thousandth of the entries. Where a bin still has
 more entries than there is room for, further reads narrow it by 14 bits each.
+Of a tensor that is no larger than a sample all magnitudes are held, and tell the thresholds at once.
 On a CPU the first read counts few of these bins, about where a sample has the threshold (brackets.py), and
 in parts of the tensor what is at their lower ends. Where that tells the threshold, there is no second read.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import bisect
 import struct
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
@@ -194,14 +196,31 @@ def _located(
     read, or two where a sample misled."""
     parts = reads.planned()
     head = next(parts, None)
+    few = None
+    if head is not None and reads.device.type == "cpu":
+        if head.models[0].numel() == reads.entries <= PIECES * PIECE:
+            sizes = _sizes(head.base, head.models, place, head.first_entry).reshape(len(head.models), -1)
+            if np.isfinite(sizes).all():
+                deque(parts, 0)  # there are no more
+                return {}, {query: _selected(sizes[query.which], query.count) for query in queries}
+        else:
+            few = _few_bins(queries, head, reads, place)
     parts = chain([head] if head is not None else [], parts)
-    few = _few_bins(queries, head, reads, place) if head is not None and reads.device.type == "cpu" else None
     if few is not None:
         told = _bracketed(few, parts, reads, place)
         if told is not None:
             return told
         parts = reads.further()
     return _binned(queries, _counted(sets, parts, reads, place)), {}
+
+
+def _selected(sizes: NDArray[np.float64], count: int) -> Selected:
+    """A top set of magnitudes that are all there."""
+    place = sizes.size - count
+    least = np.partition(sizes, place)[place]
+    ties = np.flatnonzero(sizes == least)
+    kept = count - np.count_nonzero(sizes > least)
+    return Selected(float(least), int(ties[kept - 1]) + 1)
 
 
 def _few_bins(queries: Sequence[Query], head: Part, reads: Reads, place: Place) -> _FewBins | None:
@@ -229,8 +248,6 @@ def _sampled(head: Part, reads: Reads, place: Place) -> Iterator[Sample]:
         return
 
     def pieces_of(whole: Tensor) -> Tensor:
-        if entries <= PIECES * PIECE:
-            return whole.view(1, -1)
         step = (entries - PIECE) // (PIECES - 1)
         return whole.view(-1).as_strided((PIECES, PIECE), (step, 1)).contiguous()
 

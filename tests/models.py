@@ -121,5 +121,5 @@ def streamed(source: Source, entries: int) -> Tensor:
         for first, count in windows:
             pieces = [(files.index(path), offset, nbytes) for path, offset, nbytes in source.pieces(first, count)]
             stream.submit(pieces)
-            parts.append(source.window(first, count, stream.next()).clone())
+            parts.append(source.window(first, count, iter(stream.next())).clone())
     return torch.cat(parts).view(source.shape)

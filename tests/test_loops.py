@@ -218,6 +218,7 @@ def test_loops_share_the_threads_and_the_last_one_has_all_of_them(
                     thread.join()
         run(loop)
 
+    monkeypatch.setattr("mergecore.loop.ALONE", 0)
     monkeypatch.setattr(Loop, "_upload", noted)
     monkeypatch.setattr(Loop, "run", late)
     merge(load_spec(spec_dict("widen", *trio)), tmp_path / "out")

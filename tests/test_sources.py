@@ -43,7 +43,7 @@ class Memory:
         pieces = source.pieces(first, count)
         assert all(nbytes > 0 for _, _, nbytes in pieces)
         view = memoryview(self.content)
-        window = source.window(first, count, [view[offset : offset + nbytes] for _, offset, nbytes in pieces])
+        window = source.window(first, count, (view[offset : offset + nbytes] for _, offset, nbytes in pieces))
         assert (window.shape, NAMES[window.dtype]) == ((count,), source.dtype)
         return window.clone()
 
@@ -81,7 +81,7 @@ def test_a_stored_window_lies_in_the_memory_it_was_given() -> None:
     memory = Memory()
     source = memory.store(tensor((4, 4)))
     ((_, offset, nbytes),) = source.pieces(4, 8)
-    window = source.window(4, 8, [memoryview(memory.content)[offset : offset + nbytes]])
+    window = source.window(4, 8, iter([memoryview(memory.content)[offset : offset + nbytes]]))
     memory.content[offset : offset + 4] = np.float32(7).tobytes()
     assert window[0] == 7
 

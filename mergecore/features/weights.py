@@ -75,7 +75,7 @@ class Reader:
         try:
             self._stream.submit(pieces)
             views = self._stream.next()
-            window = source.window(first, count, views).to(device=device, dtype=dtype, copy=True)
+            window = source.window(first, count, iter(views)).to(device=device, dtype=dtype, copy=True)
             self._stream.check()
         except (ReadFault, OSError, ValueError) as error:
             raise InputFault(f"a tensor cannot be read: {error}") from error
@@ -154,4 +154,4 @@ def members(
 
 def sources_of(plan: MergePlan) -> list[Source]:
     """Everything that `members` may read."""
-    return [source for job in plan.jobs for source in job.sources()]
+    return [source for job in plan.jobs for source in job.sources]

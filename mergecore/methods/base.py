@@ -344,7 +344,7 @@ class Rowwise:
 
 def per_model(values: Sequence[float]) -> Tensor:
     """Scalars per model as a (models, 1) tensor of coefficients."""
-    return torch.tensor(values, dtype=torch.float64).unsqueeze(1)
+    return torch.tensor([[value] for value in values], dtype=torch.float64)
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,9 @@ class Span:
 
     def dot(self, v: Tensor, w: Tensor) -> Tensor:
         """v . w, (n,)."""
-        total = torch.zeros(self.products.shape[2], dtype=torch.float64)
-        for i, row in enumerate(self.products):
-            for j, product in enumerate(row):
-                total = total + v[i] * w[j] * product
-        return total
+        terms = v.unsqueeze(1) * w * self.products
+        # One after the other: the order of torch's own sum depends on the shape.
+        return sum(terms.flatten(0, 1), torch.zeros(terms.shape[2], dtype=torch.float64))
 
     def norm(self, v: Tensor) -> Tensor:
         return self.dot(v, v).clamp(min=0.0).sqrt()

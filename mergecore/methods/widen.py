@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -13,27 +14,29 @@ from mergecore.methods.base import Coefficients, Method, Parameter, Statistics, 
 from mergecore.methods.linear import WEIGHT
 
 
-def _importance(divergence: Tensor, view: TensorView, ranked: bool) -> Tensor:
-    """Steps 3 and 4 on one kind of divergence, (models, columns): scores, softmax, calibration (eq. 3-6)."""
-    parameters = view.parameters
-    models, columns = divergence.shape
-    t = parameters["t"]
+def _importances(kinds: Sequence[Tensor], view: TensorView, ranked: bool) -> list[Tensor]:
+    """Steps 3 and 4 on each kind of divergence, (models, columns): scores, softmax, calibration (eq. 3-6)."""
+    parameters, t = view.parameters, view.parameters["t"]
+    models, columns = kinds[0].shape
     if ranked:
         # Whole ranks instead of rank / columns keep the comparison with t times the mean exact; and t is
         # taken as it is written: 1.15 * 100 is 115, where float64 has 114.99999999999999. No rank
         # exceeds 2 means, every rank a negative number.
-        scores = ops.rank(divergence, average=parameters["tie"] == "average")
+        scores = [ops.rank(kind, average=parameters["tie"] == "average") for kind in kinds]
         divisor = float(columns)
         multiple = Fraction(repr(max(-1.0, min(t, 2.0))))
-        limits = [float(multiple * (columns + 1) / 2)] * models
+        limits = [[float(multiple * (columns + 1) / 2)] * models] * len(kinds)
     else:
-        scores, divisor = divergence, 1.0
+        scores, divisor = list(kinds), 1.0
         # fsum is exact: the same mean whatever the order.
-        limits = [t * (math.fsum(row) / columns) for row in scores.tolist()]
+        limits = [[t * (math.fsum(row) / columns) for row in kind.tolist()] for kind in kinds]
     if not parameters["calibrate"]:
-        limits = [math.inf] * models
-    thresholds = torch.tensor(limits, dtype=torch.float64, device=divergence.device)
-    return ops.calibrated_softmax(scores, thresholds, divisor=divisor, s=parameters["s"])
+        limits = [[math.inf] * models] * len(kinds)
+    thresholds = torch.tensor(limits, dtype=torch.float64, device=kinds[0].device)
+    return [
+        ops.calibrated_softmax(each, threshold, divisor=divisor, s=parameters["s"])
+        for each, threshold in zip(scores, thresholds, strict=True)
+    ]
 
 
 def _min_max(divergence: Tensor) -> Tensor:
@@ -48,13 +51,13 @@ def _widen(view: TensorView) -> Coefficients:
     assert moments is not None
     if view.is_vector:
         # Remark 1: a vector is magnitudes only; |d| per element, sqrt(d * d) is exactly |d|.
-        importance = _importance(moments.dd.sqrt(), view, ranked=parameters["vector_scoring"] == "rank")
+        (importance,) = _importances([moments.dd.sqrt()], view, ranked=parameters["vector_scoring"] == "rank")
     else:
         kinds = [moments.direction_divergence()]
         if parameters["disentangle"]:
             kinds.append(moments.magnitude_divergence())
         ranked = parameters["rank"]
-        scored = [_importance(kind if ranked else _min_max(kind), view, ranked) for kind in kinds]
+        scored = _importances(kinds if ranked else [_min_max(kind) for kind in kinds], view, ranked)
         importance = sum(scored[1:], scored[0]) / len(scored)
     weights = per_model(parameters["weight"]).to(importance.device)
     return Coefficients(weights * importance)

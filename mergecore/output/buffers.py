@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 Buffer = Any
 """What `len` and `memoryview` know, writable: an mmap, a NumPy array of bytes."""
@@ -29,8 +28,8 @@ def new_buffer(nbytes: int) -> Buffer:
 
 
 def address_of(data: memoryview) -> int:
-    """Where the bytes lie in memory; there must be some."""
-    return int(np.frombuffer(data, np.uint8).ctypes.data)
+    """Where the bytes, writable ones, lie in memory; there must be some."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(data))
 
 
 @dataclass

@@ -21,14 +21,18 @@ from mergecore.output.shards import ShardFiles
 CHECKPOINT_BYTES = 256 << 20  # a crash costs the tensors at work and at most about this much of a lane's finished ones,
 CHECKPOINT_SECONDS = 5.0  # or this much time
 SUMMED_LATER = 1  # buffers that may be written and not yet summed: a writer that waits lets the disk wait
+SUMMED_AT_ONCE = 1 << 20  # bytes that are summed sooner than another thread has begun with them
+WAKING_BYTES = 1 << 20  # queued: less waits for more to come, as switching threads costs more than writing it,
+WAKING_SECONDS = 1.0  # but not longer
 
 
 class Lane:
     """The thread of the shards whose number, divided by the number of lanes, leaves `number`.
 
-    Tasks are queued and `done` is read with `changed` held, which is notified of every task that is done. The callbacks
-    are of this thread: `stored` of data that is on its way to the disk, `record` of checksums whose tensors are on
-    disk, `failed` of its end by an exception.
+    Tasks are queued and `done` is read with `changed` held, which is notified of every task that is done. Who waits for
+    one notifies it first, once: while little is queued the thread sleeps. The callbacks are of this thread: `stored` of
+    data that is on its way to the disk, `record` of checksums whose tensors are on disk, `failed` of its end by an
+    exception.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Lane:
         # Guarded by _changed.
         self._tasks: deque[Callable[[], object]] = deque()  # bounded, since every write in it holds a buffer
         self._submitted = 0
+        self._quiet_bytes = 0  # queued since the thread was notified of anything
         self.done = 0
         self._stopping = False
 
@@ -55,7 +60,7 @@ class Lane:
         self._summing = ThreadPoolExecutor(1, f"checksums of {name}")  # in the order given
         self._hashes: dict[str, xxhash.xxh3_128] = {}
         self._written: deque[tuple[memoryview, Future[None]]] = deque()  # perhaps not yet summed
-        self._complete: dict[str, Future[str]] = {}  # written, not yet synced and recorded
+        self._complete: dict[str, xxhash.xxh3_128] = {}  # written, not yet synced and recorded
         self._complete_since = 0.0
         self._since_checkpoint = 0  # bytes
 
@@ -64,7 +69,7 @@ class Lane:
 
     def store(self, slot: TensorSlot, begin: int, data: memoryview) -> None:
         """Queues bytes of a tensor; those of each tensor come in order."""
-        self._submit(partial(self._store, slot, begin, data))
+        self._submit(partial(self._store, slot, begin, data), data.nbytes)
 
     def end(self, name: str) -> None:
         """Queues the end of a tensor: it is recorded as soon as it is on disk."""
@@ -92,10 +97,13 @@ class Lane:
         self._thread.join()
         self._summing.shutdown()
 
-    def _submit(self, task: Callable[[], object]) -> int:
+    def _submit(self, task: Callable[[], object], nbytes: int = 0) -> int:
         self._tasks.append(task)
         self._submitted += 1
-        self._changed.notify_all()
+        self._quiet_bytes += nbytes
+        if self._quiet_bytes >= WAKING_BYTES:
+            self._quiet_bytes = 0
+            self._changed.notify_all()
         return self._submitted
 
     # The thread.
@@ -125,15 +133,22 @@ class Lane:
                     if wait == 0:
                         self.checkpoint()
                     else:
-                        self._changed.wait(wait)
+                        self._changed.wait(WAKING_SECONDS if wait is None else min(wait, WAKING_SECONDS))
                     continue
             self._give_back()  # while there is nothing to write
 
     def _store(self, slot: TensorSlot, begin: int, data: memoryview) -> None:
-        state = self._hashes.setdefault(slot.name, xxhash.xxh3_128())
+        state = self._hashes.get(slot.name)
+        if state is None:
+            state = self._hashes[slot.name] = xxhash.xxh3_128()
+        self._since_checkpoint += data.nbytes
+        if data.nbytes <= SUMMED_AT_ONCE and not self._written:
+            state.update(data)
+            self._shards.write(slot.shard, slot.offset + begin, data)
+            self._stored(data)
+            return
         summed = self._summing.submit(state.update, data)  # as long as writing takes, and beside it
         self._shards.write(slot.shard, slot.offset + begin, data)
-        self._since_checkpoint += data.nbytes
         self._written.append((data, summed))
         while self._written and (len(self._written) > SUMMED_LATER or self._written[0][1].done()):
             self._give_back()
@@ -146,8 +161,8 @@ class Lane:
     def _end(self, name: str) -> None:
         if not self._complete:
             self._complete_since = time.monotonic()
-        state = self._hashes.pop(name, None) or xxhash.xxh3_128()
-        self._complete[name] = self._summing.submit(state.hexdigest)
+        state = self._hashes.pop(name, None)
+        self._complete[name] = state or xxhash.xxh3_128()
 
     def _checkpoint_wait(self) -> float | None:
         """Seconds until the next checkpoint is due; None while there is nothing to record."""
@@ -162,6 +177,6 @@ class Lane:
         while self._written:
             self._give_back()
         self._shards.sync(self._number)
-        self._record({name: summed.result() for name, summed in self._complete.items()})
+        self._record({name: state.hexdigest() for name, state in self._complete.items()})
         self._complete.clear()
         self._since_checkpoint = 0

@@ -64,7 +64,7 @@ class ShardFiles:
                 reason = failure.strerror
                 raise OutputError(f"cannot preallocate {shard.size:,} bytes for {path}: {reason}") from failure
         for number, shard in enumerate(self._shards):
-            self.write(number, 0, memoryview(shard.header))
+            self.write(number, 0, memoryview(bytearray(shard.header)))
 
     def _open_direct(self, number: int) -> int | None:
         from mergecore import _stream  # not above: importing this file needs no compiled code
@@ -77,7 +77,8 @@ class ShardFiles:
         return None
 
     def write(self, number: int, offset: int, data: memoryview) -> None:
-        """Writes bytes of a shard, past the page cache where they are whole pages in memory as in the file."""
+        """Writes bytes of a shard, past the page cache where they are whole pages in memory as in the file. The memory
+        is writable."""
         self._unsynced[number] = True
         in_step = len(data) > 0 and address_of(data) % PAGE == offset % PAGE
         while data:

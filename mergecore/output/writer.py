@@ -121,12 +121,16 @@ class OutputWriter:
             self._check_usable()
             if nbytes == 0:
                 return memoryview(bytearray())
-            own = self._rings[ring]
-            while (buffer := own.lend(nbytes, slot.offset + offset_in_tensor)) is None:
+            own, place = self._rings[ring], slot.offset + offset_in_tensor
+            buffer = own.lend(nbytes, place)
+            if buffer is None:
+                self._changed.notify_all()  # lanes that sleep on what is queued
+            while buffer is None:
                 if own not in self._queued.values():
                     raise ValueError(f"the caller holds all {own.nbytes:,} bytes of output buffers; write them")
                 self._changed.wait()
                 self._check_usable()
+                buffer = own.lend(nbytes, place)
             self._lent[address_of(buffer)] = buffer, own
             return buffer
 
@@ -207,6 +211,7 @@ class OutputWriter:
         with self._changed:
             self._check_usable()
             tickets = [lane.checkpoint() for lane in self._lanes]
+            self._changed.notify_all()
             while any(lane.done < ticket for lane, ticket in zip(self._lanes, tickets, strict=True)):
                 self._changed.wait()
                 self._check_usable()
