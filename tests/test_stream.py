@@ -343,6 +343,33 @@ def test_of_a_few_bytes_here_and_there_nothing_around_them_stays_resident(large:
     assert int(result.stdout) < 4 * MIB
 
 
+LARGE_PAGES = """
+    def resident():
+        status = open("/proc/self/status").read()
+        return int(status.split("RssFile:")[1].split()[0]) << 10
+    end, MIB = 64 << 20, 1 << 20
+    with WindowStream([sys.argv[1]], "map", 0) as windows:
+        before = resident()
+        for at in range(0, end, 65536):  # as if faults had mapped large pages
+            windows.submit([(0, at, 1)], True)
+            windows.next()
+        mapped = resident() - before
+        for at in range(MIB // 2, end, MIB):
+            windows.submit([(0, at, 1000)])
+            windows.next()
+        print(mapped, resident() - before)
+"""
+
+
+def test_a_large_page_around_a_few_bytes_does_not_stay_resident(large: Path) -> None:
+    large.read_bytes()
+    result = run_alone(LARGE_PAGES, large)
+    assert result.returncode == 0, result.stderr
+    mapped, left = map(int, result.stdout.split())
+    assert mapped > 32 * MIB
+    assert left < 4 * MIB
+
+
 def test_kept_windows_stay_resident(large: Path) -> None:
     result = run_alone(RESIDENT, large, "map", "RssFile", "keep")
     assert result.returncode == 0, result.stderr

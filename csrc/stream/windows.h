@@ -476,19 +476,21 @@ class WindowStream {
 
   // Drops the pages of the front window, outwards to what a fault at its ends maps, but for those
   // that a window filled after it shows as well: consecutive windows share their edge pages, and
-  // faulting one in again would bring its neighbours with it.
+  // faulting one in again would bring its neighbours with it. Without reading ahead windows lie
+  // here and there, and a fault may have mapped a large page for each.
   void drop_front(std::unique_lock<std::mutex>& lock, Crew& crew) {
     struct Range {
       uint64_t begin, end;
     };
+    const uint64_t around = depth_ == 0 ? kHugePage : kFaultAround;
     std::vector<std::pair<Mapping*, Range>> dropped;
     for (const Piece& piece : windows_.front().pieces) {
       kept_.erase(piece);
       if (piece.nbytes == 0) continue;
       const auto& mapping = files_[piece.file].mapping;
       const auto data = reinterpret_cast<uintptr_t>(mapping->data());
-      const uintptr_t begin = (data + piece.offset) / kFaultAround * kFaultAround;
-      const uintptr_t end = ((data + piece.end() - 1) / kFaultAround + 1) * kFaultAround;
+      const uintptr_t begin = (data + piece.offset) / around * around;
+      const uintptr_t end = ((data + piece.end() - 1) / around + 1) * around;
       std::vector<Range> ranges{
           {std::max(data, begin) - data, std::min<uint64_t>(end - data, mapping->length())}};
       for (uint64_t i = 1; i < filled_ - dropped_; ++i) {
