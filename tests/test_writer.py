@@ -135,6 +135,19 @@ def test_no_buffer_is_lent_again_before_it_is_summed(
     assert files_in(tmp_path / "out") == expected_files(layout)
 
 
+def test_a_small_result_goes_to_the_disk_though_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes_module, "CHECKPOINT_SECONDS", 0.1)
+    with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
+        time.sleep(0.5)  # the thread sleeps, too
+        put(writer, "embed", window=1 << 20)
+        until = time.monotonic() + 20
+        while "embed" not in writer.checksums and time.monotonic() < until:
+            time.sleep(0.05)
+        assert "embed" in writer.checksums
+
+
 def test_other_files_are_published_beside_the_shards(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("words")
     with OutputWriter(tmp_path / "out", layout_of(), "a merge") as writer:
