@@ -247,3 +247,94 @@ def test_what_is_dropped(seed: int, rates: tuple[float, float], rescale: bool, b
     coefficients = torch.full((2, length), 0.25, dtype=torch.float64)
     coefficients[1] *= 1 + 2.0**-bits
     blended(base, models, coefficients, axis, 1.0, drops)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    models=st.sampled_from([1, 2, 3, 4, 5, 9]),
+    based=st.booleans(),
+    scale=st.sampled_from([1.0, -1.0, 0.0, -0.0, 0.75]),
+    whole=st.booleans(),
+    sparse=st.sampled_from([0.02, 0.5, 1.0]),
+    drops=st.booleans(),
+    axis=st.sampled_from(ops.Axis),
+)
+def test_zeros_of_either_sign(
+    seed: int, models: int, based: bool, scale: float, whole: bool, sparse: float, drops: bool, axis: ops.Axis
+) -> None:
+    """Where all numbers of an entry are zeros, where some are, and where what they add up to is."""
+    random = torch.Generator().manual_seed(seed)
+
+    def chosen(share: float) -> Tensor:
+        return torch.rand(ROWS, COLUMNS, generator=random) < share
+
+    def numbers() -> Tensor:
+        one = torch.full((ROWS, COLUMNS), 0.5, dtype=BF16)
+        return torch.where(chosen(0.5), one, -one)
+
+    base, tensors = numbers(), [numbers() for _ in range(models)]
+    everywhere = chosen(sparse)
+    for tensor in (base, *tensors):
+        zeros = torch.zeros_like(tensor)
+        tensor[:] = torch.where(everywhere | chosen(0.1), torch.where(chosen(0.5), zeros, -zeros), tensor)
+    length = {ops.Axis.TENSOR: 1, ops.Axis.COLUMNS: COLUMNS, ops.Axis.ROWS: ROWS}[axis]
+    coefficients = torch.randint(-2, 3, (models, length), generator=random).double() / 4
+    if not whole:
+        coefficients += 1 / 3
+    dropping = (
+        [ops.Drop.of(0.5, True, seed=seed, tensor="w", model=n) for n in range(models)] if drops and based else []
+    )
+    blended(base if based else None, tensors, coefficients, axis, scale, dropping)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    models=st.sampled_from([1, 2, 3, 4, 8, 64]),
+    divisor=st.integers(3, 130),
+    based=st.booleans(),
+    scale=st.sampled_from([1.0, 0.0, -1.0, 0.5, 1 / 3]),
+    size=st.sampled_from([2.0**-133, 2.0**-126, 2.0**-118, 1.0, 2.0**110]),
+    apart=st.integers(0, 12),
+    cancel=st.booleans(),
+    dropped=st.sampled_from([0.0, 0.5, 0.7]),
+    off=st.sampled_from([0, 0, 1, 5, 200, 2**12]),
+)
+@example(0, 2, 10, True, 1.0, 1.0, 0, False, 0.0, 0)
+@example(0, 2, 10, True, 1.0, 1.0, 0, True, 0.0, 0)
+def test_fractions_which_make_ties_that_binary_digits_do_not(
+    seed: int,
+    models: int,
+    divisor: int,
+    based: bool,
+    scale: float,
+    size: float,
+    apart: int,
+    cancel: bool,
+    dropped: float,
+    off: int,
+) -> None:
+    """Weights such as 0.3 or 2/3, or a few units in the last place off, of numbers on a coarse grid."""
+    random = torch.Generator().manual_seed(seed)
+
+    def numbers() -> Tensor:
+        signed = 1 - 2 * torch.randint(0, 2, (ROWS, COLUMNS), generator=random)
+        few = 1 + torch.randint(0, 2 ** (8 - apart % 8) - 1, (ROWS, COLUMNS), generator=random)
+        lower = torch.randint(0, apart + 1, (ROWS, COLUMNS), generator=random)
+        return (size * signed * few.double() * torch.exp2(-lower.double())).to(BF16)
+
+    base = numbers()
+    tensors = [
+        (base + step(base) * torch.randint(-9, 10, base.shape, generator=random)).to(BF16) for _ in range(models)
+    ]
+    if apart % 2:
+        tensors = [numbers() for _ in tensors]
+    numerators = torch.randint(-divisor, divisor + 1, (models, 1), generator=random).double()
+    if cancel:  # b' = 0, and two that are each other's opposite
+        numerators[-1] = divisor - numerators[:-1].sum()
+        tensors[-1] = (-tensors[0].double() + step(base)).to(BF16)
+    coefficients = numerators / divisor
+    coefficients[0] *= 1 + off * 2.0**-52
+    drops = [ops.Drop.of(dropped, True, seed=seed, tensor="w", model=n) for n in range(models)] if based else []
+    blended(base if based else None, tensors, coefficients, ops.Axis.TENSOR, scale, drops)

@@ -11,13 +11,14 @@ namespace mergecore::cpu {
 
 namespace {
 
-// sums[i] += times * |scale * from[i]|. Whether all these are tame.
+// With c = scale * from[i]: sums[i] += |c|, rest[i] -= c. Whether all these are tame.
 MERGECORE_CLONES
-bool add_sizes(const double* from, double scale, double times, int64_t n, double* sums) {
+bool take_away(const double* from, double scale, int64_t n, double* sums, double* rest) {
   int64_t wild = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double c = from[i] * scale;
-    sums[i] += times * fabs(c);
+    sums[i] += fabs(c);
+    rest[i] -= c;
     wild |= is_tame(c) ? 0 : 1;
   }
   return wild == 0;
@@ -52,7 +53,8 @@ double scale_of(const Inputs& in, int model) {
 
 }  // namespace
 
-QuickBlend::QuickBlend(const Blend& blend) : blend_(blend), of_rows_(blend.axis == Axis::rows) {
+QuickBlend::QuickBlend(const Blend& blend)
+    : blend_(blend), of_rows_(blend.axis == Axis::rows), based_(blend.inputs.base.data != nullptr) {
   const Inputs& in = blend.inputs;
   const auto is_bf16 = [](const Matrix& matrix) { return matrix.dtype == Dtype::bf16; };
   if (blend.out_dtype != Dtype::bf16 || in.count == 0) return;
@@ -70,51 +72,89 @@ QuickBlend::QuickBlend(const Blend& blend) : blend_(blend), of_rows_(blend.axis 
 // False where float32 is not for them.
 bool QuickBlend::take_coefficients() {
   const Inputs& in = blend_.inputs;
-  const bool based = in.base.data != nullptr;
   const int64_t first = of_rows_ ? in.window.first_row : 0;
   const int64_t number = of_rows_                       ? in.window.rows
                          : blend_.axis == Axis::columns ? in.window.columns
                                                         : 1;
-  of_base_ = based ? blend_.base_coefficient : 0.0;
-  if (!is_tame(of_base_)) return false;
-  std::vector<double> sums(static_cast<size_t>(number), fabs(of_base_));  // S
-  int most_steps = steps(of_base_);
+  const double of_base = based_ ? blend_.base_coefficient : 0.0;
+  if (!is_tame(of_base)) return false;
+  std::vector<double> sums(static_cast<size_t>(number));  // S
+  base_coefficients_.assign(static_cast<size_t>(number), of_base);
+  int most_steps = steps(of_base);
   for (int m = 0; m < in.count; ++m) {
     const double* from = blend_.coefficients + m * blend_.stride + first;
     const double scale = scale_of(in, m);
-    if (!add_sizes(from, scale, based ? 2.0 : 1.0, number, sums.data())) return false;
+    if (!take_away(from, scale, number, sums.data(), base_coefficients_.data())) return false;
     for (int64_t i = 0; i < number && most_steps <= kMostSteps; ++i) {
       most_steps = std::max(most_steps, steps(from[i]) + steps(scale));
     }
+  }
+  if (based_) {
+    for (size_t i = 0; i < sums.size(); ++i) sums[i] += fabs(base_coefficients_[i]);
   }
   double least_sum, greatest_sum;
   find_range(sums.data(), number, &least_sum, &greatest_sum);
   least_sum = std::max(least_sum, kSmallestQuick);
   greatest_sum = std::max(greatest_sum, kSmallestQuick);
-  const double bound = relative_bound(in.count);
+  const double bound = relative_bound(based_ + in.count);
   const int binades = exact_binades(most_steps, greatest_sum);
   exact_ = binades >= kFewBinades;
   spread_ = static_cast<uint16_t>(binades << 7);
   least_ = static_cast<uint16_t>(cut_bits(kLeastError / (bound * least_sum)) + 1);
   greatest_ = cut_bits(kGreatestQuick / std::max(greatest_sum, 1.0));
 
-  bounds_ = std::move(sums);
-  for (double& sum : bounds_) sum = std::max(sum, kSmallestQuick) * bound;
-  const bool of_columns = blend_.axis == Axis::columns;
-  const int64_t block = (in.count + 1) * kQuick;
-  stride_ = of_columns ? block : 0;
-  coefficients_.resize(static_cast<size_t>(of_columns ? number / kQuick * block : block));
-  if (!of_columns) {
+  errors_ = std::move(sums);
+  for (double& sum : errors_) sum = std::max(sum, kSmallestQuick) * bound;
+  if (!exact_ && blend_.axis == Axis::tensor) take_fractions(greatest_sum);
+  const int64_t inputs = based_ + in.count;
+  if (blend_.axis != Axis::columns) {
+    coefficients_.resize(static_cast<size_t>(inputs));
+    bounds_.resize(1);
     fill(0);
     return true;
   }
+  const int64_t blocks = number / kQuick, stride = inputs * kQuick;
+  coefficients_.resize(static_cast<size_t>(blocks * stride));
   float* to = coefficients_.data();
+  if (based_) {
+    put_coefficients(base_coefficients_.data(), 1.0, number, stride, to);
+    to += kQuick;
+  }
   for (int m = 0; m < in.count; ++m, to += kQuick) {
     const double* from = blend_.coefficients + m * blend_.stride;
-    put_coefficients(from, scale_of(in, m), number, block, to);
+    put_coefficients(from, scale_of(in, m), number, stride, to);
   }
-  put_coefficients(bounds_.data(), 1.0, number, block, to);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const auto first = errors_.begin() + i * kQuick;
+    bounds_.push_back(static_cast<float>(*std::max_element(first, first + kQuick)));
+  }
   return true;
+}
+
+// Looks for what all coefficients are fractions of.
+void QuickBlend::take_fractions(double sum) {
+  const Inputs& in = blend_.inputs;
+  const double of_base = based_ ? blend_.base_coefficient : 0.0;
+  const int ties = tie_binades(in.count, sum);
+  for (int divisor = 3; ties >= 0 && divisor <= kGreatestDivisor; ++divisor) {
+    if (!is_whole(divisor * of_base)) continue;
+    double wholes = based_ ? fabs(rint(divisor * base_coefficients_[0])) : 0.0;
+    bool whole = true;
+    for (int m = 0; m < in.count && whole; ++m) {
+      const double c = divisor * blend_.coefficients[m * blend_.stride] * scale_of(in, m);
+      whole = is_whole(c);
+      wholes += fabs(rint(c));
+    }
+    if (!whole) continue;
+    const int binades = exact_binades(0, wholes);
+    if (binades < kFewBinades) return;
+    exact_ = true;
+    divisor_ = divisor;
+    tie_ = static_cast<uint16_t>(ties << 7);
+    spread_ = static_cast<uint16_t>(binades << 7);
+    greatest_ = cut_bits(kGreatestQuick / wholes);
+    return;
+  }
 }
 
 // Makes the coefficients those of a row, or of the tensor.
@@ -122,12 +162,15 @@ void QuickBlend::fill(int64_t row) {
   const Inputs& in = blend_.inputs;
   const int64_t place = of_rows_ ? in.window.first_row + row : 0;
   row_ = row;
+  const auto coefficient = [&](double c) {
+    return static_cast<float>(divisor_ == 1 ? c : rint(divisor_ * c));
+  };
   float* to = coefficients_.data();
-  for (int m = 0; m < in.count; ++m, to += kQuick) {
-    const double c = blend_.coefficients[m * blend_.stride + place] * scale_of(in, m);
-    std::fill_n(to, kQuick, static_cast<float>(c));
+  if (based_) *to++ = coefficient(base_coefficients_[static_cast<size_t>(row)]);
+  for (int m = 0; m < in.count; ++m) {
+    *to++ = coefficient(blend_.coefficients[m * blend_.stride + place] * scale_of(in, m));
   }
-  std::fill_n(to, kQuick, static_cast<float>(bounds_[static_cast<size_t>(row)]));
+  bounds_[0] = static_cast<float>(errors_[static_cast<size_t>(row)]);
 }
 
 bool QuickBlend::store(int64_t entry, int64_t row, int64_t column, int n) {
@@ -135,26 +178,33 @@ bool QuickBlend::store(int64_t entry, int64_t row, int64_t column, int n) {
   const Window& w = in.window;
   if (of_rows_ && row != row_) fill(row);
   QuickRun run;
-  run.count = in.count;
-  run.base = in.base.data == nullptr ? nullptr : static_cast<const uint16_t*>(in.base.data) + entry;
+  run.count = based_ + in.count;
+  run.based = based_;
+  const auto* base = static_cast<const uint16_t*>(in.base.data) + (based_ ? entry : 0);
+  const uint16_t** models = run.inputs + based_;
+  if (based_) run.inputs[0] = base;
   uint16_t greatest = 0;
   for (int m = 0; m < in.count; ++m) {
-    run.models[m] = static_cast<const uint16_t*>(in.models[m].data) + entry;
+    models[m] = static_cast<const uint16_t*>(in.models[m].data) + entry;
     if (in.drops == nullptr || in.drops[m].threshold == 0) continue;
     alignas(64) uint32_t numbers[kChunk];
     const int64_t index = w.first_entry + w.first_row * w.columns + entry;
     numbers_chunk(in.drops[m].key, static_cast<uint64_t>(index), n, numbers);
-    prefetch(run.models[m] + 2 * kChunk, 2 * n);
+    prefetch(models[m] + 2 * kChunk, 2 * n);
     uint16_t* kept = dropped_.data() + m * kChunk;
     const auto last = static_cast<uint32_t>(in.drops[m].threshold - 1);
-    greatest = std::max(greatest, drop_run(run.base, run.models[m], numbers, last, n, kept));
-    run.models[m] = kept;
+    greatest = std::max(greatest, drop_run(base, models[m], numbers, last, n, kept));
+    models[m] = kept;
   }
   if (greatest > greatest_) return false;
-  run.coefficients = coefficients_.data() + column / kQuick * stride_;
-  run.stride = stride_;
-  run.of_base = static_cast<float>(of_base_);
+  run.of_columns = blend_.axis == Axis::columns;
+  const int64_t block = run.of_columns ? column / kQuick : 0;
+  run.coefficients = coefficients_.data() + block * run.count * kQuick;
+  run.bounds = bounds_.data() + block;
+  run.sign = based_ && std::signbit(blend_.base_coefficient) ? 0x8000u : 0;
   run.exact = exact_;
+  run.divisor = static_cast<float>(divisor_);
+  run.tie = tie_;
   run.spread = spread_;
   run.least = least_;
   run.greatest = greatest_;
@@ -175,7 +225,7 @@ void QuickBlend::gather(const QuickRun& run, int64_t entry, int64_t row, int64_t
   const Inputs& in = blend_.inputs;
   if (waiting_ + count > kChunk) finish();
   for (int m = -1; m < in.count; ++m) {
-    const uint16_t* from = m < 0 ? run.base : run.models[m];
+    const uint16_t* from = m + based_ < 0 ? nullptr : run.inputs[m + based_];
     uint16_t* to = numbers_.data() + (m + 1) * kChunk + waiting_;
     for (int i = 0; i < count && from != nullptr; ++i) to[i] = from[places[i]];
   }

@@ -24,21 +24,22 @@ class QuickBlend {
 
  private:
   bool take_coefficients();
+  void take_fractions(double sum);
   void fill(int64_t row);
   void gather(const QuickRun& run, int64_t entry, int64_t row, int64_t column,
               const uint16_t* places, int count);
 
   const Blend& blend_;
-  const bool of_rows_;
+  const bool of_rows_, based_;
   bool applies_ = false;
   bool exact_ = false;  // float32 makes no error where an entry's numbers are of like size
-  uint16_t spread_ = 0, least_ = 0, greatest_ = 0;  // as in QuickRun
-  double of_base_ = 0.0;
-  std::vector<double> bounds_;       // of the error of an entry whose largest number is 1
-  std::vector<float> coefficients_;  // as in QuickRun
-  int64_t stride_ = 0;               // of their blocks
-  int64_t row_ = 0;                  // that they are of
-  std::vector<uint16_t> dropped_;    // [model][kChunk]: the run without what is dropped
+  int divisor_ = 1;
+  uint16_t spread_ = 0, tie_ = 0, least_ = 0, greatest_ = 0;  // as in QuickRun
+  std::vector<double> base_coefficients_;                     // b'
+  std::vector<double> errors_;                                // e for X = 1, of each place
+  std::vector<float> coefficients_, bounds_;                  // as in QuickRun
+  int64_t row_ = 0;                                           // that they are of
+  std::vector<uint16_t> dropped_;  // [model][kChunk]: the run without what is dropped
   // The entries that wait.
   int waiting_ = 0;
   std::vector<uint16_t> numbers_;              // [base, models][kChunk]

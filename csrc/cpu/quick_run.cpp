@@ -11,129 +11,174 @@ namespace mergecore::cpu {
 namespace {
 
 constexpr int kWords = kQuick / 2;
-constexpr int kFew = 6;  // models: with the base and the result, the ways of an L1 cache
+constexpr int kFew = 7;     // inputs: with the result, the ways of an L1 cache
+constexpr int kAdded = 4;   // inputs that are added up in registers
+constexpr int kSpan = 256;  // entries that are taken through one step after the other
+// Entries between use and what is asked for: the next span, but for the blocks that are under way.
+// Into the L2 cache earlier, for there is room.
+constexpr int kNext = kSpan + 128, kNextNear = 3 * kSpan;
 
-enum class End { none, bounded, exact };
+enum class End { none, bounded, exact, divided };
 
-// sum + b a; a zero sum leaves the base bit for bit, the sign of its zeros included.
-inline __attribute__((always_inline)) float with_base(float sum, float of_base, float a) {
-  const float product = of_base * a;
-  return sum == 0.0f ? product : product + sum;
+// What the inputs so far make of a span's entries.
+struct Partial {
+  alignas(64) uint16_t largest[kSpan];
+  alignas(64) uint16_t smallest[kSpan];  // less one: beside it zeros do not count
+  alignas(64) float sums[kSpan];         // [block][even, odd]
+};
+
+inline __attribute__((always_inline)) uint16_t size_of(uint16_t number) { return number & 0x7fffu; }
+
+inline __attribute__((always_inline)) uint16_t less_one(uint16_t number) {
+  return static_cast<uint16_t>(size_of(number) - 1);
 }
 
-// Of one block: largest[i] is what bounds the error of entry i; with `exact`, undecided[i] is set
-// where its numbers are too far from each other. greatest[i] is the largest of all blocks.
-inline __attribute__((always_inline)) void find_sizes(const QuickRun& run, int64_t place,
-                                                      uint16_t* largest, uint16_t* greatest,
-                                                      uint16_t* undecided) {
-  alignas(64) uint16_t smallest[kQuick];  // less one: beside it zeros do not count
-  const int begin = run.base == nullptr ? 0 : -1;
-  const bool many = run.count > kFew;
-  for (int m = begin; m < run.count; ++m) {
-    const uint16_t* numbers = (m < 0 ? run.base : run.models[m]) + place;
-    many ? fetch_near(numbers + 2 * kFetched) : fetch<0>(numbers + kFetched);
-    if (m == begin) {
-      for (int i = 0; i < kQuick; ++i) largest[i] = numbers[i] & 0x7fffu;
-    } else {
-      for (int i = 0; i < kQuick; ++i) {
-        const uint16_t size = numbers[i] & 0x7fffu;
-        largest[i] = size > largest[i] ? size : largest[i];
+// Counts kInputs inputs in. Of smallest numbers only with kExact.
+template <int kInputs, bool kFirst, bool kExact>
+inline __attribute__((always_inline)) void add_sizes(const QuickRun& run, int64_t span, int first,
+                                                     int n, Partial& partial) {
+  for (int place = 0; place < n; place += kQuick) {
+    const uint16_t* input[kInputs];
+    for (int m = 0; m < kInputs; ++m) input[m] = run.inputs[first + m] + span + place;
+    uint16_t* largest = partial.largest + place;
+    uint16_t* smallest = partial.smallest + place;
+#pragma GCC ivdep
+    for (int i = 0; i < kQuick; ++i) {
+      uint16_t most = size_of(input[0][i]);
+      if constexpr (!kFirst) most = most > largest[i] ? most : largest[i];
+#pragma GCC unroll 4
+      for (int m = 1; m < kInputs; ++m) {
+        const uint16_t size = size_of(input[m][i]);
+        most = size > most ? size : most;
       }
+      largest[i] = most;
     }
-    if (!run.exact) continue;
-    if (m == begin) {
-      for (int i = 0; i < kQuick; ++i) {
-        smallest[i] = static_cast<uint16_t>((numbers[i] & 0x7fffu) - 1);
+    if constexpr (!kExact) continue;
+#pragma GCC ivdep
+    for (int i = 0; i < kQuick; ++i) {
+      uint16_t least = less_one(input[0][i]);
+      if constexpr (!kFirst) least = least < smallest[i] ? least : smallest[i];
+#pragma GCC unroll 4
+      for (int m = 1; m < kInputs; ++m) {
+        const uint16_t less = less_one(input[m][i]);
+        least = less < least ? less : least;
       }
-    } else {
-      for (int i = 0; i < kQuick; ++i) {
-        const uint16_t less = static_cast<uint16_t>((numbers[i] & 0x7fffu) - 1);
-        smallest[i] = less < smallest[i] ? less : smallest[i];
-      }
+      smallest[i] = least;
     }
   }
-  for (int i = 0; i < kQuick; ++i) {
-    greatest[i] = largest[i] > greatest[i] ? largest[i] : greatest[i];
-  }
+}
+
+// With kExact, undecided[i] is set where an entry's numbers are too far from each other; else
+// partial.largest becomes what bounds errors. Returns the greatest number.
+template <bool kExact>
+inline __attribute__((always_inline)) uint16_t end_sizes(const QuickRun& run, int n,
+                                                         Partial& partial, uint16_t* undecided) {
   const uint16_t spread = run.spread, least = run.least;
-  if (run.exact) {
-    for (int i = 0; i < kQuick; ++i) {
-      undecided[i] = static_cast<uint16_t>(largest[i] - smallest[i]) > spread;
-    }
-  } else {
-    for (int i = 0; i < kQuick; ++i) {
+  uint16_t* largest = partial.largest;
+  uint16_t greatest = 0;
+  for (int i = 0; i < n; ++i) {
+    greatest = largest[i] > greatest ? largest[i] : greatest;
+    if constexpr (kExact) {
+      undecided[i] = static_cast<uint16_t>(largest[i] - partial.smallest[i]) > spread;
+    } else {
       const uint16_t size = largest[i] > least ? largest[i] : least;
       largest[i] = largest[i] == 0 ? 0 : size;
     }
   }
+  return greatest;
 }
 
-// Adds a block's entries of kModels models to the sums, which begin with them if they are the
-// first; where they are the last, stores results, and with End::bounded what is undecided.
-template <int kModels, bool kBase, bool kFirst, End kEnd>
-inline __attribute__((always_inline)) void add_models(const QuickRun& run, int64_t place, int first,
-                                                      const float* coefficients, float* even,
-                                                      float* odd, const uint16_t* largest,
+// Adds kInputs inputs to the sums, which begin with them if they are the first; where they are the
+// last, stores results, and with End::bounded what is undecided.
+template <int kInputs, bool kFirst, bool kColumns, End kEnd>
+inline __attribute__((always_inline)) void add_inputs(const QuickRun& run, int64_t span, int first,
+                                                      int n, Partial& partial,
                                                       uint16_t* undecided) {
-  const Word* model[kModels];
-  for (int m = 0; m < kModels; ++m) {
-    model[m] = reinterpret_cast<const Word*>(run.models[first + m] + place);
+  const Word* input[kInputs];  // not auto, which would forget that words may lie anywhere
+  for (int m = 0; m < kInputs; ++m) {
+    input[m] = reinterpret_cast<const Word*>(run.inputs[first + m] + span);
   }
-  // Not auto, which would forget that words may lie anywhere.
-  const Word* base = reinterpret_cast<const Word*>(run.base + (kBase ? place : 0));
-  const Word* size = reinterpret_cast<const Word*>(largest);
-  Word* out = reinterpret_cast<Word*>(run.out + place);
+  const Word* sizes = reinterpret_cast<const Word*>(partial.largest);
+  Word* out = reinterpret_cast<Word*>(run.out + span);
   Word* differ = reinterpret_cast<Word*>(undecided);
-  const float* of_lower = coefficients + first * kQuick;
-  const float* of_upper = of_lower + kWords;
-  const float of_base = run.of_base;
+  const float* of_lower =
+      run.coefficients + (kColumns ? span * run.count + first * kQuick : int64_t{first});
+  float same[kInputs];
+  for (int m = 0; m < kInputs; ++m) same[m] = kColumns ? 0.0f : of_lower[m];
+  const float divisor = run.divisor;
+  const float* bounds = run.bounds + (kColumns ? span / kQuick : 0);
+  const int64_t stride = int64_t{run.count} * kQuick;
+  const bool many = run.count > kFew;
+  for (int place = 0; place < n; place += kQuick, of_lower += stride) {
+    for (int m = 0; m < kInputs; ++m) {
+      const uint16_t* from = run.inputs[first + m] + span + place;
+      many ? fetch_near(from + kNextNear) : fetch<0>(from + kNext);
+    }
+    if (kEnd != End::none && !many) fetch<1>(run.out + span + place + kNext);
+    const float* of_upper = of_lower + kWords;
+    float* even = partial.sums + place;
+    float* odd = even + kWords;
+    const float bound = bounds[kColumns ? place / kQuick : 0];
+    const int word = place / 2;
 #pragma GCC ivdep
-  for (int i = 0; i < kWords; ++i) {
-    const uint32_t a = kBase ? base[i] : 0;
-    float w0 = kFirst ? -0.0f : even[i];  // the neutral element, as in blend.cpp
-    float w1 = kFirst ? -0.0f : odd[i];
+    for (int i = 0; i < kWords; ++i) {
+      float w0 = kFirst ? -0.0f : even[i];  // the neutral element, as in blend.cpp
+      float w1 = kFirst ? -0.0f : odd[i];
 #pragma GCC unroll 4
-    for (int m = 0; m < kModels; ++m) {
-      const uint32_t x = model[m][i];
-      const float d0 = kBase ? lower(x) - lower(a) : lower(x);
-      const float d1 = kBase ? upper(x) - upper(a) : upper(x);
-      w0 = fmaf(of_lower[m * kQuick + i], d0, w0);
-      w1 = fmaf(of_upper[m * kQuick + i], d1, w1);
-    }
-    if constexpr (kEnd == End::none) {
-      even[i] = w0;
-      odd[i] = w1;
-      continue;
-    }
-    if constexpr (kBase) {
-      w0 = with_base(w0, of_base, lower(a));
-      w1 = with_base(w1, of_base, upper(a));
-    }
-    if constexpr (kEnd == End::exact) {
-      out[i] = packed(rounded(w0), rounded(w1));
-    } else {
-      const float bound0 = of_lower[kModels * kQuick + i], bound1 = of_upper[kModels * kQuick + i];
-      const float x0 = lower(size[i]), x1 = upper(size[i]);
-      const uint32_t low0 = bit_cast<uint32_t>(fmaf(-bound0, x0, w0)) + 0x8000u;
-      const uint32_t low1 = bit_cast<uint32_t>(fmaf(-bound1, x1, w1)) + 0x8000u;
-      const uint32_t high0 = bit_cast<uint32_t>(fmaf(bound0, x0, w0)) + 0x8000u;
-      const uint32_t high1 = bit_cast<uint32_t>(fmaf(bound1, x1, w1)) + 0x8000u;
-      differ[i] = packed(low0 ^ high0, low1 ^ high1);
-      out[i] = packed(high0, high1);
+      for (int m = 0; m < kInputs; ++m) {
+        const uint32_t x = input[m][word + i];
+        w0 = fmaf(kColumns ? of_lower[m * kQuick + i] : same[m], lower(x), w0);
+        w1 = fmaf(kColumns ? of_upper[m * kQuick + i] : same[m], upper(x), w1);
+      }
+      if constexpr (kEnd == End::none) {
+        even[i] = w0;
+        odd[i] = w1;
+      } else if constexpr (kEnd == End::exact) {
+        out[word + i] = packed(rounded(w0), rounded(w1));
+      } else if constexpr (kEnd == End::divided) {
+        out[word + i] = packed(rounded(w0 / divisor), rounded(w1 / divisor));
+      } else {
+        const float x0 = lower(sizes[word + i]), x1 = upper(sizes[word + i]);
+        const uint32_t low0 = bit_cast<uint32_t>(fmaf(-bound, x0, w0)) + 0x8000u;
+        const uint32_t low1 = bit_cast<uint32_t>(fmaf(-bound, x1, w1)) + 0x8000u;
+        const uint32_t high0 = bit_cast<uint32_t>(fmaf(bound, x0, w0)) + 0x8000u;
+        const uint32_t high1 = bit_cast<uint32_t>(fmaf(bound, x1, w1)) + 0x8000u;
+        const uint32_t result = packed(high0, high1);
+        differ[word + i] = packed(low0, low1) ^ result;
+        out[word + i] = result;
+      }
     }
   }
 }
 
-template <bool kBase, End kEnd>
-inline __attribute__((always_inline)) void add_block(const QuickRun& run, int64_t place,
-                                                     const float* coefficients,
-                                                     const uint16_t* largest, uint16_t* undecided) {
-  alignas(64) float even[kWords], odd[kWords];
+// Sets undecided[i] where a quotient may be a tie that is none in float64.
+inline __attribute__((always_inline)) void find_ties(const QuickRun& run, int64_t span, int n,
+                                                     const Partial& partial, uint16_t* undecided) {
+  constexpr uint16_t kLeastNormal = 0x80;
+  const uint16_t* out = run.out + span;
+  const uint16_t tie = run.tie;
+  for (int i = 0; i < n; ++i) {
+    const uint16_t size = size_of(out[i]), largest = partial.largest[i];
+    const uint16_t most = size < kLeastNormal ? 0 : size + tie;
+    undecided[i] |= largest > most;
+  }
+}
+
+// Returns the greatest number.
+template <bool kColumns, End kEnd>
+inline __attribute__((always_inline)) uint16_t blend_span(const QuickRun& run, int64_t span, int n,
+                                                          uint16_t* undecided) {
+  constexpr bool kExact = kEnd != End::bounded;
+  Partial partial;
+  uint16_t greatest = 0;
   int begin = 0;
-  auto add = [&](auto models, auto first, auto end) __attribute__((always_inline)) {
-    add_models<models.value, kBase, first.value, end.value>(run, place, begin, coefficients, even,
-                                                            odd, largest, undecided);
-    begin += 4;
+  auto add = [&](auto inputs, auto first, auto end) __attribute__((always_inline)) {
+    add_sizes<inputs.value, first.value, kExact>(run, span, begin, n, partial);
+    if (end.value != End::none) greatest = end_sizes<kExact>(run, n, partial, undecided);
+    add_inputs<inputs.value, first.value, kColumns, end.value>(run, span, begin, n, partial,
+                                                               undecided);
+    if (end.value == End::divided) find_ties(run, span, n, partial, undecided);
+    begin += inputs.value;
   };
   constexpr std::integral_constant<End, End::none> kNot;
   auto add_last = [&](auto first) __attribute__((always_inline)) {
@@ -146,40 +191,83 @@ inline __attribute__((always_inline)) void add_block(const QuickRun& run, int64_
       case 3:
         return add(std::integral_constant<int, 3>{}, first, kLast);
       default:
-        return add(std::integral_constant<int, 4>{}, first, kLast);
+        return add(std::integral_constant<int, kAdded>{}, first, kLast);
     }
   };
-  constexpr std::integral_constant<int, 4> kFour;
-  if (run.count <= 4) return add_last(std::true_type{});
-  add(kFour, std::true_type{}, kNot);
-  while (begin + 4 < run.count) add(kFour, std::false_type{}, kNot);
+  constexpr std::integral_constant<int, kAdded> kSome;
+  if (run.count <= kAdded) {
+    add_last(std::true_type{});
+    return greatest;
+  }
+  add(kSome, std::true_type{}, kNot);
+  while (begin + kAdded < run.count) add(kSome, std::false_type{}, kNot);
   add_last(std::false_type{});
+  return greatest;
+}
+
+// The smallest magnitude of n results.
+inline __attribute__((always_inline)) uint16_t smallest_of(const uint16_t* results, int n) {
+  uint16_t smallest = 0x7fffu;
+  for (int i = 0; i < n; ++i) {
+    const uint16_t size = size_of(results[i]);
+    smallest = size < smallest ? size : smallest;
+  }
+  return smallest;
+}
+
+// Zeros beside a base: b a where all numbers are zeros, and undecided elsewhere.
+MERGECORE_CLONES
+void settle_zeros(const QuickRun& run, int n, uint16_t* undecided) {
+  for (int place = 0; place < n; place += kQuick) {
+    uint16_t* out = run.out + place;
+    if (smallest_of(out, kQuick) != 0) continue;
+    alignas(64) uint16_t any[kQuick] = {};
+    for (int m = 0; m < run.count; ++m) {
+      const uint16_t* numbers = run.inputs[m] + place;
+      for (int i = 0; i < kQuick; ++i) any[i] |= size_of(numbers[i]);
+    }
+    const uint16_t* base = run.inputs[0] + place;
+    uint16_t* open = undecided + place;
+    for (int i = 0; i < kQuick; ++i) {
+      const bool zero = size_of(out[i]) == 0;
+      open[i] = zero ? any[i] : open[i];
+      out[i] = zero && any[i] == 0 ? base[i] ^ run.sign : out[i];
+    }
+  }
 }
 
 }  // namespace
 
+template <bool kColumns, End kEnd>
+inline __attribute__((always_inline)) uint16_t blend_run(const QuickRun& run, int n,
+                                                         uint16_t* undecided) {
+  // Coefficients are read in the order in which they lie.
+  const int step = kColumns && run.count > kAdded ? kQuick : kSpan;
+  uint16_t greatest = 0;
+  for (int span = 0; span < n; span += step) {
+    const int number = std::min(n - span, step);
+    greatest = std::max(greatest, blend_span<kColumns, kEnd>(run, span, number, undecided + span));
+  }
+  return greatest;
+}
+
 MERGECORE_CLONES
 Stored store_run(const QuickRun& run, int n, uint16_t* undecided) {
-  alignas(64) uint16_t greatest[kQuick];
-  std::fill_n(greatest, kQuick, uint16_t{0});
-  const float* c = run.coefficients;
-  for (int place = 0; place < n; place += kQuick, c += run.stride) {
-    alignas(64) uint16_t largest[kQuick];
-    uint16_t* open = undecided + place;
-    if (run.count <= kFew) fetch<1>(run.out + place + kFetched);
-    find_sizes(run, place, largest, greatest, open);
-    if (run.base == nullptr) {
-      run.exact ? add_block<false, End::exact>(run, place, c, largest, open)
-                : add_block<false, End::bounded>(run, place, c, largest, open);
-    } else {
-      run.exact ? add_block<true, End::exact>(run, place, c, largest, open)
-                : add_block<true, End::bounded>(run, place, c, largest, open);
-    }
+  uint16_t greatest;
+  if (run.of_columns) {
+    greatest = run.exact ? blend_run<true, End::exact>(run, n, undecided)
+                         : blend_run<true, End::bounded>(run, n, undecided);
+  } else if (run.exact && run.divisor != 1.0f) {
+    greatest = blend_run<false, End::divided>(run, n, undecided);
+  } else {
+    greatest = run.exact ? blend_run<false, End::exact>(run, n, undecided)
+                         : blend_run<false, End::bounded>(run, n, undecided);
   }
-  uint16_t over = 0, any = 0;
-  for (int i = 0; i < kQuick; ++i) over |= greatest[i] > run.greatest;
+  if (greatest > run.greatest) return Stored::nothing;
+  if (run.based && smallest_of(run.out, n) == 0) settle_zeros(run, n, undecided);
+  uint16_t any = 0;
   for (int i = 0; i < n; ++i) any |= undecided[i];
-  return over != 0 ? Stored::nothing : any != 0 ? Stored::most : Stored::all;
+  return any != 0 ? Stored::most : Stored::all;
 }
 
 int find_set(const uint16_t* flags, int n, uint16_t* places) {
@@ -197,7 +285,7 @@ uint16_t drop_run(const uint16_t* base, const uint16_t* model, const uint32_t* n
                   uint32_t last_dropped, int n, uint16_t* kept) {
   uint16_t greatest = 0;
   for (int i = 0; i < n; ++i) {
-    const uint16_t size = model[i] & 0x7fffu;
+    const uint16_t size = size_of(model[i]);
     greatest = size > greatest ? size : greatest;
   }
   for (int i = 0; i < n; ++i) {  // by a mask: of 32 and 16 bits AVX2 makes no choice

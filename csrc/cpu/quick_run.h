@@ -8,14 +8,16 @@ namespace mergecore::cpu {
 
 // Up to kChunk entries of one row; pointers are to the first.
 struct QuickRun {
-  int count;
-  const uint16_t* base;  // nullptr: none
-  const uint16_t* models[kMaxModels];
-  // [block][models, bound][even entries, odd entries]; a bound is e for X = 1.
-  const float* coefficients;
-  int64_t stride;  // of blocks; 0: the same for all
-  float of_base;
+  int count;   // of inputs: the base, if there is one, and the models
+  bool based;  // the first input is the base
+  const uint16_t* inputs[kMaxModels + 1];
+  bool of_columns;            // or the same for all entries:
+  const float* coefficients;  // [inputs], or [block][inputs][even entries, odd entries]
+  const float* bounds;        // [1], or [block]: of e, for X = 1
+  uint16_t sign;              // of b, as a bf16 zero
   bool exact;
+  float divisor;      // exact: of sums, unless 1
+  uint16_t tie;       // with a divisor: bits between X and a result, at most
   uint16_t spread;    // exact: bits between an entry's least and largest number, at most
   uint16_t least;     // bounded: X of smaller numbers
   uint16_t greatest;  // of all numbers

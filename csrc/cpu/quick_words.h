@@ -32,9 +32,6 @@ inline __attribute__((always_inline)) uint32_t rounded(float value) {
   return bits + ((bits & 0x10000u) != 0 ? 0x8000u : 0x7fffu);
 }
 
-// Entries between use and what is asked for: four lines of each stream are under way.
-constexpr int kFetched = 256;
-
 // Asks for the block at `from`, to read it (0) or to write it (1). Few lines at a time, among
 // arithmetic: many at once wait for each other, and everything else for them.
 template <int kWrite>

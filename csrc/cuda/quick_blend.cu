@@ -17,7 +17,7 @@ constexpr float kGreatestError = 0x1p98f;  // then S X is below kGreatestQuick
 
 // Numbers of a tensor, or of its rows or columns.
 struct Quick {
-  float* coefficients;  // [count + 1][stride]: the models', then bounds
+  float* coefficients;  // [count + 2][stride]: the base's, the models', then bounds
   uint16_t* spreads;    // between an entry's least and largest number, at most, to be exact
   int64_t stride;
 };
@@ -31,7 +31,7 @@ Quick quick_of(const DeviceBlend& b, void* scratch) {
   Quick q;
   q.stride = divide_up(quick_count(b), kEntries) * kEntries;
   q.coefficients = static_cast<float*>(scratch);
-  q.spreads = reinterpret_cast<uint16_t*>(q.coefficients + (b.in.count + 1) * q.stride);
+  q.spreads = reinterpret_cast<uint16_t*>(q.coefficients + (b.in.count + 2) * q.stride);
   return q;
 }
 
@@ -46,22 +46,26 @@ __global__ void __launch_bounds__(kThreads)
   const bool based = b.in.base.data != nullptr;
   const double of_base = based ? b.base_coefficient : 0.0;
   const int64_t place = b.axis == Axis::rows ? b.in.window.first_row + i : i;
-  double sum = fabs(of_base);  // S
+  double sum = 0.0, rest = of_base;  // S and b'
   bool tame = is_tame(of_base);
   int most_steps = steps(of_base);
   for (int m = 0; m < b.in.count; ++m) {
     const double scale = scale_of(b.in.drops[m]), from = b.coefficients[m * b.stride + place];
     const double c = from * scale;
     tame = tame && is_tame(c);
-    sum += based ? 2.0 * fabs(c) : fabs(c);
+    sum += fabs(c);
+    rest -= c;
     const int k = steps(from) + steps(scale);
     most_steps = k > most_steps ? k : most_steps;
-    q.coefficients[m * q.stride + i] = static_cast<float>(c);
+    q.coefficients[(m + 1) * q.stride + i] = static_cast<float>(c);
   }
+  q.coefficients[i] = static_cast<float>(based ? rest : 0.0);
+  if (based) sum += fabs(rest);
   sum = sum > kSmallestQuick ? sum : kSmallestQuick;
   // Where the bound is infinite, nothing is decided.
-  q.coefficients[b.in.count * q.stride + i] =
-      tame ? static_cast<float>(relative_bound(b.in.count) * sum) : static_cast<float>(HUGE_VAL);
+  q.coefficients[(b.in.count + 1) * q.stride + i] =
+      tame ? static_cast<float>(relative_bound(b.in.count + 1) * sum)
+           : static_cast<float>(HUGE_VAL);
   q.spreads[i] = static_cast<uint16_t>(tame ? exact_binades(most_steps, sum) << 7 : 0);
 }
 
@@ -157,7 +161,7 @@ __device__ __forceinline__ uint16_t blend_entry(const DeviceBlend& b, int64_t ro
   return BF16::store(static_cast<float>(result));
 }
 
-// sum[j] += c[j] * delta of a model's entries; what is dropped is a delta of 0.
+// sum[j] += c[j] * a model's entry, or the base's where that is dropped.
 template <bool kDrops>
 __device__ __forceinline__ void add_model(const Drop& drop, int64_t index,
                                           const uint32_t (&model)[kWords],
@@ -169,8 +173,7 @@ __device__ __forceinline__ void add_model(const Drop& drop, int64_t index,
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
     const bool kept = !drops || numbers[j] >= drop.threshold;
-    // Multiplied, so that NaN and Inf show. Of which sign a zero is does not: there is a base.
-    sum[j] = fma(kept ? c[j] : 0.0f, number(model, j) - number(base, j), sum[j]);
+    sum[j] = fma(c[j], kept ? number(model, j) : number(base, j), sum[j]);
   }
 }
 
@@ -189,16 +192,20 @@ __device__ __forceinline__ void blend_entries(const DeviceBlend& b, const Quick&
   load_models<BF16, true>(in, 0, entry, kEntries, models);
   Sizes sizes;
   sizes.add(base.words);
-  float sum[kEntries];
+  float sum[kEntries], c[kEntries];
 #pragma unroll
   for (float& each : sum) each = -0.0f;  // the neutral element, as in blend.cu
+  if (based) {
+    load_floats<kColumns>(q.coefficients, place, c);
+#pragma unroll
+    for (int j = 0; j < kEntries; ++j) sum[j] = c[j] * number(base.words, j);
+  }
   for (int first = 0;;) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int m = first + i;
       if (m >= in.count) continue;
-      float c[kEntries];
-      load_floats<kColumns>(q.coefficients + m * q.stride, place, c);
+      load_floats<kColumns>(q.coefficients + (m + 1) * q.stride, place, c);
       sizes.add(models[i].words);
       add_model<kDrops>(in.drops[m], index_of(b, row, column), models[i].words, base.words, c, sum);
     }
@@ -206,9 +213,7 @@ __device__ __forceinline__ void blend_entries(const DeviceBlend& b, const Quick&
     if (first >= in.count) break;
     load_models<BF16, true>(in, first, entry, kEntries, models);
   }
-
-  float bounds[kEntries];
-  load_floats<kColumns>(q.coefficients + in.count * q.stride, place, bounds);
+  const float* bounds = q.coefficients + (in.count + 1) * q.stride + place;
   uint32_t spreads[kWords];
   if constexpr (kColumns) {
     load_bits<uint16_t, true>(q.spreads, place, kEntries, spreads);
@@ -216,20 +221,25 @@ __device__ __forceinline__ void blend_entries(const DeviceBlend& b, const Quick&
 #pragma unroll
     for (uint32_t& word : spreads) word = q.spreads[place] * 0x00010001u;
   }
-  const auto of_base = static_cast<float>(b.base_coefficient);
+  const float sign = copysign(1.0, b.base_coefficient) < 0.0 ? -1.0f : 1.0f;
   bool in_range = true;
   uint32_t results[kWords], differ[kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const uint32_t beyond = sizes.beyond(spreads[i], i);
     uint32_t low[2], high[2];
+    const float2 bound =
+        kColumns ? reinterpret_cast<const float2*>(bounds)[i] : make_float2(bounds[0], bounds[0]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int j = 2 * i + half;
-      if (based) sum[j] = with_base(of_base, number(base.words, j), sum[j]);
-      const float most = bounds[j] * number(sizes.largest, j);
+      const float largest = number(sizes.largest, j),
+                  most = (half == 0 ? bound.x : bound.y) * largest;
       in_range = in_range && most <= kGreatestError;  // not where something is NaN
-      const bool exact = (half == 0 ? beyond & 0xffffu : beyond >> 16) == 0;
+      const bool zeros = largest == 0.0f;
+      if (based && zeros) sum[j] = sign * number(base.words, j);  // b a
+      const bool near = (half == 0 ? beyond & 0xffffu : beyond >> 16) == 0;
+      const bool exact = zeros || (near && sum[j] != 0.0f);
       const float error = exact ? 0.0f : fmaxf(most, static_cast<float>(kLeastError));
       // To nearest even in the upper half, as it is right where both are equal; where they are not,
       // either way of rounding ties will do.
@@ -276,7 +286,7 @@ int64_t quick_scratch(const DeviceBlend& b) {
   for (int m = 0; m < in.count; ++m) {
     if (in.models[m].dtype != Dtype::bf16 || selects(in.drops[m])) return 0;
   }
-  return quick_of(b, nullptr).stride * (in.count * 4 + 4 + static_cast<int64_t>(sizeof(uint16_t)));
+  return quick_of(b, nullptr).stride * (in.count * 4 + 8 + static_cast<int64_t>(sizeof(uint16_t)));
 }
 
 int quick_blend(const DeviceBlend& b, void* scratch, int64_t* counts, Stream stream) {
