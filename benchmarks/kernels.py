@@ -33,7 +33,7 @@ def measure(models: int, device: torch.device) -> dict[str, float]:
     out = torch.empty_like(base)
     per_column = torch.rand(models, COLUMNS, dtype=torch.float64, device=device)
     per_tensor = per_column[:, :1].contiguous()
-    half = torch.full_like(per_tensor, 0.5)  # exact ties are common
+    half, decimal = (torch.full_like(per_tensor, weight) for weight in (0.5, 0.3))  # exact ties are common
     counts = torch.zeros(2, dtype=torch.int64, device=device)
     sums = torch.zeros(ops.moment_count(models), COLUMNS, dtype=torch.float64, device=device)
     pending = torch.zeros_like(sums)
@@ -52,6 +52,7 @@ def measure(models: int, device: torch.device) -> dict[str, float]:
         "row moments": (lambda: ops.row_moments(base, tensors, row_sums), (models + 1) * size),
         "blend, per tensor": (lambda: ops.blend(out, base, tensors, per_tensor, counts), (models + 2) * size),
         "blend, weight 0.5": (lambda: ops.blend(out, base, tensors, half, counts), (models + 2) * size),
+        "blend, weight 0.3": (lambda: ops.blend(out, base, tensors, decimal, counts), (models + 2) * size),
         "blend, per column": (
             lambda: ops.blend(out, base, tensors, per_column, counts, axis=ops.Axis.COLUMNS),
             (models + 2) * size,

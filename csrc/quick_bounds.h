@@ -53,6 +53,10 @@
 // normal numbers, M is a multiple of 2^-134 and |R / D - M| at least 2^-142, beside which rounding
 // by 2^-150 is nothing. Float64, which divides first, errs by less than 2^-28 h / D and
 // 2^(e-39), and not at all where R / D is M, t being a power of two: it rounds to the same side.
+// Fractions are elected in the same way, with t = 1 where there are sides: where D w_n s_n and D
+// w_n are whole for a small whole D, they take the place of w_n s_n and w_n, and where nothing else
+// divides, so does D. Signs are as safe as above. Float64 errs by less than (3 N + 30) 2^-53 S X if
+// S is 1 + 2 t sum |w_n s_n| or, for means, 1 + 2 |s_n|: ties are told from others as in blends.
 #pragma once
 
 #include "numeric.h"

@@ -106,6 +106,50 @@ def test_weights_of_few_bits_and_others(
     elected(base, models, weights, how=how, normalize=normalize, scale=scale, keeps=keeps)
 
 
+@settings(max_examples=250, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    divisor=st.integers(3, 130),
+    numerators=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    how=st.sampled_from(HOWS),
+    normalize=st.booleans(),
+    scale=st.sampled_from([1.0, 1.0, 0.5, 0.3, -1.0]),
+    kept=st.sampled_from([1.0, 1.0, 2.0, 10 / 9, 10 / 3]),
+    size=st.sampled_from([2.0**-133, 2.0**-120, 1.0, 2.0**100]),
+    steps=st.sampled_from([1, 9, 200]),
+    far=st.booleans(),
+    off=st.sampled_from([0, 0, 5, 200, 2**12]),
+)
+@example(0, 10, [3, 4], Elect.WEIGHTED, True, 1.0, 1.0, 1.0, 9, False, 0)
+@example(0, 10, [3, 4], Elect.NONE, True, 1.0, 10 / 3, 1.0, 9, True, 0)
+def test_fractions_which_make_ties_that_binary_digits_do_not(
+    seed: int,
+    divisor: int,
+    numerators: list[int],
+    how: Elect,
+    normalize: bool,
+    scale: float,
+    kept: float,
+    size: float,
+    steps: int,
+    far: bool,
+    off: int,
+) -> None:
+    """Weights such as 0.3 or 2/3, or a few units in the last place off, of numbers on a coarse grid; some cancel."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (3, 200)
+    base = (size * torch.randint(-255, 256, shape, generator=random).double()).to(BF16)
+    grid = size * torch.exp2(torch.randint(0, 4, shape, generator=random).double())
+    models = []
+    for _ in numerators:
+        delta = grid * torch.randint(-steps, steps + 1, shape, generator=random).double()
+        models.append((delta if far else base + delta).to(BF16))
+    weights = [numerator / divisor for numerator in numerators]
+    weights[0] *= 1 + off * 2.0**-52
+    keeps = [] if kept == 1.0 else [Drop(0, 0, kept)] * len(weights)
+    elected(base, models, weights, how=how, normalize=normalize, scale=scale, keeps=keeps)
+
+
 def exactly(base: Sequence[float], models: list[list[float]], weights: list[float], how: Elect) -> list[Fraction]:
     """What is added to the base, divided by the weights that agree, as fractions."""
     results = []

@@ -42,7 +42,14 @@ void flag_nonzero(const uint32_t* counts, uint32_t n, uint8_t* flags) {
 MERGECORE_CLONES
 void look_up(const int32_t* table, const uint16_t* digits, int64_t n, int32_t* out,
              uint8_t* flags) {
-  for (int64_t i = 0; i < n; ++i) out[i] = table[digits[i]];
+  constexpr int kLooks = 8;  // loads that no store, which might be to the table, holds up
+  int64_t done = 0;
+  for (; done + kLooks <= n; done += kLooks) {
+    int32_t found[kLooks];
+    for (int i = 0; i < kLooks; ++i) found[i] = table[digits[done + i]];
+    memcpy(out + done, found, sizeof(found));
+  }
+  for (; done < n; ++done) out[done] = table[digits[done]];
   for (int64_t i = 0; i < n; ++i) flags[i] = out[i] < 0 ? 0xff : 0;
 }
 

@@ -25,6 +25,11 @@ Magnitudes magnitudes_within(double least, double most) {
   return {from, bit_cast<uint32_t>(last) - from};
 }
 
+// What kept deltas are multiplied with.
+double kept_scale(const Election& e, int model) {
+  return e.kept.keeps == nullptr ? 1.0 : e.kept.keeps[model].scale;
+}
+
 // Bit i is set where float32 does not decide block i.
 template <int kModels>
 inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElection& e, int n) {
@@ -65,9 +70,45 @@ inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElect
   return blocks;
 }
 
-// The results of n entries, decided or not.
-template <int kModels, Mix kMix>
-inline __attribute__((always_inline)) void mix_words(const QuickElection& e, int n) {
+// The same where a result is a tie that may be none in float64. rest[i] is 0 of ties.
+template <int kModels>
+inline __attribute__((always_inline)) uint32_t tie_blocks(const QuickElection& e,
+                                                          const uint16_t* rest, int n) {
+  constexpr uint16_t kLeastNormal = 0x80;
+  const uint16_t tie = e.tie;
+  alignas(64) uint16_t undecided[kQuick];  // bit i: of block i
+  std::fill_n(undecided, kQuick, uint16_t{0});
+  for (int place = 0; place < n; place += kQuick) {
+    const uint16_t* base = e.base + place;
+    const uint16_t* out = e.out + place;
+    const uint16_t* from_tie = rest + place;
+    alignas(64) uint16_t largest[kQuick];
+    for (int i = 0; i < kQuick; ++i) largest[i] = base[i] & 0x7fffu;
+    for (int m = 0; m < kModels; ++m) {
+      const uint16_t* numbers = e.models[m] + place;
+      for (int i = 0; i < kQuick; ++i) {
+        const uint16_t size = numbers[i] & 0x7fffu;
+        largest[i] = size > largest[i] ? size : largest[i];
+      }
+    }
+    const auto bit = static_cast<uint16_t>(1 << place / kQuick);
+    for (int i = 0; i < kQuick; ++i) {
+      const uint16_t size = out[i] & 0x7fffu;
+      const uint16_t small = size < kLeastNormal;
+      const uint16_t most = small ? 0 : size + tie;
+      const uint16_t open = ((from_tie[i] == 0) | small) & (largest[i] > most);
+      undecided[i] |= static_cast<uint16_t>(open * bit);
+    }
+  }
+  uint16_t blocks = 0;
+  for (int i = 0; i < kQuick; ++i) blocks |= undecided[i];
+  return blocks;
+}
+
+// The results of n entries, decided or not; of fractions what lies between them and ties, too.
+template <int kModels, Mix kMix, bool kFractions>
+inline __attribute__((always_inline)) void mix_words(const QuickElection& e, int n,
+                                                     uint16_t* rest) {
   const Word* model[kModels];
   uint32_t least[kModels], extent[kModels];
   float side[kModels], share[kModels], weight[kModels];
@@ -79,6 +120,7 @@ inline __attribute__((always_inline)) void mix_words(const QuickElection& e, int
     share[m] = e.share[m];
     weight[m] = e.weight[m];
   }
+  const float whole = e.divisor;
   const auto mix = [&](float a, const float* x) __attribute__((always_inline)) {
     float vote[kModels];
     float sum = 0.0f, mixed = 0.0f, divisor = 0.0f;
@@ -100,11 +142,14 @@ inline __attribute__((always_inline)) void mix_words(const QuickElection& e, int
         divisor = agrees ? divisor + weight[m] : divisor;
       }
     }
-    const float result = kMix == Mix::divided ? fmaf(divisor, a, mixed) / divisor : a + mixed;
-    return rounded(mixed == 0.0f ? a : result);
+    if constexpr (kMix != Mix::divided && kFractions) divisor = whole;
+    const float result =
+        kMix == Mix::divided || kFractions ? fmaf(divisor, a, mixed) / divisor : a + mixed;
+    return mixed == 0.0f ? a : result;
   };
   const Word* base = reinterpret_cast<const Word*>(e.base);
   Word* out = reinterpret_cast<Word*>(e.out);
+  Word* off = reinterpret_cast<Word*>(rest);
 #pragma GCC ivdep
   for (int i = 0; i < n / 2; ++i) {
     float x0[kModels], x1[kModels];
@@ -113,7 +158,24 @@ inline __attribute__((always_inline)) void mix_words(const QuickElection& e, int
       x0[m] = lower(model[m][i]);
       x1[m] = upper(model[m][i]);
     }
-    out[i] = packed(mix(lower(base[i]), x0), mix(upper(base[i]), x1));
+    const float low = mix(lower(base[i]), x0), high = mix(upper(base[i]), x1);
+    out[i] = packed(rounded(low), rounded(high));
+    if constexpr (kFractions) {
+      off[i] = ((bit_cast<uint32_t>(low) & 0xffffu) | bit_cast<uint32_t>(high) << 16) ^ 0x80008000u;
+    }
+  }
+}
+
+template <int kModels, bool kFractions>
+inline __attribute__((always_inline)) void mix_models(const QuickElection& e, Mix mix, int n,
+                                                      uint16_t* rest) {
+  switch (mix) {
+    case Mix::all:
+      return mix_words<kModels, Mix::all, kFractions>(e, n, rest);
+    case Mix::elected:
+      return mix_words<kModels, Mix::elected, kFractions>(e, n, rest);
+    case Mix::divided:
+      return mix_words<kModels, Mix::divided, kFractions>(e, n, rest);
   }
 }
 
@@ -121,18 +183,13 @@ template <int kModels>
 inline __attribute__((always_inline)) uint32_t elect_models(const QuickElection& e, Mix mix,
                                                             int n) {
   const uint32_t undecided = undecided_blocks<kModels>(e, n);
-  switch (mix) {
-    case Mix::all:
-      mix_words<kModels, Mix::all>(e, n);
-      break;
-    case Mix::elected:
-      mix_words<kModels, Mix::elected>(e, n);
-      break;
-    case Mix::divided:
-      mix_words<kModels, Mix::divided>(e, n);
-      break;
+  if (e.divisor == 1.0f) {
+    mix_models<kModels, false>(e, mix, n, nullptr);
+    return undecided;
   }
-  return undecided;
+  alignas(64) uint16_t rest[kChunk];
+  mix_models<kModels, true>(e, mix, n, rest);
+  return undecided | tie_blocks<kModels>(e, rest, n);
 }
 
 MERGECORE_CLONES
@@ -165,31 +222,68 @@ QuickElect::QuickElect(const Election& e) : election_(e) {
 // False where float32 is not for them.
 bool QuickElect::take_coefficients() {
   const Election& e = election_;
-  const int count = e.kept.inputs.count;
   const bool elects = e.elect != Elect::none, divides = elects && e.normalize;
+  mix_ = !elects ? Mix::all : divides ? Mix::divided : Mix::elected;
   if (!is_tame(e.scale) || (divides && !is_power_of_two(e.scale))) return false;
   int most_steps = 0;
-  double votes = 0.0, shares = 0.0, weights = 0.0;
-  for (int m = 0; m < count; ++m) {
-    const double w = e.weights[m], kept = e.kept.keeps == nullptr ? 1.0 : e.kept.keeps[m].scale;
+  for (int m = 0; m < e.kept.inputs.count; ++m) {
+    const double w = e.weights[m], kept = kept_scale(e, m);
     if (!is_tame(w) || !is_tame(kept) || (divides && w < 0.0)) return false;
-    const double votes_by = e.elect == Elect::unweighted ? 1.0 : w;
-    const double side = elects ? votes_by * kept : e.scale * w * kept;
-    const double share = !elects ? 1.0 : e.elect == Elect::weighted ? e.scale : e.scale * w;
+    most_steps = std::max(most_steps, steps(e.scale) + steps(w) + steps(kept));
+  }
+  return multiply(1, most_steps) || take_fractions();
+}
+
+// Looks for what all products of weights, scales and factors are fractions of.
+bool QuickElect::take_fractions() {
+  const Election& e = election_;
+  const bool elects = e.elect != Elect::none;
+  if (elects && e.scale != 1.0) return false;
+  for (int divisor = 3; divisor <= kGreatestDivisor; ++divisor) {
+    bool whole = true;
+    for (int m = 0; m < e.kept.inputs.count && whole; ++m) {
+      const double weight = divisor * e.weights[m] * e.scale, kept = kept_scale(e, m);
+      whole = is_whole(weight * kept) && (!elects || is_whole(weight)) &&
+              (e.elect != Elect::unweighted || is_whole(kept));
+    }
+    if (whole) return multiply(divisor, 0);
+  }
+  return false;
+}
+
+// Takes all coefficients times `divisor`, whole numbers if it is not 1. False where float32 would
+// seldom be exact.
+bool QuickElect::multiply(int divisor, int most_steps) {
+  const Election& e = election_;
+  const int count = e.kept.inputs.count;
+  const auto product = [&](double c) { return divisor == 1 ? c : rint(divisor * c); };
+  double votes = 0.0, shares = 0.0, weights = 0.0, most_kept = 0.0;
+  for (int m = 0; m < count; ++m) {
+    const double w = e.weights[m], kept = kept_scale(e, m);
+    double side = product(w * kept), share = e.scale;
+    if (e.elect == Elect::none) side = product(e.scale * w * kept), share = 1.0;
+    if (e.elect == Elect::unweighted) {
+      side = divisor == 1 ? kept : rint(kept);
+      share = product(e.scale * w);
+    }
+    const double weight = product(w);
     run_.side[m] = static_cast<float>(side);
     run_.share[m] = static_cast<float>(share);
-    run_.weight[m] = static_cast<float>(w);
-    most_steps = std::max(most_steps, steps(e.scale) + steps(w) + steps(kept));
+    run_.weight[m] = static_cast<float>(weight);
     votes += 2.0 * fabs(side);
     shares += 2.0 * fabs(share * side);
-    weights += w;
+    weights += weight;
+    most_kept = std::max(most_kept, fabs(kept));
   }
-  const double sum = std::max(votes, shares + (divides ? std::max(weights, 1.0) : 1.0));
+  const bool divides = mix_ == Mix::divided;
+  const double sum = std::max(votes, shares + (divides ? std::max(weights, 1.0) : divisor));
   const int binades = exact_binades(most_steps, sum);
   run_.spread = static_cast<uint16_t>(binades << 7);
   run_.greatest = cut_bits(kGreatestElected / sum);
-  mix_ = !elects ? Mix::all : divides ? Mix::divided : Mix::elected;
-  return binades >= kFewBinades;
+  run_.divisor = static_cast<float>(divisor);
+  const int ties = tie_binades(count, 1.0 + (divides ? 2.0 * most_kept : shares / divisor));
+  run_.tie = static_cast<uint16_t>(ties << 7);
+  return binades >= kFewBinades && (divisor == 1 || ties >= 0);
 }
 
 // False where two limits do not tell what is kept of a run: ties are in a part of it only.

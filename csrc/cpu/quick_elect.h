@@ -24,6 +24,8 @@ struct QuickElection {
   float side[kMaxPlain];       // a delta times this is its vote
   float share[kMaxPlain];      // a vote times this is added to the base
   float weight[kMaxPlain];
+  float divisor;      // of results that are fractions; else 1
+  uint16_t tie;       // with a divisor: bits between a result and the largest number, at most
   uint16_t spread;    // bits between an entry's least and largest number, at most
   uint16_t greatest;  // of all numbers
   uint16_t* out;
@@ -40,6 +42,8 @@ class QuickElect {
 
  private:
   bool take_coefficients();
+  bool take_fractions();
+  bool multiply(int divisor, int most_steps);
   bool take_limits(int64_t first, int n);
   const uint16_t* kept_at_random(int m, int64_t entry, int n);
 
