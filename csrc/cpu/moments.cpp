@@ -96,6 +96,9 @@ auto moment_adder(const Inputs& in) {
       if (!is_added(m)) {
         add_dropped_pieces(in.drops[m], in.base, *model, in.window, pieces, sums);
         m += 1;
+      } else if (is_added(m + 1) && is_added(m + 2) && is_added(m + 3)) {
+        add(sums, model[0], model[1], model[2], model[3]);
+        m += 4;
       } else if (is_added(m + 1) && is_added(m + 2)) {
         add(sums, model[0], model[1], model[2]);
         m += 3;

@@ -22,7 +22,7 @@ constexpr int kSheet = kPieces * kPart;
 constexpr int kVisits = 64;              // in one go, about
 constexpr int kBlock = kVisits * kPart;  // entries of a piece at most
 constexpr int kAheadOf = 3;              // visits between asking for a line and converting it
-constexpr int kMostMatrices = 4;
+constexpr int kMostMatrices = 5;
 
 // `runs` times `count` pieces of n (at most kBlock) entries: the first from window entry `entry`
 // on, others `stride` entries apart, those of other runs `run_stride`. The accumulators of a run
@@ -140,6 +140,17 @@ struct LoadingNothing {
   void operator()(int) const {}
 };
 
+template <class One, class Other>
+struct LoadingBoth {
+  One one;
+  Other other;
+
+  inline __attribute__((always_inline)) void operator()(int piece) const {
+    one(piece);
+    other(piece);
+  }
+};
+
 // Calls f with what loads the sheet of a visit of whole parts, if pieces of its dtype can be.
 template <class Lanes, class F>
 inline __attribute__((always_inline)) void with_loading(const Matrix& matrix, const Visit& visit,
@@ -163,7 +174,8 @@ inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes,
                                                          const Matrix (&matrices)[kMatrices],
                                                          const Pieces& pieces, const F& f) {
   constexpr int kWide = kLanesOf<Lanes>;
-  static_assert(kMatrices <= kMostMatrices && kMostMatrices <= kPart / kWide);
+  constexpr int kTurns = kPart / kWide;  // each loads a matrix, or two
+  static_assert(kMatrices <= kMostMatrices && kMostMatrices <= 2 * kTurns);
   alignas(64) Number numbers[2][kMatrices * kSheet];
   const bool by_piece =
       std::is_same_v<Number, float> && std::all_of(matrices, matrices + kMatrices, loads_by_piece);
@@ -189,11 +201,20 @@ inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes,
             f(lanes, visit.count, loading, here + i, visit.place + i);
             for (int p = visit.count; p < next.count; ++p) loading(p);
           };
-          if (m < kMatrices) {
-            with_loading<Lanes>(matrices[m], next, ahead.entry, pieces.stride, there + m * kSheet,
-                                add);
-          } else {
+          const auto load = [&](int matrix, const auto& then) __attribute__((always_inline)) {
+            with_loading<Lanes>(matrices[matrix], next, ahead.entry, pieces.stride,
+                                there + matrix * kSheet, then);
+          };
+          if (m >= kMatrices) {
             add(LoadingNothing{});
+          } else if (kMatrices > kTurns && m + kTurns < kMatrices) {
+            load(m, [&](auto one) __attribute__((always_inline)) {
+              load(m + kTurns, [&](auto other) __attribute__((always_inline)) {
+                add(LoadingBoth<decltype(one), decltype(other)>{one, other});
+              });
+            });
+          } else {
+            load(m, add);
           }
         }
         ahead.advance();
