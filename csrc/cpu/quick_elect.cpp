@@ -282,7 +282,7 @@ bool QuickElect::multiply(int divisor, int most_steps) {
   run_.greatest = cut_bits(kGreatestElected / sum);
   run_.divisor = static_cast<float>(divisor);
   const int ties = tie_binades(count, 1.0 + (divides ? 2.0 * most_kept : shares / divisor));
-  run_.tie = static_cast<uint16_t>(ties << 7);
+  run_.tie = static_cast<uint16_t>(std::max(ties, 0) << 7);
   return binades >= kFewBinades && (divisor == 1 || ties >= 0);
 }
 
