@@ -114,12 +114,14 @@ void add_grams(const Matrix (&matrices)[kMatrices], const Pieces& pieces, double
   each_lanes(matrices, pieces, add);
 }
 
+constexpr int kFew = 3;  // models: of more the pairs do not fit the registers of AVX2
+
 // Whether add_grams is for these; then gram_adder is what sum_runs and sum_columns call.
 bool are_few(const Inputs& in) {
   const auto drops = [&](int m) { return in.drops != nullptr && drops_any(in.drops[m]); };
   bool any = false;
   for (int m = 0; m < in.count; ++m) any |= drops(m);
-  return in.count >= 1 && in.count < kMostMatrices && !any;
+  return in.count >= 1 && in.count <= kFew && !any;
 }
 
 auto gram_adder(const Inputs& in) {
