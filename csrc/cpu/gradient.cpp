@@ -8,17 +8,17 @@ namespace mergecore::cpu {
 template <int kMatrices>
 void add_products(const Matrix (&matrices)[kMatrices], const Pieces& pieces, double* const* sums) {
   constexpr int kModels = kMatrices - 2;
-  auto add = [&](auto as, int n, auto next, auto outer, int i) __attribute__((always_inline)) {
+  auto add = [&](auto as, int n, auto next, auto sheet, int i) __attribute__((always_inline)) {
     typename decltype(as)::Lanes sum[kModels], g, a, x;
 #pragma GCC unroll 2
     for (int m = 0; m < kModels; ++m) load(sums[m] + i, sum[m]);
-    for (int p = 0; p < n; ++p, outer += kPart) {
+    for (int p = 0; p < n; ++p) {
       next(p);
-      load(outer, g);
-      load(outer + kSheet, a);
+      load(sheet(0, p), g);
+      load(sheet(1, p), a);
 #pragma GCC unroll 2
       for (int m = 0; m < kModels; ++m) {
-        load(outer + (2 + m) * kSheet, x);
+        load(sheet(2 + m, p), x);
         const auto d = x - a;
         multiply_add(g, d, sum[m]);
       }

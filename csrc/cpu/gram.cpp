@@ -89,17 +89,17 @@ template <int kMatrices>
 void add_grams(const Matrix (&matrices)[kMatrices], const Pieces& pieces, double* sums,
                int64_t stride) {
   constexpr int kPairs = kMatrices * (kMatrices + 1) / 2;
-  auto add = [&](auto as, int n, auto next, auto base, int i) __attribute__((always_inline)) {
+  auto add = [&](auto as, int n, auto next, auto sheet, int i) __attribute__((always_inline)) {
     typename decltype(as)::Lanes sum[kPairs], v[kMatrices];
 #pragma GCC unroll 10
     for (int k = 0; k < kPairs; ++k) load(sums + k * stride + i, sum[k]);
     for (int p = 0; p < n; ++p) {
       next(p);
-      load(base + p * kPart, v[0]);
+      load(sheet(0, p), v[0]);
 #pragma GCC unroll 4
       for (int m = 1; m < kMatrices; ++m) {
-        load(base + m * kSheet + p * kPart, v[m]);
-        v[m] -= v[0];
+        load(sheet(m, p), v[m]);
+        v[m] = v[m] - v[0];
       }
       int k = 0;
 #pragma GCC unroll 4

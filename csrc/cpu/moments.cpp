@@ -14,7 +14,7 @@ struct Moments {
 template <bool kBase, int kMatrices>
 void add_pieces(const Matrix (&matrices)[kMatrices], const Pieces& pieces, double* aa,
                 const Moments& sums, int64_t stride) {
-  auto add = [&](auto as, int n, auto next, auto base, int i) __attribute__((always_inline)) {
+  auto add = [&](auto as, int n, auto next, auto sheet, int i) __attribute__((always_inline)) {
     typename decltype(as)::Lanes dd[kMatrices], da[kMatrices], square, a, x;
     if (kBase) load(aa + i, square);
 #pragma GCC unroll 4
@@ -24,11 +24,11 @@ void add_pieces(const Matrix (&matrices)[kMatrices], const Pieces& pieces, doubl
     }
     for (int p = 0; p < n; ++p) {
       next(p);
-      load(base + p * kPart, a);
+      load(sheet(0, p), a);
       if (kBase) multiply_add(a, a, square);
 #pragma GCC unroll 4
       for (int m = 1; m < kMatrices; ++m) {
-        load(base + m * kSheet + p * kPart, x);
+        load(sheet(m, p), x);
         const auto d = x - a;
         multiply_add(d, d, dd[m]);
         multiply_add(d, a, da[m]);

@@ -16,13 +16,15 @@
 
 namespace mergecore::cpu {
 
-constexpr int kPieces = 16;  // pieces added per visit of the accumulators
-constexpr int kPart = 32;    // entries of each piece that are converted and added at a time
-constexpr int kSheet = kPieces * kPart;
+constexpr int kPart = 32;                // entries of each piece that are added at a time
 constexpr int kVisits = 64;              // in one go, about
 constexpr int kBlock = kVisits * kPart;  // entries of a piece at most
-constexpr int kAheadOf = 3;              // visits between asking for a line and converting it
-constexpr int kMostMatrices = 5;
+constexpr int kAheadOf = 1;              // visits between asking for a line and loading it
+
+// Pieces added per visit of the accumulators: what a visit holds of a matrix has one size.
+template <class T>
+constexpr int kPieces = 64 / sizeof(typename T::Bits);
+constexpr int kMostPieces = kPieces<BF16>;
 
 // `runs` times `count` pieces of n (at most kBlock) entries: the first from window entry `entry`
 // on, others `stride` entries apart, those of other runs `run_stride`. The accumulators of a run
@@ -38,7 +40,8 @@ struct Pieces {
 };
 
 // What is added in one visit: n entries of `count` pieces to accumulators from `place` on. Visits
-// of some pieces come in this order: all parts of the first kPieces, and so on, run after run.
+// of some pieces come in this order: all parts of the first kMost, and so on, run after run.
+template <int kMost>
 class Visit {
  public:
   explicit Visit(const Pieces& pieces) : pieces_(&pieces), from_(pieces.entry) { take(); }
@@ -50,7 +53,7 @@ class Visit {
   bool advance() {
     if ((first_ += kPart) >= pieces_->n) {
       first_ = 0;
-      if ((piece_ += kPieces) >= pieces_->count) {
+      if ((piece_ += kMost) >= pieces_->count) {
         piece_ = 0;
         ++run_;
       }
@@ -68,7 +71,7 @@ class Visit {
   void take() {
     entry = from_ + run_ * pieces_->run_stride + piece_ * pieces_->stride + first_;
     place = run_ * pieces_->n + first_;
-    count = std::min(kPieces, pieces_->count - piece_);
+    count = std::min(kMost, pieces_->count - piece_);
     n = std::min(kPart, pieces_->n - first_);
   }
 
@@ -77,173 +80,132 @@ class Visit {
   int run_ = 0, piece_ = 0, first_ = 0;
 };
 
-// The numbers of a visit: to[p * kPart + i] is entry i of piece p, exactly; zero where the matrix
-// is not there. Float holds all dtypes but f64. `ahead`: the first entry of what is asked for.
-template <class Number>
-inline __attribute__((always_inline)) void load_sheet(const Matrix& matrix, const Visit& visit,
-                                                      int64_t ahead, int64_t stride, Number* to) {
-  if (matrix.data == nullptr) {
-    std::fill_n(to, kSheet, Number{0});
-    return;
-  }
-  with_dtype(matrix.dtype, [&](auto type) __attribute__((always_inline)) {
-    using T = decltype(type);
-    if constexpr (sizeof(typename T::Number) <= sizeof(Number)) {
-      const auto* bits = static_cast<const typename T::Bits*>(matrix.data) + visit.entry;
-      const auto* next = static_cast<const typename T::Bits*>(matrix.data) + ahead;
-      for (int p = 0; p < visit.count; ++p, bits += stride, next += stride, to += kPart) {
-        prefetch(next, visit.n * static_cast<int64_t>(sizeof(*next)));
-        if (visit.n == kPart) {  // of a length that the compiler knows
-          for (int i = 0; i < kPart; ++i) to[i] = T::load(bits[i]);
-        } else {
-          for (int i = 0; i < visit.n; ++i) to[i] = T::load(bits[i]);
-        }
-      }
-    }
-  });
-}
+// The entries of a visit, one matrix after the other and one piece after the other. Copied, for
+// entries of one column in many rows compete for the same few places of the L1 cache.
+template <class T>
+struct Sheet {
+  // As they lie in the matrix, too.
+  using Entry = std::conditional_t<std::is_same_v<T, BF16>, BF16::Bits, typename T::Number>;
+  static constexpr int kEntries = kPieces<T> * kPart;  // of a matrix
 
-// The same piece by piece, beside the arithmetic of the visit before: only so many lines can be
-// under way at once, and a processor looks only so far ahead.
-template <class T, class Lanes>
-struct Loading {
-  const typename T::Bits* bits;
-  const typename T::Bits* ahead;
-  int64_t stride;
-  int count;
-  float* to;
+  Entry* first;
 
-  inline __attribute__((always_inline)) void operator()(int piece) const {
-    if (piece >= count) return;
-    constexpr int kBytes = kPart * sizeof(*bits);
-    const auto* line = reinterpret_cast<const char*>(ahead + piece * stride);
-    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(line + i, 0, 2);
-    const auto* from = bits + piece * stride;
-    float* numbers = to + piece * kPart;
-    if constexpr (std::is_same_v<T, BF16> && std::is_same_v<Lanes, Eight>) {
-      using Wide = uint32_t __attribute__((vector_size(64)));
-      using Narrow = uint16_t __attribute__((vector_size(32), aligned(2), may_alias));
-      for (int i = 0; i < kPart; i += 16) {
-        Wide wide;  // by one instruction, of which GCC 12 makes three
-        asm("vpmovzxwd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Narrow*>(from + i)));
-        wide <<= 16;
-        memcpy(numbers + i, &wide, sizeof(wide));
-      }
-    } else {
-#pragma GCC ivdep
-      for (int i = 0; i < kPart; ++i) numbers[i] = T::load(from[i]);
-    }
+  Entry* operator()(int matrix, int piece) const {
+    return first + matrix * kEntries + piece * kPart;
   }
 };
 
-struct LoadingNothing {
-  void operator()(int) const {}
-};
-
-template <class One, class Other>
-struct LoadingBoth {
-  One one;
-  Other other;
-
-  inline __attribute__((always_inline)) void operator()(int piece) const {
-    one(piece);
-    other(piece);
-  }
-};
-
-// Calls f with what loads the sheet of a visit of whole parts, if pieces of its dtype can be.
-template <class Lanes, class F>
-inline __attribute__((always_inline)) void with_loading(const Matrix& matrix, const Visit& visit,
-                                                        int64_t ahead, int64_t stride, float* to,
-                                                        const F& f) {
+// Loads n entries of a matrix, and asks for those from `ahead` on. kCopied: the matrix is of T,
+// which else holds its numbers.
+template <class T, bool kCopied>
+inline __attribute__((always_inline)) void load_piece(const Matrix& matrix, int64_t entry,
+                                                      int64_t ahead, int n,
+                                                      typename Sheet<T>::Entry* to) {
   const auto load = [&](auto type) __attribute__((always_inline)) {
-    using T = decltype(type);
-    const auto* bits = static_cast<const typename T::Bits*>(matrix.data);
-    f(Loading<T, Lanes>{bits + visit.entry, bits + ahead, stride, visit.count, to});
+    using From = decltype(type);
+    if constexpr (sizeof(typename From::Number) <= sizeof(typename T::Number)) {
+      const auto* bits = static_cast<const typename From::Bits*>(matrix.data);
+      prefetch(bits + ahead, kPart * sizeof(*bits));
+      if constexpr (kCopied) {
+        memcpy(to, bits + entry, n * sizeof(*bits));
+      } else {
+        for (int i = 0; i < n; ++i) to[i] = From::load(bits[entry + i]);
+      }
+    }
   };
-  if (matrix.data == nullptr) return f(LoadingNothing{});
-  matrix.dtype == Dtype::bf16 ? load(BF16{}) : load(F32{});
+  if constexpr (kCopied) {
+    load(T{});
+  } else {
+    with_dtype(matrix.dtype, load);
+  }
 }
 
-inline bool loads_by_piece(const Matrix& matrix) {
-  return matrix.data == nullptr || matrix.dtype == Dtype::bf16 || matrix.dtype == Dtype::f32;
-}
-
-template <class Number, class Lanes, int kMatrices, class F>
+// kCopied: all matrices are of T.
+template <class T, bool kCopied, class Lanes, int kMatrices, class F>
 inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes,
                                                          const Matrix (&matrices)[kMatrices],
                                                          const Pieces& pieces, const F& f) {
   constexpr int kWide = kLanesOf<Lanes>;
-  constexpr int kTurns = kPart / kWide;  // each loads a matrix, or two
-  static_assert(kMatrices <= kMostMatrices && kMostMatrices <= 2 * kTurns);
-  alignas(64) Number numbers[2][kMatrices * kSheet];
-  const bool by_piece =
-      std::is_same_v<Number, float> && std::all_of(matrices, matrices + kMatrices, loads_by_piece);
-  Visit visit(pieces), next = visit, ahead = visit;
-  for (int i = 0; i < kAheadOf; ++i) ahead.advance();
-  const auto load_all = [&](const Visit& of, Number* to) __attribute__((always_inline)) {
-    for (int m = 0; m < kMatrices; ++m) {
-      load_sheet(matrices[m], of, ahead.entry, pieces.stride, to + m * kSheet);
-    }
-    ahead.advance();
-  };
-  Number *here = numbers[0], *there = numbers[1];
-  load_all(visit, here);
+  constexpr int kTurns = kPart / kWide;
+  alignas(64) typename Sheet<T>::Entry entries[2][kMatrices * Sheet<T>::kEntries];
   for (int m = 0; m < kMatrices; ++m) {
-    if (matrices[m].data == nullptr) std::fill_n(there + m * kSheet, kSheet, Number{0});
+    if (matrices[m].data != nullptr) continue;
+    for (auto& of : entries) std::fill_n(Sheet<T>{of}(m, 0), Sheet<T>::kEntries, 0);
   }
-  for (bool goes_on = true; goes_on; std::swap(here, there), visit = next) {
-    goes_on = next.advance();
-    if constexpr (std::is_same_v<Number, float>) {
-      if (by_piece && goes_on && visit.n == kPart && next.n == kPart) {
-        for (int i = 0, m = 0; i < kPart; i += kWide, ++m) {
-          const auto add = [&](auto loading) __attribute__((always_inline)) {
-            f(lanes, visit.count, loading, here + i, visit.place + i);
-            for (int p = visit.count; p < next.count; ++p) loading(p);
-          };
-          const auto load = [&](int matrix, const auto& then) __attribute__((always_inline)) {
-            with_loading<Lanes>(matrices[matrix], next, ahead.entry, pieces.stride,
-                                there + matrix * kSheet, then);
-          };
-          if (m >= kMatrices) {
-            add(LoadingNothing{});
-          } else if (kMatrices > kTurns && m + kTurns < kMatrices) {
-            load(m, [&](auto one) __attribute__((always_inline)) {
-              load(m + kTurns, [&](auto other) __attribute__((always_inline)) {
-                add(LoadingBoth<decltype(one), decltype(other)>{one, other});
-              });
-            });
-          } else {
-            load(m, add);
-          }
-        }
-        ahead.advance();
-        continue;
-      }
+  Sheet<T> here{entries[0]}, there{entries[1]};
+  Visit<kPieces<T>> visit(pieces), next = visit, ahead = visit;
+  for (int i = 0; i < kAheadOf; ++i) ahead.advance();
+  // A piece of the next visit, of every kTurns-th matrix from `first` on.
+  const auto load_next = [&](int first, int piece, int n) __attribute__((always_inline)) {
+    const int64_t distance = piece * pieces.stride;
+#pragma GCC unroll 5
+    for (int m = first; m < kMatrices; m += kTurns) {
+      if (matrices[m].data == nullptr) continue;
+      load_piece<T, kCopied>(matrices[m], next.entry + distance, ahead.entry + distance, n,
+                             there(m, piece));
     }
+  };
+  const auto load_from = [&](int first_piece) __attribute__((always_inline)) {
+    for (int p = first_piece; p < next.count; ++p) {
+      for (int turn = 0; turn < kTurns; ++turn) load_next(turn, p, next.n);
+    }
+  };
+  load_from(0);
+  for (bool goes_on = true; goes_on;) {
+    std::swap(here, there);
+    visit = next;
+    ahead.advance();
+    goes_on = next.advance();
     int i = 0;
+    if (goes_on && visit.n == kPart && next.n == kPart && visit.count <= next.count) {
+      // Piece by piece beside the arithmetic: only so many lines can be under way at once, and a
+      // processor looks only so far ahead.
+#pragma GCC unroll 2
+      for (int turn = 0; turn < kTurns; ++turn, i += kWide) {
+        const auto load = [&](int piece)
+                              __attribute__((always_inline)) { load_next(turn, piece, kPart); };
+        f(lanes, visit.count, load, Sheet<T>{here.first + i}, visit.place + i);
+      }
+      load_from(visit.count);
+      continue;
+    }
+    const auto nothing = [](int) {};
     for (; i + kWide <= visit.n; i += kWide) {
-      f(lanes, visit.count, LoadingNothing{}, here + i, visit.place + i);
+      f(lanes, visit.count, nothing, Sheet<T>{here.first + i}, visit.place + i);
     }
     for (; i < visit.n; ++i) {
-      f(As<double>{}, visit.count, LoadingNothing{}, here + i, visit.place + i);
+      f(As<double>{}, visit.count, nothing, Sheet<T>{here.first + i}, visit.place + i);
     }
-    if (goes_on) load_all(next, there);
+    if (goes_on) load_from(0);
   }
 }
 
-// Calls f(As<Lanes>, n, next, numbers, i) to add entries of n pieces to accumulators i, i + 1, ...:
-// those of piece p of matrix m are numbers[m * kSheet + p * kPart] on. f has to call next(p) for
-// each piece, which loads that of the next visit beside f's arithmetic.
+// Calls f(As<Lanes>, n, next, sheet, i) to add entries of n pieces to accumulators i, i + 1, ...:
+// those of piece p of matrix m are sheet(m, p)[0], [1], ... f has to call next(p) for each piece,
+// which loads that of the next visit beside f's arithmetic.
 template <int kMatrices, class F>
 void each_lanes(const Matrix (&matrices)[kMatrices], const Pieces& pieces, const F& f) {
-  const bool wide = std::any_of(matrices, matrices + kMatrices, [](const Matrix& matrix) {
-    return matrix.data != nullptr && matrix.dtype == Dtype::f64;
-  });
-  with_lanes([&](auto lanes) __attribute__((always_inline)) {
-    wide ? each_lanes_of<double>(lanes, matrices, pieces, f)
-         : each_lanes_of<float>(lanes, matrices, pieces, f);
-  });
+  const auto all = [&](auto is) {
+    return std::all_of(matrices, matrices + kMatrices, [&](const Matrix& matrix) {
+      return matrix.data == nullptr || is(matrix.dtype);
+    });
+  };
+  const auto run = [&](auto type, auto copied, const auto& lanes_for) {
+    with_lanes([&](auto lanes) __attribute__((always_inline)) {
+      each_lanes_of<decltype(type), copied()>(lanes_for(lanes), matrices, pieces, f);
+    });
+  };
+  const auto same = [](auto lanes) { return lanes; };
+  const auto pairs = [](auto lanes) { return in_pairs(lanes); };
+  if (all([](Dtype dtype) { return dtype == Dtype::bf16; })) {
+    run(BF16{}, std::true_type{}, pairs);
+  } else if (all([](Dtype dtype) { return dtype == Dtype::f32; })) {
+    run(F32{}, std::true_type{}, same);
+  } else if (all([](Dtype dtype) { return dtype != Dtype::f64; })) {
+    run(F32{}, std::false_type{}, same);
+  } else {
+    run(F64{}, std::false_type{}, same);
+  }
 }
 
 // A tile's columns into runs of tile.columns sums, in blocks of at most kBlock columns.
@@ -251,7 +213,7 @@ template <class Add>
 void sum_columns(const Window& w, const Tile& tile, double* sums, const Add& add) {
   const int64_t end = tile.row + tile.rows, end_column = tile.column + tile.columns;
   for (int64_t row = tile.row; row < end;) {
-    const int pieces = static_cast<int>(std::min<int64_t>(kPieces, end - row));
+    const int pieces = static_cast<int>(std::min<int64_t>(kMostPieces, end - row));
     for (int64_t column = tile.column; column < end_column; column += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, end_column - column));
       const int64_t entry = row * w.columns + column;
@@ -271,7 +233,7 @@ void sum_columns(const Window& w, const Tile& tile, double* sums, const Add& add
 template <class Add, class Store>
 void sum_runs(const Window& w, int64_t length, int64_t count, int64_t begin, int64_t end,
               const Add& add, const Store& store) {
-  constexpr int64_t kEntries = kVisits * kSheet;
+  constexpr int64_t kEntries = kVisits * kMostPieces * kPart;
   const int64_t entries = w.rows * w.columns;
   const int64_t most = std::clamp<int64_t>(kEntries / std::max<int64_t>(1, length), 1, 8);
   const int64_t stride = most * kLanes + kLanes / 8;  // not of pages: they would share a place
