@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     # Threads that spin while they wait take the cores from the reader, the writer and other jobs (workers
-    # inherit this). It must be set before torch is loaded.
+    # inherit this). It must be set before torch is loaded, and with it NumPy,
+    # whose BLAS would start one for each core, and nothing here has much for it to do.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[_Lines()])
     if isinstance(sys.stdout, io.TextIOWrapper):

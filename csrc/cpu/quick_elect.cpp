@@ -37,26 +37,16 @@ inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElect
   alignas(64) uint16_t undecided[kQuick];  // bit i: of block i
   std::fill_n(undecided, kQuick, uint16_t{0});
   for (int place = 0; place < n; place += kQuick) {
-    alignas(64) uint16_t largest[kQuick];
-    alignas(64) uint16_t smallest[kQuick];  // less one: beside it zeros do not count
-    const uint16_t* base = e.base + place;
-    fetch<0>(base + 2 * kChunk);
-    for (int i = 0; i < kQuick; ++i) largest[i] = base[i] & 0x7fffu;
-    for (int i = 0; i < kQuick; ++i) {
-      smallest[i] = static_cast<uint16_t>((base[i] & 0x7fffu) - 1);
-    }
-    for (int m = 0; m < kModels; ++m) {
-      const uint16_t* numbers = e.models[m] + place;
+    alignas(64) uint16_t largest[kQuick], smallest[kQuick];
+    std::fill_n(largest, kQuick, uint16_t{0});
+    std::fill_n(smallest, kQuick, uint16_t{0xffff});
+    const auto take = [&](const uint16_t* numbers) __attribute__((always_inline)) {
       fetch<0>(numbers + 2 * kChunk);
-      for (int i = 0; i < kQuick; ++i) {
-        const uint16_t size = numbers[i] & 0x7fffu;
-        largest[i] = size > largest[i] ? size : largest[i];
-      }
-      for (int i = 0; i < kQuick; ++i) {
-        const uint16_t less = static_cast<uint16_t>((numbers[i] & 0x7fffu) - 1);
-        smallest[i] = less < smallest[i] ? less : smallest[i];
-      }
-    }
+      take_largest(numbers, largest);
+      take_smallest(numbers, smallest);
+    };
+    take(e.base + place);
+    for (int m = 0; m < kModels; ++m) take(e.models[m] + place);
     fetch<1>(e.out + place + 2 * kChunk);
     const auto bit = static_cast<uint16_t>(1 << place / kQuick);
     for (int i = 0; i < kQuick; ++i) {
@@ -74,29 +64,21 @@ inline __attribute__((always_inline)) uint32_t undecided_blocks(const QuickElect
 template <int kModels>
 inline __attribute__((always_inline)) uint32_t tie_blocks(const QuickElection& e,
                                                           const uint16_t* rest, int n) {
-  constexpr uint16_t kLeastNormal = 0x80;
   const uint16_t tie = e.tie;
   alignas(64) uint16_t undecided[kQuick];  // bit i: of block i
   std::fill_n(undecided, kQuick, uint16_t{0});
   for (int place = 0; place < n; place += kQuick) {
-    const uint16_t* base = e.base + place;
     const uint16_t* out = e.out + place;
     const uint16_t* from_tie = rest + place;
     alignas(64) uint16_t largest[kQuick];
-    for (int i = 0; i < kQuick; ++i) largest[i] = base[i] & 0x7fffu;
-    for (int m = 0; m < kModels; ++m) {
-      const uint16_t* numbers = e.models[m] + place;
-      for (int i = 0; i < kQuick; ++i) {
-        const uint16_t size = numbers[i] & 0x7fffu;
-        largest[i] = size > largest[i] ? size : largest[i];
-      }
-    }
+    std::fill_n(largest, kQuick, uint16_t{0});
+    take_largest(e.base + place, largest);
+    for (int m = 0; m < kModels; ++m) take_largest(e.models[m] + place, largest);
     const auto bit = static_cast<uint16_t>(1 << place / kQuick);
     for (int i = 0; i < kQuick; ++i) {
-      const uint16_t size = out[i] & 0x7fffu;
-      const uint16_t small = size < kLeastNormal;
-      const uint16_t most = small ? 0 : size + tie;
-      const uint16_t open = ((from_tie[i] == 0) | small) & (largest[i] > most);
+      const uint16_t size = size_of(out[i]);
+      const uint16_t is_tie = (from_tie[i] == 0) | (size < kLeastNormal);
+      const uint16_t open = is_tie & (largest[i] > most_of_ties(size, tie));
       undecided[i] |= static_cast<uint16_t>(open * bit);
     }
   }

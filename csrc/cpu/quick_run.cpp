@@ -27,12 +27,6 @@ struct Partial {
   alignas(64) float sums[kSpan];         // [block][even, odd]
 };
 
-inline __attribute__((always_inline)) uint16_t size_of(uint16_t number) { return number & 0x7fffu; }
-
-inline __attribute__((always_inline)) uint16_t less_one(uint16_t number) {
-  return static_cast<uint16_t>(size_of(number) - 1);
-}
-
 // Counts kInputs inputs in. Of smallest numbers only with kExact.
 template <int kInputs, bool kFirst, bool kExact>
 inline __attribute__((always_inline)) void add_sizes(const QuickRun& run, int64_t span, int first,
@@ -154,13 +148,10 @@ inline __attribute__((always_inline)) void add_inputs(const QuickRun& run, int64
 // Sets undecided[i] where a quotient may be a tie that is none in float64.
 inline __attribute__((always_inline)) void find_ties(const QuickRun& run, int64_t span, int n,
                                                      const Partial& partial, uint16_t* undecided) {
-  constexpr uint16_t kLeastNormal = 0x80;
   const uint16_t* out = run.out + span;
   const uint16_t tie = run.tie;
   for (int i = 0; i < n; ++i) {
-    const uint16_t size = size_of(out[i]), largest = partial.largest[i];
-    const uint16_t most = size < kLeastNormal ? 0 : size + tie;
-    undecided[i] |= largest > most;
+    undecided[i] |= partial.largest[i] > most_of_ties(size_of(out[i]), tie);
   }
 }
 

@@ -32,6 +32,35 @@ inline __attribute__((always_inline)) uint32_t rounded(float value) {
   return bits + ((bits & 0x10000u) != 0 ? 0x8000u : 0x7fffu);
 }
 
+constexpr uint16_t kLeastNormal = 0x80;
+
+inline __attribute__((always_inline)) uint16_t size_of(uint16_t number) { return number & 0x7fffu; }
+
+// Beside it zeros do not count: less than nothing is the greatest number.
+inline __attribute__((always_inline)) uint16_t less_one(uint16_t number) {
+  return static_cast<uint16_t>(size_of(number) - 1);
+}
+
+inline __attribute__((always_inline)) void take_largest(const uint16_t* block, uint16_t* largest) {
+  for (int i = 0; i < kQuick; ++i) {
+    const uint16_t size = size_of(block[i]);
+    largest[i] = size > largest[i] ? size : largest[i];
+  }
+}
+
+inline __attribute__((always_inline)) void take_smallest(const uint16_t* block,
+                                                         uint16_t* smallest) {
+  for (int i = 0; i < kQuick; ++i) {
+    const uint16_t less = less_one(block[i]);
+    smallest[i] = less < smallest[i] ? less : smallest[i];
+  }
+}
+
+// The largest number with which a quotient of that size may be a tie also in float64.
+inline __attribute__((always_inline)) uint16_t most_of_ties(uint16_t size, uint16_t tie) {
+  return static_cast<uint16_t>(size < kLeastNormal ? 0 : size + tie);
+}
+
 // Asks for the block at `from`, to read it (0) or to write it (1). Few lines at a time, among
 // arithmetic: many at once wait for each other, and everything else for them.
 template <int kWrite>
