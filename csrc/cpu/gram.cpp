@@ -84,15 +84,36 @@ void add_pairs(const double* vectors, int count, int pieces, int n, double* sums
   }
 }
 
-// All pairs of the base and up to three models, of which nothing is dropped.
+constexpr int kGroup = 3;  // models: of more the pairs do not fit the registers
+
+// Sums of those that are there.
+template <int kCount, class Lanes>
+inline __attribute__((always_inline)) void begin_sums(double* const (&to)[kCount], int i,
+                                                      Lanes (&sums)[kCount]) {
+#pragma GCC unroll 10
+  for (int k = 0; k < kCount; ++k) {
+    sums[k] = Lanes{};
+    if (to[k] != nullptr) load(to[k] + i, sums[k]);
+  }
+}
+
+template <int kCount, class Lanes>
+inline __attribute__((always_inline)) void end_sums(const Lanes (&sums)[kCount], int i,
+                                                    double* const (&to)[kCount]) {
+#pragma GCC unroll 10
+  for (int k = 0; k < kCount; ++k) {
+    if (to[k] != nullptr) store(sums[k], to[k] + i);
+  }
+}
+
+// All pairs of the base, matrix 0, and a group of models, of which nothing is dropped.
 template <int kMatrices>
-void add_grams(const Matrix (&matrices)[kMatrices], const Pieces& pieces, double* sums,
-               int64_t stride) {
+void add_within(const Matrix (&matrices)[kMatrices], const Pieces& pieces,
+                double* const (&to)[kMatrices * (kMatrices + 1) / 2]) {
   constexpr int kPairs = kMatrices * (kMatrices + 1) / 2;
   auto add = [&](auto as, int n, auto next, auto sheet, int i) __attribute__((always_inline)) {
-    typename decltype(as)::Lanes sum[kPairs], v[kMatrices];
-#pragma GCC unroll 10
-    for (int k = 0; k < kPairs; ++k) load(sums + k * stride + i, sum[k]);
+    typename decltype(as)::Lanes sums[kPairs], v[kMatrices];
+    begin_sums(to, i, sums);
     for (int p = 0; p < n; ++p) {
       next(p);
       load(sheet(0, p), v[0]);
@@ -105,32 +126,105 @@ void add_grams(const Matrix (&matrices)[kMatrices], const Pieces& pieces, double
 #pragma GCC unroll 4
       for (int m = 0; m < kMatrices; ++m) {
 #pragma GCC unroll 4
-        for (int other = m; other < kMatrices; ++other) multiply_add(v[m], v[other], sum[k++]);
+        for (int other = m; other < kMatrices; ++other) multiply_add(v[m], v[other], sums[k++]);
       }
     }
-#pragma GCC unroll 10
-    for (int k = 0; k < kPairs; ++k) store(sum[k], sums + k * stride + i);
+    end_sums(sums, i, to);
   };
   each_lanes(matrices, pieces, add);
 }
 
-constexpr int kFew = 3;  // models: of more the pairs do not fit the registers of AVX2
-
-// Whether add_grams is for these; then gram_adder is what sum_runs and sum_columns call.
-bool are_few(const Inputs& in) {
-  const auto drops = [&](int m) { return in.drops != nullptr && drops_any(in.drops[m]); };
-  bool any = false;
-  for (int m = 0; m < in.count; ++m) any |= drops(m);
-  return in.count >= 1 && in.count <= kFew && !any;
+// The pairs of a whole group's models, which follow the base, with the others, those of another.
+template <int kMatrices>
+void add_across(const Matrix (&matrices)[kMatrices], const Pieces& pieces,
+                double* const (&to)[kGroup * (kMatrices - 1 - kGroup)]) {
+  constexpr int kOthers = kMatrices - 1 - kGroup;
+  auto add = [&](auto as, int n, auto next, auto sheet, int i) __attribute__((always_inline)) {
+    typename decltype(as)::Lanes sums[kGroup * kOthers], v[kGroup], a, x;
+    begin_sums(to, i, sums);
+    for (int p = 0; p < n; ++p) {
+      next(p);
+      load(sheet(0, p), a);
+#pragma GCC unroll 3
+      for (int m = 0; m < kGroup; ++m) {
+        load(sheet(1 + m, p), x);
+        v[m] = x - a;
+      }
+#pragma GCC unroll 3
+      for (int other = 0; other < kOthers; ++other) {
+        load(sheet(1 + kGroup + other, p), x);
+        const auto d = x - a;
+#pragma GCC unroll 3
+        for (int m = 0; m < kGroup; ++m) multiply_add(v[m], d, sums[m * kOthers + other]);
+      }
+    }
+    end_sums(sums, i, to);
+  };
+  each_lanes(matrices, pieces, add);
 }
 
+// Calls f with a constant for a number of models.
+template <class F>
+void with_models(int count, const F& f) {
+  switch (count) {
+    case 0:
+      return f(std::integral_constant<int, 0>{});
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    default:
+      return f(std::integral_constant<int, kGroup>{});
+  }
+}
+
+// What sum_runs and sum_columns call where nothing is dropped.
 auto gram_adder(const Inputs& in) {
-  return [&in](const Pieces& pieces, double* to, int64_t to_stride) {
-    const Matrix *m = in.models, &base = in.base;
-    if (in.count == 1) return add_grams({base, m[0]}, pieces, to, to_stride);
-    if (in.count == 2) return add_grams({base, m[0], m[1]}, pieces, to, to_stride);
-    add_grams({base, m[0], m[1], m[2]}, pieces, to, to_stride);
+  return [&in](const Pieces& pieces, double* sums, int64_t stride) {
+    const auto to = [&](int one, int other) {  // vector 0 is the base
+      return sums + (int64_t{one} * (2 * in.count + 1 - one) / 2 + other) * stride;
+    };
+    const auto within = [&](int first, auto models) {
+      Matrix matrices[1 + models()] = {in.base};
+      std::copy_n(in.models + first, models(), matrices + 1);
+      double* pairs[(1 + models()) * (2 + models()) / 2];
+      int k = 0;
+      for (int m = 0; m <= models(); ++m) {
+        for (int other = m; other <= models(); ++other) {
+          pairs[k++] = to(m == 0 ? 0 : first + m, other == 0 ? 0 : first + other);
+        }
+      }
+      if (first != 0) pairs[0] = nullptr;  // the first group tells the base by itself
+      add_within(matrices, pieces, pairs);
+    };
+    const auto across = [&](int first, int second, auto others) {
+      if constexpr (others() != 0) {
+        Matrix matrices[1 + kGroup + others()] = {in.base};
+        std::copy_n(in.models + first, kGroup, matrices + 1);
+        std::copy_n(in.models + second, others(), matrices + 1 + kGroup);
+        double* pairs[kGroup * others()];
+        int k = 0;
+        for (int m = 1; m <= kGroup; ++m) {
+          for (int other = 1; other <= others(); ++other) {
+            pairs[k++] = to(first + m, second + other);
+          }
+        }
+        add_across(matrices, pieces, pairs);
+      }
+    };
+    int first = 0;
+    do {
+      with_models(in.count - first, [&](auto models) { within(first, models); });
+      for (int second = first + kGroup; second < in.count; second += kGroup) {
+        with_models(in.count - second, [&](auto others) { across(first, second, others); });
+      }
+    } while ((first += kGroup) < in.count);
   };
+}
+
+bool drops_nothing(const Inputs& in) {
+  return in.drops == nullptr ||
+         std::none_of(in.drops, in.drops + in.count, [](const Drop& d) { return drops_any(d); });
 }
 
 void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_stride,
@@ -139,7 +233,7 @@ void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_strid
   const auto place = [&](int64_t run, int64_t pair) {
     return out + pair * pair_stride + run * run_stride;
   };
-  if (are_few(in)) {
+  if (drops_nothing(in)) {
     return sum_runs(in.window, length, pairs, begin, end, gram_adder(in),
                     [&](int64_t run, int64_t pair, double sum) { *place(run, pair) = sum; });
   }
@@ -164,7 +258,7 @@ void run_grams(const Inputs& in, int64_t length, double* out, int64_t pair_strid
 }
 
 void column_gram(const Inputs& in, const Tile& tile, double* sums) {
-  if (are_few(in)) return sum_columns(in.window, tile, sums, gram_adder(in));
+  if (drops_nothing(in)) return sum_columns(in.window, tile, sums, gram_adder(in));
   const Window& w = in.window;
   const int count = in.count + 1;
   std::vector<double> vectors(static_cast<size_t>(count) * kChunk);

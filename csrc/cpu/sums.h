@@ -138,7 +138,7 @@ inline __attribute__((always_inline)) void each_lanes_of(As<Lanes> lanes,
   // A piece of the next visit, of every kTurns-th matrix from `first` on.
   const auto load_next = [&](int first, int piece, int n) __attribute__((always_inline)) {
     const int64_t distance = piece * pieces.stride;
-#pragma GCC unroll 5
+#pragma GCC unroll 7
     for (int m = first; m < kMatrices; m += kTurns) {
       if (matrices[m].data == nullptr) continue;
       load_piece<T, kCopied>(matrices[m], next.entry + distance, ahead.entry + distance, n,
