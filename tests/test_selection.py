@@ -26,7 +26,7 @@ from mergecore.planning import MergePlan
 from mergecore.selecting import choose
 from mergecore.topsets import Part
 from tests import oracle
-from tests.test_kernels import threads
+from tests.kernel_inputs import threads
 from tests.test_methods import merge
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
