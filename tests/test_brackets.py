@@ -21,7 +21,7 @@ from mergecore.selecting import choose
 from mergecore.topsets import FIRST, INFINITE, SHIFT
 from tests import oracle
 from tests.kernel_inputs import threads
-from tests.test_selection import InMemory, deltas_of, mask_of, trimmed
+from tests.selections import InMemory, deltas_of, mask_of, trimmed
 
 BF16, F32 = torch.bfloat16, torch.float32
 
