@@ -20,8 +20,8 @@ from mergecore.ops import Drop, Place
 from mergecore.selecting import choose
 from mergecore.topsets import FIRST, INFINITE, SHIFT
 from tests import oracle
-from tests.test_kernels import threads
-from tests.test_selection import InMemory, deltas_of, mask_of, trimmed
+from tests.kernel_inputs import threads
+from tests.selections import InMemory, deltas_of, mask_of, trimmed
 
 BF16, F32 = torch.bfloat16, torch.float32
 

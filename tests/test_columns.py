@@ -17,7 +17,7 @@ from mergecore import ops
 from mergecore.features.columns import scaled_sum
 from mergecore.ops import Axis
 from tests import oracle
-from tests.test_kernels import Inputs, at_odd_address, chain, cuts, few, inputs, plain, threads, windows
+from tests.kernel_inputs import Inputs, at_odd_address, chain, cuts, few, inputs, plain, threads, windows
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 DTYPES = (F32, F16, BF16, F64)

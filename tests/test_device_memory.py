@@ -15,8 +15,8 @@ import mergecore.merging as merging
 import mergecore.placement as placement
 from mergecore import MergeResult, Progress, load_spec, merge
 from mergecore.device import HostWindow
+from tests.merges import METHODS, LateDevice, many_kinds
 from tests.models import LLAMA, moved, spec_dict, tensor_bytes, write_model
-from tests.test_engine import METHODS, LateDevice, many_kinds
 
 Merged = tuple[MergeResult, dict[str, tuple[str, tuple[int, ...], bytes]]]
 

@@ -27,8 +27,8 @@ from mergecore.planning import MergePlan
 from mergecore.selecting import thinned
 from mergecore.topsets import Part
 from tests import oracle
+from tests.selections import assert_right, checkpoints, deltas_of, elected, share, top, trimmed
 from tests.test_methods import merge
-from tests.test_selection import assert_right, checkpoints, deltas_of, elected, share, top, trimmed
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 few = settings(max_examples=25, deadline=None)

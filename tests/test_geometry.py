@@ -22,8 +22,8 @@ from mergecore import merging, ops
 from mergecore.errors import SpecError
 from mergecore.planning import MergePlan, plan
 from tests import oracle
+from tests.kernel_inputs import Inputs, inputs, plain, threads, windows
 from tests.models import write_model
-from tests.test_kernels import Inputs, inputs, plain, threads, windows
 from tests.test_methods import QWEN, checkpoints, merge, of, special
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -27,9 +27,9 @@ from mergecore.loop import Loop
 from mergecore.ops import blend
 from mergecore.output.buffers import ring_bytes
 from mergecore.output.writer import OutputWriter
+from tests.merges import METHODS, LateDevice, cut_anywhere, many_kinds, merged, results_of, scratch, spec_of
 from tests.models import LLAMA, llama, moved, spec_dict, tensor_bytes, write_model, write_trio
 from tests.test_device_memory import CrowdedDevice
-from tests.test_engine import METHODS, LateDevice, cut_anywhere, many_kinds, merged, scratch, spec_of
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,7 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def expected(trio: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one loop makes of the trio."""
-    folder = tmp_path_factory.mktemp("expected")
-    return {name: merged(spec_of(trio, **keys), folder / name, threads=1) for name, keys in METHODS.items()}
+    return results_of(trio, tmp_path_factory.mktemp("expected"))
 
 
 @pytest.fixture

@@ -20,8 +20,7 @@ from mergecore.errors import NonFiniteError, SpecError
 from mergecore.methods.base import Keep
 from mergecore.survey import Chained, survey
 from tests import oracle
-from tests.test_methods import assert_right, merge
-from tests.test_selection import (
+from tests.selections import (
     BF16,
     F16,
     F32,
@@ -35,6 +34,7 @@ from tests.test_selection import (
     top,
     trimmed,
 )  # fmt: skip
+from tests.test_methods import assert_right, merge
 
 few = settings(max_examples=40, deadline=None)
 

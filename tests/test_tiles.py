@@ -15,9 +15,9 @@ from torch import Tensor
 from mergecore import ops
 from tests import oracle
 from tests.conftest import require_tool
+from tests.kernel_inputs import Inputs, plain, threads
 from tests.test_columns import by_column
 from tests.test_geometry import column_gram
-from tests.test_kernels import Inputs, plain, threads
 
 TILE = 256  # rows
 BF16, F32 = torch.bfloat16, torch.float32

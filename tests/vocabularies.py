@@ -63,11 +63,33 @@ def save(folder: Path, tokenizer: Tokenizer | None, /, **config: Any) -> Path:
     return folder
 
 
+def three(tmp_path: Path) -> list[Path]:
+    """Folders of a base and two models, each of which has tokens that others lack."""
+    return [
+        save(tmp_path / "base", words("a", "b")),
+        save(tmp_path / "near", words("b", "c", "d")),
+        save(tmp_path / "far", words("d", "e", "a")),
+    ]
+
+
 def write_files(files: Mapping[str, bytes | Path], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     return folder
+
+
+def ids_of(folder: Path) -> dict[str, int]:
+    """What transformers makes of the folder."""
+    import transformers
+
+    ids: dict[str, int] = transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
+    return ids
+
+
+def embeddings(*rows: int) -> list[Array]:
+    """Entry (r, 0) of model m is 100 m + r: every row tells where it is from."""
+    return [np.arange(count, dtype=float)[:, None] + 100 * model for model, count in enumerate(rows)]
 
 
 def laid_out(vocabulary: Vocabulary, embeddings: Sequence[Array]) -> list[Array]:
