@@ -19,7 +19,9 @@ namespace mergecore::cpu {
 constexpr int kPart = 32;                // entries of each piece that are added at a time
 constexpr int kVisits = 64;              // in one go, about
 constexpr int kBlock = kVisits * kPart;  // entries of a piece at most
-constexpr int kAheadOf = 1;              // visits between asking for a line and loading it
+// Visits between asking for a line and loading it. Pieces begin anywhere in a line: with one visit
+// the line in which a piece ends, asked for as the next one's first, would come too late.
+constexpr int kAheadOf = 2;
 
 // Pieces added per visit of the accumulators: what a visit holds of a matrix has one size.
 template <class T>
