@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.reporting import add_json, tell
 from mergecore import ops
@@ -30,6 +31,8 @@ def measure(models: int, device: torch.device) -> dict[str, float]:
     base = (0.02 * torch.randn(ROWS, COLUMNS, generator=generator, device=device)).bfloat16()
     shifts = 0.003 * torch.randn(models, COLUMNS, generator=generator, device=device)
     tensors = [(base + shift).bfloat16() for shift in shifts]
+    if device.type == "cpu":  # a GPU gets windows of its own, in place
+        base, *tensors = map(_as_mapped, (base, *tensors))
     out = torch.empty_like(base)
     per_column = torch.rand(models, COLUMNS, dtype=torch.float64, device=device)
     per_tensor = per_column[:, :1].contiguous()
@@ -74,6 +77,12 @@ def measure(models: int, device: torch.device) -> dict[str, float]:
         for name, (run, nbytes) in runs.items():
             best[name] = max(best[name], nbytes / clock(run) / 1e9)
     return best
+
+
+def _as_mapped(tensor: Tensor) -> Tensor:
+    """The same at 8 bytes beyond a cache line: in files tensors begin at multiples of 8."""
+    room = torch.empty(tensor.numel() + 4, dtype=tensor.dtype)
+    return room[4:].view_as(tensor).copy_(tensor)
 
 
 def _seconds(run: Callable[[], object]) -> float:
