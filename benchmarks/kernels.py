@@ -4,6 +4,7 @@
 
 Floors: reading (sum of a buffer far larger than the caches) and copying. Bandwidths count the bytes
 that must move: every input once, and the output once. Rounds alternate; the table shows each one's best.
+On a CPU inputs begin 8 bytes beyond a cache line, as they may in files.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def measure(models: int, device: torch.device) -> dict[str, float]:
     base = (0.02 * torch.randn(ROWS, COLUMNS, generator=generator, device=device)).bfloat16()
     shifts = 0.003 * torch.randn(models, COLUMNS, generator=generator, device=device)
     tensors = [(base + shift).bfloat16() for shift in shifts]
-    if device.type == "cpu":  # a GPU gets windows of its own, in place
+    if device.type == "cpu":  # on a GPU windows are copies, which begin with a line
         base, *tensors = map(_as_mapped, (base, *tensors))
     out = torch.empty_like(base)
     per_column = torch.rand(models, COLUMNS, dtype=torch.float64, device=device)

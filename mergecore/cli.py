@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    # Threads that spin while they wait take the cores from the reader, the writer and other jobs (workers
-    # inherit this). It must be set before torch is loaded, and with it NumPy,
-    # whose BLAS would start one for each core, and nothing here has much for it to do.
+    # Threads that spin while they wait take the cores from the reader, the writer and other jobs (workers inherit
+    # this). NumPy's BLAS, for which there is little to do, would start one for each core. Both are read when
+    # torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     options = _parser().parse_args(arguments)

@@ -169,6 +169,20 @@ def chain(one: oracle.Floats, two: oracle.Floats) -> float:
     return total
 
 
+def in_tiles(one: oracle.Floats, two: oracle.Floats) -> float:
+    """A column's sum of products as it is documented: tiles of 256 rows, each from zero, added in order."""
+    return sum((chain(one[i : i + 256], two[i : i + 256]) for i in range(0, len(one), 256)), start=0.0)
+
+
+def in_lanes(one: oracle.Floats, two: oracle.Floats) -> float:
+    """A row's sum of products as it is documented: 64 lanes, which are halved until one is left."""
+    lanes = [chain(one[lane::64], two[lane::64]) for lane in range(64)]
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = [lanes[i] + lanes[i + half] for i in range(half)]
+    return lanes[0]
+
+
 def at_odd_address(tensor: Tensor) -> Tensor:
     """The same numbers at an address that no load of several bytes is aligned to."""
     memory = bytearray(tensor.numel() * tensor.element_size() + 1)

@@ -17,7 +17,7 @@ from mergecore import ops
 from mergecore.features.columns import scaled_sum
 from mergecore.ops import Axis
 from tests import oracle
-from tests.kernel_inputs import Inputs, at_odd_address, chain, cuts, few, inputs, plain, threads, windows
+from tests.kernel_inputs import Inputs, at_odd_address, cuts, few, in_lanes, in_tiles, inputs, plain, threads, windows
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 DTYPES = (F32, F16, BF16, F64)
@@ -103,11 +103,7 @@ def test_rows_are_added_one_by_one_in_tiles_of_256_and_tiles_in_order(rows: int)
     for found, model in zip(by_column(made, gradient), made.models, strict=True):
         delta = oracle.floats(model) - start
         for column, value in enumerate(found.tolist()):
-            tiles = [chain(outer[i : i + 256, column], delta[i : i + 256, column]) for i in range(0, rows, 256)]
-            total = 0.0
-            for tile in tiles:
-                total = total + tile
-            assert value == total
+            assert value == in_tiles(outer[:, column], delta[:, column])
 
 
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 2049])
@@ -118,11 +114,7 @@ def test_a_row_is_added_in_64_lanes_which_are_halved(columns: int) -> None:
     for found, model in zip(by_row(made, gradient), made.models, strict=True):
         delta = oracle.floats(model) - start
         for row, value in enumerate(found.tolist()):
-            lanes = [chain(outer[row, lane::64], delta[row, lane::64]) for lane in range(64)]
-            while len(lanes) > 1:
-                half = len(lanes) // 2
-                lanes = [lanes[i] + lanes[i + half] for i in range(half)]
-            assert value == lanes[0]
+            assert value == in_lanes(outer[row], delta[row])
 
 
 def test_threads_and_addresses_change_no_bit() -> None:

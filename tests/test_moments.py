@@ -13,7 +13,20 @@ from torch import Tensor
 
 from mergecore import ops
 from tests import oracle
-from tests.kernel_inputs import BF16, F16, F32, Inputs, at_odd_address, chain, cuts, few, inputs, plain, threads
+from tests.kernel_inputs import (
+    BF16,
+    F16,
+    F32,
+    Inputs,
+    at_odd_address,
+    cuts,
+    few,
+    in_lanes,
+    in_tiles,
+    inputs,
+    plain,
+    threads,
+)
 
 
 def large() -> Inputs:
@@ -82,11 +95,7 @@ def test_rows_are_added_one_by_one_in_tiles_of_256_and_tiles_in_order(rows: int)
     made = plain(rows, rows, 5, F32, F32, BF16)
     for found, (one, two) in zip(made.column_moments(), terms(made), strict=True):
         for column, value in enumerate(found.tolist()):
-            tiles = [chain(one[i : i + 256, column], two[i : i + 256, column]) for i in range(0, rows, 256)]
-            total = 0.0
-            for tile in tiles:
-                total = total + tile
-            assert value == total
+            assert value == in_tiles(one[:, column], two[:, column])
 
 
 @pytest.mark.parametrize("columns", [1, 63, 64, 65, 2049])
@@ -94,11 +103,7 @@ def test_a_row_is_added_in_64_lanes_which_are_halved(columns: int) -> None:
     made = plain(columns, 2, columns, F32, F32, BF16)
     for found, (one, two) in zip(made.row_moments(), terms(made), strict=True):
         for row, value in enumerate(found.tolist()):
-            lanes = [chain(one[row, lane::64], two[row, lane::64]) for lane in range(64)]
-            while len(lanes) > 1:
-                half = len(lanes) // 2
-                lanes = [lanes[i] + lanes[i + half] for i in range(half)]
-            assert value == lanes[0]
+            assert value == in_lanes(one[row], two[row])
 
 
 def test_threads_change_no_bit() -> None:

@@ -86,7 +86,7 @@ void add_pairs(const double* vectors, int count, int pieces, int n, double* sums
 
 constexpr int kGroup = 3;  // models: of more the pairs do not fit the registers
 
-// Sums of those that are there.
+// Sums go on from where they were left; a pair without a place is added up in vain.
 template <int kCount, class Lanes>
 inline __attribute__((always_inline)) void begin_sums(double* const (&to)[kCount], int i,
                                                       Lanes (&sums)[kCount]) {
